@@ -1,0 +1,1 @@
+"""Mask R-CNN in pure PyTorch: knows no Ray, no Parquet and no URI."""

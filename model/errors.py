@@ -1,0 +1,39 @@
+"""The errors of MaskLake: one tree, one exit code each.
+
+    MaskLakeError                      1
+    ├── UnknownPresetError            10   a preset name that does not exist
+    ├── CheckpointError               11   weights that are missing, broken or of another model
+    ├── ConfigError                   12   options that contradict each other or the model
+    └── pipeline.errors                    inputs, tables, runs and clusters (20 to 42)
+
+Raise the most specific one, with a message that names the input and says what to do about it. Foreign exceptions are
+translated once, at the edge, with ``raise ... from``. The command line prints the message alone and exits with the code.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MaskLakeError(Exception):
+    """Base of every error that a user of MaskLake can cause and mend."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UnknownPresetError(MaskLakeError):
+    """A model preset that does not exist; the message lists those that do."""
+
+    exit_code = 10
+
+
+class CheckpointError(MaskLakeError):
+    """Weights that cannot be read, are not a checkpoint, or belong to another architecture."""
+
+    exit_code = 11
+
+
+class ConfigError(MaskLakeError):
+    """Options that contradict each other, or that this model cannot honour."""
+
+    exit_code = 12

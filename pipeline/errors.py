@@ -1,0 +1,92 @@
+"""Errors of inputs, tables, runs and clusters; the tree's root and its rules are in ``model.errors``.
+
+MaskLakeError
+├── InputNotFoundError            20   no such folder, bucket, manifest or image
+├── EmptyInputError               21   the input exists and holds no image
+├── AccessDeniedError             22   the storage refuses these credentials
+├── AnnotationError               23   a COCO file that cannot be used as it is
+├── StorageError                  24   the storage cannot be reached, or answers nonsense
+├── TableError                    30   the path holds no MaskLake table, or one this version cannot use
+├── LeaseHeldError                31   another driver is writing this run
+├── LeaseLostError                32   this driver's lease was taken over; it stopped without committing
+├── QueryError                    33   SQL that DuckDB refuses
+├── ClusterTooSmallError          40   the plan needs more CPUs, GPUs or memory than the cluster has
+├── TooManyFailuresError          41   more images failed than --max-failed allows (the table is committed)
+└── TrainingError                 42   training stopped: diverged, or workers kept failing
+"""
+
+from __future__ import annotations
+
+from model.errors import MaskLakeError
+
+
+class InputNotFoundError(MaskLakeError):
+    """No such folder, bucket, manifest or image."""
+
+    exit_code = 20
+
+
+class EmptyInputError(MaskLakeError):
+    """The input exists and holds no image to work on."""
+
+    exit_code = 21
+
+
+class AccessDeniedError(MaskLakeError):
+    """The storage refuses these credentials."""
+
+    exit_code = 22
+
+
+class AnnotationError(MaskLakeError):
+    """A COCO file that cannot be used as it is."""
+
+    exit_code = 23
+
+
+class StorageError(MaskLakeError):
+    """The storage cannot be reached, or answers with something that is not its protocol."""
+
+    exit_code = 24
+
+
+class TableError(MaskLakeError):
+    """The path holds no MaskLake table, or one that this version cannot use."""
+
+    exit_code = 30
+
+
+class LeaseHeldError(MaskLakeError):
+    """Another driver is writing this run; the message names its holder and the lease's age."""
+
+    exit_code = 31
+
+
+class LeaseLostError(MaskLakeError):
+    """This driver's lease was taken over; it stopped without committing."""
+
+    exit_code = 32
+
+
+class QueryError(MaskLakeError):
+    """SQL that DuckDB refuses."""
+
+    exit_code = 33
+
+
+class ClusterTooSmallError(MaskLakeError):
+    """The plan needs more CPUs, GPUs or memory than the cluster has."""
+
+    exit_code = 40
+
+
+class TooManyFailuresError(MaskLakeError):
+    """More images failed than ``--max-failed`` allows; the table is committed all the same."""
+
+    exit_code = 41
+
+
+class TrainingError(MaskLakeError):
+    """Training stopped: the loss diverged, or workers kept failing."""
+
+    exit_code = 42
