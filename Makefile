@@ -1,0 +1,40 @@
+# What a person types. `make` or `make help` lists the targets; CI runs the same ones.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## Create .venv and install the locked packages into it
+
+# uv comes from the lock too: pip installs it, and it installs the rest in seconds where a cache is warm.
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"MaskLake needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "Installing MaskLake and its locked packages into .venv (a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## Train, label 500 images, score and query them: the whole product in under 6 minutes
+	@$(BIN)/masklake demo
+
+test: setup ## Run the whole test suite
+	@$(BIN)/python -m pytest
+
+check: setup ## Lint, format check and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## Run the benchmarks; each adds a row to benchmarks/results and a report
+	@$(BIN)/python -m benchmarks.rle
+	@$(BIN)/python -m benchmarks.kernels
+	@$(BIN)/python -m benchmarks.label
+
+clean: ## Remove the environment and everything the commands wrote
+	rm -rf .venv out build dist *.egg-info
