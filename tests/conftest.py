@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +20,56 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is not at hand: {SHARED_DATA} (set MASKLAKE_SHARED_DATA)")
     return SHARED_DATA
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """An S3 protocol server of this test session, with one empty bucket; AWS_* variables point at it."""
+
+    endpoint: str
+    bucket: str
+    client: Any  # botocore's: what an independent client sees
+
+    def uri(self, key: str = "") -> str:
+        """The object's URI in the session's bucket."""
+        return f"s3://{self.bucket}/{key}".rstrip("/")
+
+    def put(self, key: str, data: bytes) -> str:
+        """Store an object as another program would; its URI."""
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+        return self.uri(key)
+
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "masklake-test-key",
+    "AWS_SECRET_ACCESS_KEY": "masklake-test-secret",
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    """One moto server for the session, on a free port of this machine only; its endpoint."""
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 server with a bucket of this test's own; the AWS_* variables of this process (and its children) name it."""
+    import botocore.session
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in S3_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
+    client = botocore.session.Session().create_client("s3", endpoint_url=_s3_server, region_name="us-east-1")
+    bucket = f"test-{os.urandom(6).hex()}"
+    client.create_bucket(Bucket=bucket)
+    return S3Server(_s3_server, bucket, client)

@@ -1,0 +1,627 @@
+"""Every handle on storage, built from one set of options (design: one module builds every handle).
+
+A URI is a local path (`/data/x`, `photos`, `file:///data/x`) or `scheme://bucket/key`; `s3://` is tested, `gs://` and `az://`
+come through the same libraries. Keys are literal: `s3://b/100%25.jpg` names the object `100%25.jpg`. Only `file://` URIs are
+percent-encoded, as their standard says. The canonical form of a local URI is its absolute path.
+
+Which client does what, and why: `docs/decisions/0003-storage-clients.md`. No function here returns or prints a credential
+except `Storage.delta_options`, whose result goes to `deltalake` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import botocore
+import botocore.config
+import botocore.exceptions
+import botocore.session
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+from obstore import exceptions as obstore_errors
+from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.errors import ConfigError, MaskLakeError
+from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""What a folder's listing takes for an image, in any case; a manifest may name anything."""
+
+OBJECT_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
+"""One row an object. etag: the store's, without quotes; local files: size and mtime_ns."""
+
+DEFAULT_REGION = "us-east-1"
+LISTING_BATCH = 10_000  # rows a batch of a listing: 1-2 MB of Arrow
+CONCURRENT_HEADS = 64
+
+
+class StorageOptions(BaseModel):
+    """Where storage is and who asks. Credentials are no part of it: they come from the environment or a profile."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint_url: str | None = Field(
+        default=None, description="S3 endpoint (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS itself."
+    )
+    region: str | None = Field(
+        default=None, description="Default: AWS_REGION, AWS_DEFAULT_REGION, the profile's, the bucket's."
+    )
+    profile: str | None = Field(default=None, description="A profile of the AWS config files; default: AWS_PROFILE.")
+    anonymous: bool = Field(default=False, description="Send unsigned requests, for public buckets.")
+    connect_timeout_s: float = Field(default=3.0, gt=0, description="Seconds to open one connection.")
+    request_timeout_s: float = Field(default=60.0, gt=0, description="Seconds for one whole request.")
+    max_retries: int = Field(default=3, ge=0, description="Retries of one request after a connection error or a 5xx answer.")
+
+    def resolved(self) -> StorageOptions:
+        """These options with the environment's answers filled in, so that a worker elsewhere reaches the same storage."""
+        env = os.environ.get
+        return self.model_copy(
+            update={
+                "endpoint_url": self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None,
+                "region": self.region or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
+                "profile": self.profile or env("AWS_PROFILE") or None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed URI. scheme: "file", "s3", "gs" or "az". bucket: "" for local files. key: for local files the absolute path."""
+
+    scheme: str
+    bucket: str
+    key: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the operating system's own calls reach it."""
+        return self.scheme == "file"
+
+    @property
+    def uri(self) -> str:
+        """The canonical URI: one spelling for one object, as it stands in the table."""
+        return self.key if self.is_local else f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What a listing says about one object."""
+
+    etag: str | None
+    bytes: int
+
+
+_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "file": "file"}
+
+
+def parse(uri: str | os.PathLike[str]) -> Location:
+    """Split a URI; ConfigError for a scheme that no client here speaks, or a missing bucket."""
+    text = os.fspath(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Location("file", "", os.path.abspath(text))
+    if scheme.lower() not in _SCHEMES:
+        raise ConfigError(f"{text}: no storage client for {scheme}://; give a local path, s3://, gs:// or az://")
+    if scheme.lower() == "file":
+        return Location("file", "", _file_uri_path(text))
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/KEY")
+    return Location(_SCHEMES[scheme.lower()], bucket, key)
+
+
+def _file_uri_path(uri: str) -> str:
+    host, _, path = uri[len("file://") :].partition("/")
+    if host not in ("", "localhost"):
+        raise ConfigError(f"{uri}: file URIs name this machine only; write file:///{host}/{path} or a plain path")
+    return os.path.abspath("/" + unquote(path))
+
+
+def canonical(uri: str | os.PathLike[str]) -> str:
+    """The one spelling of a URI: absolute path for local files, `scheme://bucket/key` without a last slash elsewhere."""
+    return parse(uri).uri
+
+
+def local_etag(stat: os.stat_result) -> str:
+    """The version of a local file: size and modification time in nanoseconds."""
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+class _BotocoreCredentials:
+    """obstore's credential provider over botocore's chain: variables, profiles, SSO, containers, instances; refreshed."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+
+    def __call__(self) -> dict[str, Any]:
+        frozen = self._credentials.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + timedelta(minutes=5),  # ask again: botocore refreshes what is about to expire
+        }
+
+
+class Storage:
+    """Handles for every library, from one set of options; cached, and rebuilt in the process that unpickles it."""
+
+    def __init__(self, options: StorageOptions | None = None) -> None:
+        self.options = (options or StorageOptions()).resolved()
+        self._stores: dict[tuple[str, str], ObjectStore] = {}
+        self._filesystems: dict[tuple[str, str], pyarrow.fs.FileSystem] = {}
+        self._regions: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"Storage({self.options!r})"
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[StorageOptions]]:
+        return (Storage, (self.options,))
+
+    # -- handles -------------------------------------------------------------------------------------------------------
+
+    def object_store(self, uri: str) -> tuple[ObjectStore, str]:
+        """An obstore store and the key of `uri` in it: one store a bucket, one for all local files."""
+        at = parse(uri)
+        where = (at.scheme, at.bucket)
+        if where not in self._stores:
+            with translated(uri):
+                self._stores[where] = self._build_store(at)
+        return self._stores[where], at.key.lstrip("/") if at.is_local else at.key
+
+    def arrow(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+        """A pyarrow file system and the path of `uri` in it (S3: bucket/key). It pickles, credentials included."""
+        at = parse(uri)
+        where = (at.scheme, at.bucket)
+        if where not in self._filesystems:
+            with translated(uri):
+                self._filesystems[where] = self._build_filesystem(at)
+        return self._filesystems[where], at.key if at.is_local else f"{at.bucket}/{at.key}"
+
+    def fsspec(self, uri: str) -> tuple[Any, str]:
+        """An fsspec file system and the path of `uri` in it; for libraries that take nothing else."""
+        at = parse(uri)
+        import fsspec
+
+        if at.is_local:
+            return fsspec.filesystem("file", auto_mkdir=True), at.key
+        try:
+            filesystem = fsspec.filesystem(at.scheme, **self._fsspec_arguments(at))
+        except ImportError as error:
+            raise ConfigError(f"{uri}: fsspec needs a package for {at.scheme}:// that is not installed ({error})") from error
+        return filesystem, f"{at.bucket}/{at.key}"
+
+    def delta_options(self, uri: str | None = None) -> dict[str, str]:
+        """`storage_options` for deltalake. It HOLDS CREDENTIALS: pass it on, never print, log or store it."""
+        if uri is not None and parse(uri).scheme != "s3":
+            return {}
+        bucket = parse(uri).bucket if uri is not None else ""
+        options = {
+            "AWS_REGION": self.region(bucket),
+            "AWS_CONDITIONAL_PUT": "etag",
+            "connect_timeout": f"{self.options.connect_timeout_s}s",
+            "timeout": f"{self.options.request_timeout_s}s",
+            "max_retries": str(self.options.max_retries),
+        }
+        if self.options.endpoint_url:
+            options["AWS_ENDPOINT_URL"] = self.options.endpoint_url
+            options["AWS_ALLOW_HTTP"] = str(self._plain_http).lower()
+        if self.options.anonymous:
+            return options | {"AWS_SKIP_SIGNATURE": "true"}
+        secrets = self._botocore_credentials.get_frozen_credentials()
+        options |= {"AWS_ACCESS_KEY_ID": secrets.access_key, "AWS_SECRET_ACCESS_KEY": secrets.secret_key}
+        return options | ({"AWS_SESSION_TOKEN": secrets.token} if secrets.token else {})
+
+    def region(self, bucket: str) -> str:
+        """The region to sign for: named, else the profile's, else asked of AWS; a custom endpoint seldom minds."""
+        if self.options.region:
+            return self.options.region
+        if not self.options.anonymous:
+            _ = self._botocore_credentials  # without any, say so instead of asking the network for the bucket's region
+        if bucket not in self._regions:
+            self._regions[bucket] = self._session.get_config_variable("region") or self._discover_region(bucket)
+        return self._regions[bucket]
+
+    def _discover_region(self, bucket: str) -> str:
+        if self.options.endpoint_url or not bucket:
+            return DEFAULT_REGION
+        try:
+            return str(pyarrow.fs.resolve_s3_region(bucket))
+        except OSError as error:
+            raise translate(error, f"s3://{bucket}") from error
+
+    @property
+    def _plain_http(self) -> bool:
+        return (self.options.endpoint_url or "").startswith("http://")
+
+    @cached_property
+    def _session(self) -> Any:
+        session = botocore.session.Session(profile=self.options.profile)
+        known = session.available_profiles
+        if self.options.profile and self.options.profile not in known:
+            raise ConfigError(f"no AWS profile {self.options.profile!r}; the config files have: {', '.join(known) or 'none'}")
+        return session
+
+    @cached_property
+    def _botocore_credentials(self) -> Any:
+        try:
+            credentials = self._session.get_credentials()
+        except botocore.exceptions.BotoCoreError as error:
+            raise AccessDeniedError(f"the AWS credentials cannot be read: {error}") from error
+        if credentials is None:
+            raise AccessDeniedError(
+                "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
+                "or run where a role gives them"
+            )
+        return credentials
+
+    def _build_store(self, at: Location) -> ObjectStore:
+        if at.is_local:
+            return LocalStore("/")
+        client: dict[str, Any] = {
+            "connect_timeout": timedelta(seconds=self.options.connect_timeout_s),
+            "timeout": timedelta(seconds=self.options.request_timeout_s),
+        }
+        retry: dict[str, Any] = {
+            "max_retries": self.options.max_retries,
+            "retry_timeout": timedelta(seconds=self.options.request_timeout_s),
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
+        }
+        if at.scheme == "gs":
+            return GCSStore(at.bucket, client_options=client, retry_config=retry)  # type: ignore[arg-type]
+        if at.scheme == "az":
+            return AzureStore(at.bucket, client_options=client, retry_config=retry)  # type: ignore[arg-type]
+        return self._build_s3_store(at, client, retry)
+
+    def _build_s3_store(self, at: Location, client: dict[str, Any], retry: dict[str, Any]) -> S3Store:
+        config: dict[str, Any] = {"region": self.region(at.bucket), "virtual_hosted_style_request": False}
+        if self.options.endpoint_url:
+            config["endpoint"] = self.options.endpoint_url
+        if certificate := os.environ.get("AWS_CA_BUNDLE"):
+            client["root_certificate"] = Path(certificate).read_bytes()
+        client["allow_http"] = self._plain_http
+        if self.options.anonymous:
+            config["skip_signature"] = True
+        else:
+            config["credential_provider"] = _BotocoreCredentials(self._botocore_credentials)
+        return S3Store(at.bucket, client_options=client, retry_config=retry, **config)  # type: ignore[arg-type]
+
+    def _build_filesystem(self, at: Location) -> pyarrow.fs.FileSystem:
+        if at.is_local:
+            return pyarrow.fs.LocalFileSystem()
+        if at.scheme == "gs":
+            return pyarrow.fs.GcsFileSystem()
+        if at.scheme == "az":
+            return pyarrow.fs.AzureFileSystem(account_name=os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", ""))
+        arguments: dict[str, Any] = {
+            "region": self.region(at.bucket),
+            "connect_timeout": self.options.connect_timeout_s,
+            "request_timeout": self.options.request_timeout_s,
+            "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=self.options.max_retries + 1),
+        }
+        if self.options.endpoint_url:
+            endpoint = urlsplit(self.options.endpoint_url)
+            arguments |= {"endpoint_override": endpoint.netloc + endpoint.path.rstrip("/"), "scheme": endpoint.scheme}
+        if certificate := os.environ.get("AWS_CA_BUNDLE"):
+            arguments["tls_ca_file_path"] = certificate
+        return pyarrow.fs.S3FileSystem(**arguments, **self._arrow_credentials())
+
+    def _arrow_credentials(self) -> dict[str, Any]:
+        """Explicit keys where they are static; pyarrow's own chain where a role renews them, for it outlives one key."""
+        if self.options.anonymous:
+            return {"anonymous": True}
+        credentials = self._botocore_credentials
+        if credentials.method in ("iam-role", "container-role", "assume-role-with-web-identity") and not self.options.profile:
+            return {}
+        frozen = credentials.get_frozen_credentials()
+        return {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}
+
+    def _fsspec_arguments(self, at: Location) -> dict[str, Any]:
+        if at.scheme != "s3":
+            return {}
+        retries = {"max_attempts": self.options.max_retries}
+        config: dict[str, Any] = {"connect_timeout": self.options.connect_timeout_s, "retries": retries}
+        if self.options.endpoint_url:
+            config["s3"] = {"addressing_style": "path"}
+        return {
+            "anon": self.options.anonymous,
+            "profile": self.options.profile,
+            "endpoint_url": self.options.endpoint_url,
+            "client_kwargs": {"region_name": self.region(at.bucket)},
+            "config_kwargs": config,
+            "use_listings_cache": False,  # a job must see what another process wrote a second ago
+            "skip_instance_cache": True,  # the cache's key knows nothing of the credentials in the environment
+        }
+
+    # -- whole objects -------------------------------------------------------------------------------------------------
+
+    def read_bytes(self, uri: str) -> bytes:
+        """The object's bytes; InputNotFoundError, AccessDeniedError or StorageError."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                return Path(at.key).read_bytes()
+            store, key = self.object_store(uri)
+            return bytes(obstore.get(store, key).bytes())
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        """Write an object so that a reader sees the old or the new bytes, never a part; parents are made."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                _write_local(Path(at.key), data)
+                return
+            store, key = self.object_store(uri)
+            obstore.put(store, key, data)
+
+    def delete(self, uri: str) -> None:
+        """Remove one object; an absent one is no error."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                Path(at.key).unlink(missing_ok=True)
+                return
+            store, key = self.object_store(uri)
+            try:
+                obstore.delete(store, key)
+            except FileNotFoundError:
+                return
+
+    def stat(self, uri: str) -> ObjectStat:
+        """Version and size of one object; InputNotFoundError where there is none."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                found = os.stat(at.key)
+                return ObjectStat(local_etag(found), found.st_size)
+            store, key = self.object_store(uri)
+            meta = obstore.head(store, key)
+            return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
+
+    def stat_many(self, uris: Sequence[str]) -> pa.RecordBatch:
+        """OBJECT_SCHEMA rows in the order asked, HEADs in parallel; etag and bytes are null where no answer came.
+
+        An object that is missing or forbidden is no error here: whoever fetches it gives it its status and reason.
+        """
+        stats = asyncio.run(self._stat_all(uris))
+        return pa.record_batch(
+            [list(uris), [s and s.etag for s in stats], [s and s.bytes for s in stats]],
+            schema=OBJECT_SCHEMA,
+        )
+
+    async def _stat_all(self, uris: Sequence[str]) -> list[ObjectStat | None]:
+        gate = asyncio.Semaphore(CONCURRENT_HEADS)
+
+        async def stat_one(uri: str) -> ObjectStat | None:
+            try:
+                if parse(uri).is_local:
+                    return self.stat(uri)
+                store, key = self.object_store(uri)
+                async with gate:
+                    meta = await obstore.head_async(store, key)
+            except (MaskLakeError, *_FOREIGN):
+                return None
+            return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
+
+        return await asyncio.gather(*(stat_one(uri) for uri in uris))
+
+    def exists(self, uri: str) -> bool:
+        """Whether `uri` is an object, a folder, or a prefix of at least one object."""
+        at = parse(uri)
+        if at.is_local:
+            return os.path.exists(at.key)
+        try:
+            if at.key.rstrip("/"):
+                self.stat(at.uri)
+                return True
+        except InputNotFoundError:
+            pass  # no object of that name: it may be a prefix
+        try:
+            return next(self.list_objects(uri), None) is not None
+        except InputNotFoundError:
+            return False
+
+    def is_file(self, uri: str) -> bool:
+        """Whether `uri` is one object (not a folder or prefix)."""
+        at = parse(uri)
+        if at.is_local:
+            return os.path.isfile(at.key)
+        if not at.key.rstrip("/"):
+            return False
+        try:
+            self.stat(uri)
+        except InputNotFoundError:
+            return False
+        return not at.key.endswith("/")
+
+    def list_objects(self, uri: str) -> Iterator[pa.RecordBatch]:
+        """Everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no promised order.
+
+        A stream: a bucket of millions costs one batch of memory. InputNotFoundError: no such folder or bucket (a prefix that
+        holds nothing gives no batch: object stores have no folders).
+        """
+        at = parse(uri)
+        with translated(uri):
+            yield from _list_local(at.key) if at.is_local else self._list_store(at)
+
+    def list_images(self, uri: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[pa.RecordBatch]:
+        """`list_objects`, only the names that end like an image (any case)."""
+        endings = "|".join(re.escape(suffix) for suffix in suffixes)
+        for batch in self.list_objects(uri):
+            chosen = batch.filter(pc.match_substring_regex(batch["uri"], f"({endings})$", ignore_case=True))
+            if chosen.num_rows:
+                yield chosen
+
+    def _list_store(self, at: Location) -> Iterator[pa.RecordBatch]:
+        pages = self._s3_pages(at) if at.scheme == "s3" else self._store_pages(at)
+        rows = ((key, etag, size) for page in pages for key, etag, size in page if not key.endswith("/"))
+        base = f"{at.scheme}://{at.bucket}/"
+        while chunk := list(itertools.islice(rows, LISTING_BATCH)):
+            keys, etags, sizes = zip(*chunk, strict=True)
+            uris = [base + key for key in keys]
+            yield pa.record_batch([uris, [unquoted(etag) for etag in etags], sizes], schema=OBJECT_SCHEMA)
+
+    def _s3_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
+        """Listed by botocore: obstore gives up on the whole bucket at the first key like `a//b` or `a/./b`."""
+        prefix = at.key.rstrip("/") + "/" if at.key.rstrip("/") else ""
+        pages = self._botocore_client(at.bucket).get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=prefix)
+        for page in pages:
+            yield [(item["Key"], item.get("ETag"), item["Size"]) for item in page.get("Contents", ())]
+
+    def _store_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
+        store, key = self.object_store(at.uri)
+        for page in obstore.list(store, key.rstrip("/") or None, chunk_size=1000):
+            yield [(item["path"], item["e_tag"], item["size"]) for item in page]
+
+    def _botocore_client(self, bucket: str) -> Any:
+        config: dict[str, Any] = {
+            "connect_timeout": self.options.connect_timeout_s,
+            "read_timeout": self.options.request_timeout_s,
+            "retries": {"mode": "standard", "total_max_attempts": self.options.max_retries + 1},
+        }
+        if self.options.endpoint_url:
+            config["s3"] = {"addressing_style": "path"}
+        if self.options.anonymous:
+            config["signature_version"] = botocore.UNSIGNED
+        else:
+            _ = self._botocore_credentials  # says what is missing before a request fails without it
+        return self._session.create_client(
+            "s3",
+            region_name=self.region(bucket),
+            endpoint_url=self.options.endpoint_url,
+            config=botocore.config.Config(**config),
+        )
+
+    @staticmethod
+    def join(base: str, *parts: str) -> str:
+        """`base/part/part`, whatever the scheme; nothing is quoted."""
+        return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def unquoted(etag: str | None) -> str | None:
+    """An HTTP entity tag without its quotes: the form that stands in tables."""
+    return etag.removeprefix("W/").strip('"') if etag is not None else None
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".masklake-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _list_local(folder: str) -> Iterator[pa.RecordBatch]:
+    if os.path.isfile(folder):
+        raise NotADirectoryError(folder)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(folder)
+    found = _walk(folder)
+    while rows := list(itertools.islice(found, LISTING_BATCH)):
+        uris, etags, sizes = zip(*rows, strict=True)
+        yield pa.record_batch([uris, etags, sizes], schema=OBJECT_SCHEMA)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, str, int]]:
+    """(path, etag, size) of every readable file; links to files are followed, links to folders are not (they may loop)."""
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            try:
+                stat = os.stat(path)
+            except FileNotFoundError:
+                continue  # removed since the folder was read, or a dangling link
+            yield path, local_etag(stat), stat.st_size
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+_FOREIGN = (obstore_errors.BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
+"""What the clients raise for a request that failed (pyarrow and s3fs: OSError)."""
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turn whatever a storage client raises into MaskLake's own error, which names `uri`."""
+    try:
+        yield
+    except MaskLakeError:
+        raise
+    except _FOREIGN as error:
+        raise translate(error, uri) from error
+
+
+def translate(error: BaseException, uri: str) -> MaskLakeError:
+    """The error of MaskLake's tree that `error` means, without the request's headers or the server's XML."""
+    reason = describe(error)
+    if "NoSuchBucket" in str(error):
+        return InputNotFoundError(f"{uri}: no such bucket; check its name, the endpoint and the region")
+    if isinstance(error, FileNotFoundError):
+        return InputNotFoundError(f"{uri}: not found; check the path")
+    if isinstance(error, NotADirectoryError):
+        return InputNotFoundError(f"{uri}: is a file where a folder is needed; check the path")
+    denied = (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError)
+    if isinstance(error, denied) or _DENIED.search(str(error)):
+        return AccessDeniedError(f"{uri}: access denied ({reason}); check the AWS_* credentials, the profile and the policy")
+    return StorageError(f"{uri}: {reason}; check the endpoint (--endpoint or AWS_ENDPOINT_URL), the region and the network")
+
+
+_DENIED = re.compile(
+    r"\b(401 Unauthorized|403 Forbidden|AccessDenied|ACCESS_DENIED|InvalidAccessKeyId|SignatureDoesNotMatch)\b"
+)
+_S3_CODE = re.compile(r"<Code>(\w+)</Code>")
+_HTTP_STATUS = re.compile(r"status code: (\d{3}[\w ]*)")
+
+
+def describe(error: BaseException) -> str:
+    """One line on what a storage client raised; never the answer's body, which may quote an access key."""
+    text = str(error)
+    status, code = _HTTP_STATUS.search(text), _S3_CODE.search(text)
+    if status or code:
+        return " ".join(found.group(1).strip() for found in (status, code) if found)
+    first = re.split(r"[\n<]", text, maxsplit=1)[0].strip()
+    return f"{type(error).__name__}: {first[:300]}"
+
+
+def relative_to(base: str, name: str) -> str:
+    """`name` as a canonical URI: as it is where it is absolute, otherwise below the folder `base`."""
+    if "://" in name or os.path.isabs(name):
+        return canonical(name)
+    return canonical(Storage.join(base, name)) if "://" in base else canonical(os.path.join(base, name))
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    at = parse(uri)
+    if at.is_local:
+        return os.path.dirname(at.key)
+    return Location(at.scheme, at.bucket, at.key.rstrip("/").rpartition("/")[0]).uri
+
+
+def concat(batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """All batches of a listing as one table."""
+    return pa.Table.from_batches(batches, schema=OBJECT_SCHEMA)
