@@ -1,0 +1,54 @@
+"""The box branch: what a region is, and where exactly (Fast R-CNN; figure 4, right)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.boxes import encode_boxes
+from model.config import ModelConfig
+
+
+class BoxHead(nn.Module):
+    """Two hidden layers, then class logits and one box for each class.
+
+    The two predictors may be of a higher precision than the rest: scores and boxes come straight from them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(config.fpn_channels * config.box_pool**2, config.box_hidden)
+        self.fc7 = nn.Linear(config.box_hidden, config.box_hidden)
+        self.cls_score = nn.Linear(config.box_hidden, config.num_classes)
+        self.bbox_pred = nn.Linear(config.box_hidden, config.num_classes * 4)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, C, 7, 7) -> class logits (R, classes) and deltas (R, classes, 4)."""
+        hidden = functional.relu(self.fc6(regions.flatten(1)), inplace=True)
+        hidden = functional.relu(self.fc7(hidden), inplace=True).to(self.cls_score.weight.dtype)
+        return self.cls_score(hidden), self.bbox_pred(hidden).unflatten(1, (-1, 4))
+
+    @property
+    def predictors(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers that inference keeps in float32 at any precision."""
+        return self.cls_score, self.bbox_pred
+
+
+def box_losses(
+    logits: Tensor, deltas: Tensor, labels: Tensor, boxes: Tensor, goals: Tensor, config: ModelConfig
+) -> dict[str, Tensor]:
+    """Cross-entropy over the classes, smooth L1 over the positives' own class (section 3: L_cls + L_box).
+
+    logits (R, classes), deltas (R, classes, 4); labels int64 (R,), 0 for background; boxes float32 (R, 4) the regions;
+    goals float32 (R, 4) their ground truth, ignored for background.
+    """
+    positive = torch.where(labels > 0)[0]
+    targets = encode_boxes(goals[positive], boxes[positive], config.box_delta_weights)
+    moves = deltas[positive, labels[positive]].float()
+    box_loss = functional.smooth_l1_loss(moves, targets, beta=config.smooth_l1_beta, reduction="sum")
+    count = max(len(labels), 1)
+    return {
+        "classifier": functional.cross_entropy(logits.float(), labels, reduction="sum") / count,
+        "box": box_loss / count,
+    }

@@ -1,0 +1,84 @@
+"""Arithmetic on boxes: float32 xyxy, pixels, x2 and y2 exclusive; in float32 whatever the network's precision.
+
+bfloat16 has 8 bits of mantissa: at 1,000 pixels its steps are 4 pixels wide, so deltas are cast up, never boxes down.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou, nms
+
+__all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "suppress", "top_per_image", "wide_enough"]
+
+Weights = tuple[float, float, float, float]
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
+    """Deltas (..., 4) that turn `anchors` into `boxes` (Girshick et al. 2014, appendix C), times `weights`.
+
+    Sides of both must be above zero.
+    """
+    size = anchors[..., 2:] - anchors[..., :2]
+    centre = anchors[..., :2] + 0.5 * size
+    box_size = boxes[..., 2:] - boxes[..., :2]
+    box_centre = boxes[..., :2] + 0.5 * box_size
+    deltas = torch.cat([(box_centre - centre) / size, (box_size / size).log()], dim=-1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Weights, clamp: float) -> Tensor:
+    """The inverse of `encode_boxes`: float32 (..., 4); dw and dh are cut at `clamp`, so that exp cannot overflow."""
+    deltas = deltas.float() / torch.tensor(weights, device=deltas.device)
+    size = anchors[..., 2:] - anchors[..., :2]
+    centre = anchors[..., :2] + 0.5 * size
+    box_centre = deltas[..., :2] * size + centre
+    half = 0.5 * (deltas[..., 2:].clamp(max=clamp).exp() * size)
+    return torch.cat([box_centre - half, box_centre + half], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Cut boxes (..., 4) to images of `sizes`, float32 (..., 2) as height, width."""
+    limit = torch.stack([sizes[..., 1], sizes[..., 0], sizes[..., 1], sizes[..., 0]], dim=-1)
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def wide_enough(boxes: Tensor, side: float) -> Tensor:
+    """bool (...): both sides are at least `side` pixels. False for boxes with a non-finite corner."""
+    return ((boxes[..., 2:] - boxes[..., :2]) >= side).all(dim=-1) & boxes.isfinite().all(dim=-1)
+
+
+def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
+    """Non-maximum suppression within each group (class or level) of each image.
+
+    boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending.
+    Returns int64 indices of what stays, image by image and in each the best score first.
+    """
+    if boxes.is_cuda:
+        return _suppress_at_once(boxes, scores, groups, images, iou)
+    # The CPU operator visits every pair of boxes, so images are separated before it, not by it: 4 images in one call would
+    # cost 16 times one image. batched_nms separates few boxes by an offset that costs them 0.01 pixels, and many exactly;
+    # calling it image by image leaves the same boxes as torchvision does.
+    counts = torch.bincount(images).tolist() if len(images) else []
+    kept, start = [torch.empty(0, dtype=torch.int64)], 0
+    for count in counts:
+        part = slice(start, start + count)
+        kept.append(batched_nms(boxes[part], scores[part], groups[part], iou) + start)
+        start += count
+    return torch.cat(kept)
+
+
+def _suppress_at_once(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
+    """One launch for all images: groups are moved apart in float64, whose 53 bits keep every float32 coordinate exact."""
+    if not len(boxes):
+        return images
+    shift = boxes.max().double() + 1
+    apart = boxes.double() + ((images * (groups.max() + 1) + groups) * shift)[:, None]
+    keep = nms(apart, scores.double(), iou)
+    return keep[images[keep].argsort(stable=True)]
+
+
+def top_per_image(images: Tensor, count: int) -> Tensor:
+    """bool (N,): among the first `count` entries of their image; images: int64 (N,), sorted ascending."""
+    place = torch.arange(len(images), device=images.device)
+    return place - torch.searchsorted(images, images) < count

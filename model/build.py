@@ -1,0 +1,83 @@
+"""The way to a model: a preset or a configuration, and weights from wherever they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import torchvision_weights
+from model.checkpoint import is_ours, load_state, parse, read_bytes
+from model.config import Category, ModelConfig
+from model.mask_rcnn import MaskRCNN
+from model.presets import preset
+
+_PREDICTORS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
+_WEIGHT_NAME = re.compile(r"\w+_Weights\.\w+")
+
+
+def create_model(
+    preset_or_config: str | ModelConfig,
+    weights: str | Path | bytes | None = None,
+    device: str | torch.device = "cpu",
+    categories: Sequence[Category] | None = None,
+    reset_predictors: bool = False,
+) -> MaskRCNN:
+    """Build a model, in evaluation mode, on `device`.
+
+    preset_or_config: a name in `PRESETS`, or a configuration, which is then followed to the letter.
+    weights: our checkpoint or a torchvision state dict (.pth), as path or bytes; or the name of torchvision's weights, which
+    are downloaded. None leaves random weights. A preset's name takes on what the weights' source says: a checkpoint's own
+    configuration where the preset is the same, the eps of torchvision's norms.
+    categories: of the data, in place of the preset's. reset_predictors: where their number differs from the weights', keep
+    the fresh last layers and load the rest (fine-tuning).
+
+    Raises UnknownPresetError, or CheckpointError for weights that cannot be read or do not fit.
+    """
+    by_name = isinstance(preset_or_config, str)
+    config = preset(preset_or_config) if isinstance(preset_or_config, str) else preset_or_config
+    state: Mapping[str, Tensor] | None = None
+    if weights is not None:
+        source, state = _read(weights, config)
+        config = source if by_name else config
+    if categories is not None:
+        config = ModelConfig.model_validate({**config.model_dump(), "categories": tuple(categories)})
+    model = MaskRCNN(config)
+    if state is not None:
+        if reset_predictors:
+            state = _with_fresh_predictors(model, state)
+        load_state(model.network, state, "weights" if isinstance(weights, bytes) else f"weights {weights}")
+    return model.to(device).eval()
+
+
+def _read(weights: str | Path | bytes, config: ModelConfig) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """The weights under our names, and `config` as their source would have it."""
+    if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
+        state, eps = torchvision_weights.fetch(weights)
+        return _with_eps(config, eps), torchvision_weights.rename(state)
+    data = read_bytes(weights)
+    name = "weights" if isinstance(weights, bytes) else f"weights {weights}"
+    if is_ours(data):
+        source, state = parse(data, name)
+        return source if source.preset == config.preset else config, state
+    state = torchvision_weights.read_pth(data, name)
+    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), torchvision_weights.rename(state)
+
+
+def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"norm_eps": eps})})
+
+
+def _with_fresh_predictors(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the model's own last layers wherever theirs have another shape, or are missing."""
+    own = model.network.state_dict()
+    kept = {
+        key: tensor
+        for key, tensor in state.items()
+        if not (key.startswith(_PREDICTORS) and key in own and own[key].shape != tensor.shape)
+    }
+    fresh = {key: tensor for key, tensor in own.items() if key.startswith(_PREDICTORS) and key not in kept}
+    return {**kept, **fresh}

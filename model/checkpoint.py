@@ -1,0 +1,141 @@
+"""Checkpoints: one safetensors file with the weights, and the configuration as JSON in its metadata.
+
+Nothing here unpickles: reading an untrusted file runs no code of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.mask_rcnn import MaskRCNN
+from model.network import Network
+
+FORMAT = "masklake/1"
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+
+
+def dumps(model: MaskRCNN) -> bytes:
+    """The model as the bytes of a checkpoint file."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    return save_tensors(state, metadata={"format": FORMAT, "config": model.config.model_dump_json()})
+
+
+def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
+    """Write the model to one file, which appears under its name only when it is complete.
+
+    Raises CheckpointError where the folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(dumps(model))
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
+
+
+def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu") -> MaskRCNN:
+    """The model in a file of `save_checkpoint`, or in its bytes, ready to predict.
+
+    Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture.
+    """
+    name = "checkpoint" if isinstance(source, bytes) else f"checkpoint {source}"
+    config, state = parse(read_bytes(source), name)
+    model = MaskRCNN(config)
+    load_state(model.network, state, name)
+    return model.to(device).eval()
+
+
+def read_bytes(source: str | Path | bytes) -> bytes:
+    """The file's content; raises CheckpointError where there is none."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {source}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {source}: {error}") from error
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether these bytes begin as a safetensors file that MaskLake wrote."""
+    return _metadata(data).get("format") == FORMAT
+
+
+def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights of a checkpoint's bytes; `name` is what messages call it."""
+    metadata = _metadata(data)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{name} is not a MaskLake checkpoint (safetensors of format {FORMAT!r}); "
+            "convert other weights with `masklake convert`"
+        )
+    try:
+        return ModelConfig.model_validate_json(metadata["config"]), load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is cut off or damaged: {error}") from error
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{name} has no configuration that this version can read: {error}") from error
+
+
+def _metadata(data: bytes) -> Mapping[str, str]:
+    """The metadata of safetensors bytes: 8 bytes of header length, then the header as JSON. Empty where it is none."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > _HEADER_LIMIT:
+        return {}
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except ValueError:
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None:
+    """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit."""
+    own = network.state_dict()
+    _check_classes(network.config, own, state, name)
+    complaints = [
+        _listed("it lacks", sorted(own.keys() - state.keys())),
+        _listed("the model has no", sorted(state.keys() - own.keys())),
+        _listed(
+            "of another shape are",
+            [
+                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in sorted(own.keys() & state.keys())
+                if own[key].shape != state[key].shape
+            ],
+        ),
+    ]
+    if found := [complaint for complaint in complaints if complaint]:
+        raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
+    network.load_state_dict(dict(state))
+
+
+def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    key = "box_head.cls_score.bias"
+    if key in state and state[key].shape != own[key].shape:
+        raise CheckpointError(
+            f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
+            f"({len(config.categories)} categories): give the categories that it was trained on, or reset_predictors=True to "
+            "train new ones"
+        )
+
+
+def _listed(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{what} {', '.join(keys[:3])}{more}"

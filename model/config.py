@@ -1,0 +1,206 @@
+"""What a model is, as one frozen value: categories, layers, and every numerical convention, each with its unit and source.
+
+A checkpoint carries its `ModelConfig`, so the numbers come out as in the system that the weights come from. The defaults
+are torchvision's conventions and the paper's sizes (He et al., Mask R-CNN, 2017; section numbers refer to it). "Canvas" is
+the resized image, padded at its right and bottom: the pixels that the network sees.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Task = Literal["box", "mask", "keypoint"]
+NormKind = Literal["frozen", "batch", "group", "none"]
+
+
+class _Frozen(BaseModel):
+    """A value: hashable, compared by content, refuses unknown fields (a misspelt option must not be ignored)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Category(_Frozen):
+    """One kind of object of a data set.
+
+    keypoints: names, in the order of the annotations; empty for categories that have none.
+    flip_pairs: keypoint indices that change places when the image is mirrored (left and right eye).
+    skeleton: keypoint indices, from 0, joined by a line when drawn.
+    """
+
+    id: int
+    name: str
+    keypoints: tuple[str, ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] = ()
+    skeleton: tuple[tuple[int, int], ...] = ()
+
+
+class BackboneConfig(_Frozen):
+    """A residual network (He et al. 2016) of four stages, strides 4, 8, 16 and 32."""
+
+    block: Literal["bottleneck", "basic"] = "bottleneck"
+    depths: tuple[int, int, int, int] = (3, 4, 6, 3)
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    """Channels of a stage's 3x3 convolutions; a bottleneck puts out four times as many."""
+    stem_channels: int = Field(default=64, gt=0)
+    stem_kernel: int = Field(default=7, gt=0)
+    """Pixels; the stem has stride 2 and a stride 2 max pool behind it."""
+    norm: NormKind = "frozen"
+    """`frozen`: batch statistics of the pre-training, as the paper uses; `group`: trains from scratch at any batch size."""
+    norm_eps: float = Field(default=1e-5, ge=0)
+    """Added to the variance. 0.0 for torchvision's COCO_V1 weights (mask, keypoint and box), 1e-5 otherwise."""
+    norm_groups: int = Field(default=8, gt=0)
+    """Groups of a `group` norm."""
+    frozen_stages: int = Field(default=2, ge=0, le=5)
+    """How many of stem, stage 1..4 are not trained (torchvision: `trainable_backbone_layers=3`)."""
+
+
+class ModelConfig(_Frozen):
+    """One instantiation of Mask R-CNN."""
+
+    preset: str
+    categories: tuple[Category, ...] = Field(min_length=1)
+    """Class i + 1 of the classifier is `categories[i]`; class 0 is the background."""
+    mask: bool = True
+    """Has a mask branch (section 3)."""
+    keypoint: bool = False
+    """Has a keypoint branch (section 5), provided that some category has keypoints."""
+    backbone: BackboneConfig = BackboneConfig()
+    fpn_channels: int = Field(default=256, gt=0)
+
+    # The canvas (section 3.1).
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """RGB, of pixel values scaled to 0..1."""
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resize: Literal["bilinear_floor"] = "bilinear_floor"
+    """Float bilinear without antialiasing, after normalising; sizes are rounded down."""
+    min_sizes: tuple[int, ...] = Field(default=(800,), min_length=1)
+    """Pixels of the canvas' shorter side: inference takes the last, training any."""
+    max_size: int = Field(default=1333, gt=0)
+    """Pixels that the longer side may not exceed."""
+    upscale: bool = True
+    """False: images smaller than `min_sizes` keep their size."""
+    canvas_divisor: int = Field(default=32, gt=0)
+    """Pixels: the canvas is padded with zeros to a multiple of it."""
+
+    # Anchors and proposals (section 3.1; Ren et al. 2015; Lin et al. 2017, FPN).
+    anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    """Canvas pixels, for each of P2..P6."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width."""
+    anchor_rounding: bool = True
+    """Corners of the cell anchors are rounded to whole pixels."""
+    anchor_stride: Literal["canvas_over_map", "fixed"] = "canvas_over_map"
+    """`canvas_over_map`: canvas height // map height (P6 at 800 pixels: 61); `fixed`: 4, 8, 16, 32, 64."""
+    rpn_pre_nms_train: int = Field(default=2000, gt=0)
+    """Best anchors of each level, before suppression."""
+    rpn_pre_nms_test: int = Field(default=1000, gt=0)
+    rpn_post_nms_train: int = Field(default=2000, gt=0)
+    """Proposals of an image, after suppression."""
+    rpn_post_nms_test: int = Field(default=1000, gt=0)
+    rpn_nms_iou: float = Field(default=0.7, ge=0, le=1)
+    rpn_score_threshold: float = Field(default=0.0, ge=0, lt=1)
+    """Least objectness (a probability) of a proposal at inference."""
+    rpn_min_side: float = Field(default=1e-3, ge=0)
+    """Canvas pixels; proposals with a shorter side are dropped."""
+    rpn_foreground_iou: float = Field(default=0.7, ge=0, le=1)
+    rpn_background_iou: float = Field(default=0.3, ge=0, le=1)
+    rpn_samples: int = Field(default=256, gt=0)
+    """Anchors of an image in the loss, up to half of them positive."""
+    rpn_positive_fraction: float = Field(default=0.5, gt=0, le=1)
+    rpn_delta_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """Factors of dx, dy, dw, dh in the box parametrisation."""
+    delta_clamp: float = Field(default=4.135166556742356, gt=0)
+    """Greatest dw, dh before exp: log(1000 / 16)."""
+
+    # Regions of interest (section 3 "RoIAlign", 3.1; FPN equation 1).
+    roi_canonical_size: float = Field(default=224.0, gt=0)
+    """Canvas pixels of the square that belongs to `roi_canonical_level`: level = floor(4 + log2(sqrt(area) / 224) + 1e-6)."""
+    roi_canonical_level: int = 4
+    roi_aligned: bool = False
+    """RoIAlign's half-pixel shift."""
+    roi_sampling_ratio: int = Field(default=2, ge=0)
+    """Sampling points of an output bin along each side; 0: as many as the bin has pixels."""
+    roi_samples: int = Field(default=512, gt=0)
+    """Training RoIs of an image, positive to negative 1:3."""
+    roi_positive_fraction: float = Field(default=0.25, gt=0, le=1)
+    roi_foreground_iou: float = Field(default=0.5, ge=0, le=1)
+
+    # Heads (figure 4, right; section 5).
+    box_pool: int = Field(default=7, gt=0)
+    box_hidden: int = Field(default=1024, gt=0)
+    box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    smooth_l1_beta: float = Field(default=1 / 9, gt=0)
+    """Where the box losses turn from quadratic to linear."""
+    mask_pool: int = Field(default=14, gt=0)
+    """Bins; the mask is twice as wide (m = 28)."""
+    mask_channels: tuple[int, ...] = Field(default=(256, 256, 256, 256), min_length=1)
+    keypoint_pool: int = Field(default=14, gt=0)
+    """Bins; the heat maps are four times as wide (56)."""
+    keypoint_channels: tuple[int, ...] = Field(default=(512,) * 8, min_length=1)
+
+    # What is reported (section 3.1, Inference).
+    score_threshold: float = Field(default=0.05, ge=0, le=1)
+    nms_iou: float = Field(default=0.5, ge=0, le=1)
+    max_detections: int = Field(default=100, gt=0)
+    """Of an image; the branches for masks and keypoints run on these alone."""
+    box_min_side: float = Field(default=1e-2, ge=0)
+    """Canvas pixels; detections with a shorter side are dropped."""
+    mask_threshold: float = Field(default=0.5, ge=0, le=1)
+    """A pixel belongs to the mask above this probability."""
+    paste: Literal["torchvision"] = "torchvision"
+    """How an m x m mask becomes pixels: pad by 1, grow the box by (m + 2) / m, truncate it to integers, bilinear, `>`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ids = [category.id for category in self.categories]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two categories have the same id")
+        for category in self.categories:
+            count = len(category.keypoints)
+            if any(not 0 <= i < count for pair in category.flip_pairs + category.skeleton for i in pair):
+                raise ValueError(f"flip_pairs or skeleton of category {category.name!r} name a keypoint that it does not have")
+        if len(self.anchor_sizes) != 5:
+            raise ValueError("anchor_sizes needs one entry for each of P2..P6")
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the classifier, the background among them."""
+        return len(self.categories) + 1
+
+    @property
+    def num_keypoints(self) -> int:
+        """K: the most keypoints that a category has; 0 when the model has no keypoint branch."""
+        return max(len(category.keypoints) for category in self.categories) if self.keypoint else 0
+
+    @property
+    def tasks(self) -> frozenset[Task]:
+        """What the model can answer."""
+        tasks: set[Task] = {"box"}
+        if self.mask:
+            tasks.add("mask")
+        if self.num_keypoints:
+            tasks.add("keypoint")
+        return frozenset(tasks)
+
+    @property
+    def category_names(self) -> dict[int, str]:
+        """Names by category id, for every id that the model can put out."""
+        return {category.id: category.name for category in self.categories}
+
+
+class PredictOptions(_Frozen):
+    """How `MaskRCNN.predict` runs; None takes the model's own value (`ModelConfig`)."""
+
+    precision: Precision = "fp32"
+    """Arithmetic of the network; boxes, scores and suppression are always fp32."""
+    score_threshold: float | None = Field(default=None, ge=0, le=1)
+    nms_iou: float | None = Field(default=None, ge=0, le=1)
+    max_detections: int | None = Field(default=None, gt=0, le=1000)
+    mask_threshold: float | None = Field(default=None, ge=0, le=1)
+    tasks: frozenset[Task] | None = None
+    batch_size: int = Field(default=4, gt=0)
+    """Images of equal canvas that go through the network together; it never changes a result's meaning."""

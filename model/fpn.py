@@ -1,0 +1,46 @@
+"""Feature pyramid network: the backbone's top-down part (Lin et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.layers import init_bias
+from model.resnet import ResNet
+
+
+class FeaturePyramid(nn.Module):
+    """C2..C5 to P2..P5: a 1x1 lateral convolution, the nearest upsampled level above, and a 3x3 convolution."""
+
+    def __init__(self, channels_in: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c_in, channels, 1) for c_in in channels_in)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in channels_in)
+        for conv in [*self.lateral, *self.output]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            init_bias(conv)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps (B, c_in, H / s, W / s) -> four maps (B, channels, H / s, W / s)."""
+        merged = [self.lateral[-1](maps[-1])]
+        for lateral, finer in zip(reversed(self.lateral[:-1]), reversed(maps[:-1]), strict=True):
+            above = functional.interpolate(merged[0], size=finer.shape[-2:], mode="nearest")
+            merged.insert(0, lateral(finer) + above)
+        return [output(level) for output, level in zip(self.output, merged, strict=True)]
+
+
+class ResNetFPN(nn.Module):
+    """The backbone: residual network and feature pyramid."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.body = ResNet(config.backbone)
+        self.fpn = FeaturePyramid(self.body.channels, config.fpn_channels)
+
+    def forward(self, canvas: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> P2..P6. P6 is P5 at every second place; proposals use it, regions of interest do not."""
+        levels = self.fpn(self.body(canvas))
+        return [*levels, levels[-1][:, :, ::2, ::2]]

@@ -1,0 +1,179 @@
+"""Inference (section 3.1 "Inference"): what the second stage makes of the proposals, from the network to host arrays.
+
+Everything on the device works on one table of detections for the whole batch; a single copy brings it to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.boxes import clip_boxes, decode_boxes, suppress, top_per_image, wide_enough
+from model.config import ModelConfig, PredictOptions, Task
+from model.errors import ConfigError
+from model.instances import Instances
+from model.keypoints import decode_heatmaps
+from model.network import Network
+from model.rle import encode_boxed_masks
+from model.roi_features import roi_features
+from model.rpn import Regions
+from model.transform import Canvas, Size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`PredictOptions` with every None replaced by the model's own value."""
+
+    score_threshold: float
+    nms_iou: float
+    max_detections: int
+    mask_threshold: float
+    tasks: frozenset[Task]
+
+
+def resolve(options: PredictOptions, config: ModelConfig) -> Settings:
+    """What to do; raises ConfigError for a task that the model has no branch for."""
+    box: Task = "box"  # what the other branches start from
+    tasks = config.tasks if options.tasks is None else options.tasks | {box}
+    if missing := tasks - config.tasks:
+        raise ConfigError(
+            f"model {config.preset!r} has no branch for {', '.join(sorted(missing))}; "
+            f"it answers {', '.join(sorted(config.tasks))}"
+        )
+
+    def chosen(name: str) -> float:
+        value = getattr(options, name)
+        return getattr(config, name) if value is None else value
+
+    return Settings(
+        score_threshold=chosen("score_threshold"),
+        nms_iou=chosen("nms_iou"),
+        max_detections=int(chosen("max_detections")),
+        mask_threshold=chosen("mask_threshold"),
+        tasks=tasks,
+    )
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections of a batch, on the device, sorted by image and in each the best first.
+
+    boxes float32 (N, 4), canvas pixels; scores float32 (N,); classes int64 (N,) from 1; images int64 (N,).
+    masks: float32 (N, m, m) probabilities or None. keypoints: float32 (N, K, 3), canvas pixels, or None; NaN where the
+    class has none.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    images: Tensor
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+
+
+def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
+    """Pixels to detections: the two stages, then the branches on what is left."""
+    features = network.backbone(canvas.pixels)
+    proposals = network.rpn.propose(features, network.rpn.head(features), canvas.size, canvas.sizes)
+    config = network.config
+    logits, deltas = network.box_head(roi_features(features, proposals, config.box_pool, config))
+    found = select(logits, deltas, proposals, canvas.sizes, config, settings)
+    regions = Regions(found.boxes, found.images)
+    masks = _masks(network, features, regions, found.classes) if "mask" in settings.tasks else None
+    keypoints = _keypoints(network, features, regions, found.classes) if "keypoint" in settings.tasks else None
+    return Detections(found.boxes, found.scores, found.classes, found.images, masks, keypoints)
+
+
+def select(
+    logits: Tensor, deltas: Tensor, proposals: Regions, sizes: Tensor, config: ModelConfig, settings: Settings
+) -> Detections:
+    """Class scores and shifted boxes to detections: threshold, suppression within a class, the best of each image.
+
+    logits (R, classes), deltas (R, classes, 4); sizes float32 (B, 2). Boxes are decoded only where the score suffices.
+    """
+    scores = logits.float().softmax(dim=1)
+    region, label = torch.where(scores[:, 1:] > settings.score_threshold)
+    label = label + 1
+    images, chosen = proposals.images[region], scores[region, label]
+    boxes = decode_boxes(deltas[region, label], proposals.boxes[region], config.box_delta_weights, config.delta_clamp)
+    boxes = clip_boxes(boxes, sizes[images])
+    wide = torch.where(wide_enough(boxes, config.box_min_side))[0]
+    keep = wide[suppress(boxes[wide], chosen[wide], label[wide], images[wide], settings.nms_iou)]
+    keep = keep[top_per_image(images[keep], settings.max_detections)]
+    return Detections(boxes[keep], chosen[keep], label[keep], images[keep])
+
+
+def _masks(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
+    """Probabilities of each detection's own class, float32 (N, m, m)."""
+    pooled = roi_features(features, regions, network.config.mask_pool, network.config)
+    return network.mask_head(pooled, classes).float().sigmoid()
+
+
+def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
+    """float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
+    config, counts = network.config, network.keypoint_counts[classes]
+    keypoints = regions.boxes.new_full((len(classes), config.num_keypoints, 3), torch.nan)
+    chosen = torch.where(counts > 0)[0]
+    if len(chosen):
+        some = Regions(regions.boxes[chosen], regions.images[chosen])
+        logits = network.keypoint_head(roi_features(features, some, config.keypoint_pool, config))
+        keypoints[chosen] = decode_heatmaps(logits, some.boxes)
+    beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
+    return keypoints.masked_fill(beyond[:, :, None], torch.nan)
+
+
+def to_instances(
+    found: Detections, canvas: Canvas, originals: Sequence[Size], category_ids: NDArray[np.int64], threshold: float
+) -> list[Instances]:
+    """Detections to the original images' pixels and to host arrays: one copy, then masks to RLE image by image.
+
+    originals: (height, width) of each image; category_ids: int64 (classes,), by class.
+    """
+    table = _pack(found, canvas.ratios).cpu()
+    images, classes = table[:, 0].long(), table[:, 1].long().numpy()
+    counts = torch.bincount(images, minlength=len(originals)).tolist()
+    width = 7 if found.masks is None else 7 + found.masks.shape[1] * found.masks.shape[2]
+    results, start = [], 0
+    for count, size in zip(counts, originals, strict=True):
+        rows = slice(start, start + count)
+        part, start = table[rows], start + count
+        boxes = part[:, 3:7].contiguous()
+        rles, areas = None, None
+        if found.masks is not None:
+            probabilities = part[:, 7:width].reshape(count, *found.masks.shape[1:])
+            rles, areas = encode_boxed_masks(probabilities, boxes, size, threshold)
+        keypoints = None if found.keypoints is None else part[:, width:].reshape(count, *found.keypoints.shape[1:])
+        results.append(
+            Instances(
+                size=size,
+                boxes=boxes.numpy(),
+                scores=part[:, 2].contiguous().numpy(),
+                labels=category_ids[classes[rows]],
+                rles=rles,
+                areas=areas,
+                keypoints=None if keypoints is None else keypoints.contiguous().numpy(),
+            )
+        )
+    return results
+
+
+def _pack(found: Detections, ratios: Tensor) -> Tensor:
+    """One float32 row a detection: image, class, score, box, then mask and keypoints, in original pixels."""
+    ratio = ratios[found.images].flip(1)  # horizontal, vertical: as x and y
+    columns = [
+        found.images[:, None].float(),
+        found.classes[:, None].float(),
+        found.scores[:, None],
+        found.boxes * ratio.repeat(1, 2),
+    ]
+    if found.masks is not None:
+        columns.append(found.masks.flatten(1))
+    if found.keypoints is not None:
+        scale = torch.cat([ratio, torch.ones_like(ratio[:, :1])], dim=1)
+        columns.append((found.keypoints * scale[:, None]).flatten(1))
+    return torch.cat(columns, dim=1)

@@ -1,0 +1,151 @@
+"""Mask R-CNN (He et al. 2017): the model that the rest of MaskLake trains and labels with."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.box_head import box_losses
+from model.config import ModelConfig, Precision, PredictOptions
+from model.errors import ConfigError
+from model.identity import model_id
+from model.inference import Settings, detect, resolve, to_instances
+from model.instances import Instances, Target
+from model.keypoint_head import keypoint_loss, keypoint_targets
+from model.mask_head import mask_loss, mask_targets
+from model.network import Network
+from model.prepare import DTYPES, fingerprint, prepare
+from model.roi_features import roi_features
+from model.roi_sampling import Samples, Truth, sample_regions, truth_on_canvas
+from model.transform import Canvas, canvas_size, check_image, make_canvas
+
+DEFAULT_OPTIONS = PredictOptions()
+
+
+class MaskRCNN(nn.Module):
+    """Detects objects, outlines each with a mask and places its keypoints, as far as `config` has the branches.
+
+    `forward` gives the training losses, `predict` the detections; both run the parts in `network`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = Network(config)
+        self._class_of = {category.id: index for index, category in enumerate(config.categories, start=1)}
+        self._category_ids = np.array([0, *(category.id for category in config.categories)], dtype=np.int64)
+        self._prepared: dict[Precision, tuple[object, Network]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.keypoint_counts.device
+
+    @property
+    def model_id(self) -> str:
+        """The preset's name and 12 hex digits over configuration and weights: names this model in every table row."""
+        return model_id(self.config, self.network.state_dict())
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The losses of section 3 (L_cls + L_box + L_mask, and the keypoints' of section 5) with the first stage's.
+
+        images: uint8 RGB (3, H, W) of any sizes; targets: one an image, in its pixels. Returns scalars by name; their sum is
+        the objective. Raises ConfigError for images and targets that do not fit each other or the model.
+        """
+        if len(images) != len(targets) or not images:
+            raise ConfigError(f"training needs one target an image and at least one image: {len(images)} and {len(targets)}")
+        network, config = self.network, self.config
+        canvas = self._canvas(images, random.choice(config.min_sizes))
+        truths = truth_on_canvas(targets, canvas, config, self._class_of)
+
+        features = network.backbone(canvas.pixels)
+        proposed = network.rpn.head(features)
+        proposals = network.rpn.propose(features, proposed, canvas.size, canvas.sizes)
+        losses = network.rpn.losses(features, proposed, canvas.size, [truth.boxes for truth in truths])
+
+        samples = sample_regions(proposals, truths, config)
+        logits, deltas = network.box_head(roi_features(features, samples.regions, config.box_pool, config))
+        losses |= box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
+        if "mask" in config.tasks:
+            losses["mask"] = self._mask_loss(features, samples.positives(), truths)
+        if "keypoint" in config.tasks:
+            with_keypoints = samples.positives(network.keypoint_counts[samples.labels] > 0)
+            losses["keypoint"] = self._keypoint_loss(features, with_keypoints, truths)
+        return losses
+
+    def _mask_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
+        """L_mask over the positive regions; targets are sampled from the masks in the images' own pixels."""
+        pooled = roi_features(features, samples.regions, self.config.mask_pool, self.config)
+        logits = self.network.mask_head(pooled, samples.labels)
+        targets = [logits.new_zeros(0, *logits.shape[1:], dtype=torch.float32)]
+        for image, truth in enumerate(truths):
+            rows = samples.regions.images == image
+            if truth.masks is not None and len(truth.masks):
+                boxes = samples.regions.boxes[rows] * truth.ratio.repeat(2)
+                targets.append(mask_targets(truth.masks, boxes, samples.index[rows], logits.shape[-1]))
+        return mask_loss(logits, torch.cat(targets))
+
+    def _keypoint_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
+        """Cross-entropy of the one-hot heat maps over the positive regions whose class has keypoints."""
+        pooled = roi_features(features, samples.regions, self.config.keypoint_pool, self.config)
+        logits = self.network.keypoint_head(pooled)
+        truth = [
+            truth.keypoints[samples.index[samples.regions.images == image]]
+            for image, truth in enumerate(truths)
+            if truth.keypoints is not None
+        ]
+        return keypoint_loss(logits, *keypoint_targets(torch.cat(truth), samples.regions.boxes, logits.shape[-1]))
+
+    def predict(self, images: Sequence[Tensor], options: PredictOptions = DEFAULT_OPTIONS) -> list[Instances]:
+        """Detections of each image, in order.
+
+        images: uint8 RGB (3, H, W) of any sizes, on the host. Images of equal canvas share a batch, up to
+        `options.batch_size`; none changes another's result. Training mode makes no difference. Raises ConfigError for
+        images of another kind, or options that this model cannot honour.
+        """
+        for image in images:
+            check_image(image)
+        settings = resolve(options, self.config)
+        network = self._network_for(options.precision)
+        results: dict[int, Instances] = {}
+        with torch.inference_mode():
+            for indices in self._batches(images, options.batch_size):
+                batch = [images[index] for index in indices]
+                results.update(zip(indices, self._predict_batch(network, batch, settings, options.precision), strict=True))
+        return [results[index] for index in range(len(images))]
+
+    def _predict_batch(
+        self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision
+    ) -> list[Instances]:
+        canvas = self._canvas(images, self.config.min_sizes[-1])
+        canvas = Canvas(canvas.pixels.to(DTYPES[precision]), canvas.sizes, canvas.ratios)
+        found = detect(network, canvas, settings)
+        originals = [(image.shape[-2], image.shape[-1]) for image in images]
+        return to_instances(found, canvas, originals, self._category_ids, settings.mask_threshold)
+
+    def _canvas(self, images: Sequence[Tensor], min_size: int) -> Canvas:
+        for image in images:
+            check_image(image)
+        return make_canvas(images, self.config, min_size, self.device)
+
+    def _batches(self, images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
+        """Indices of images of one canvas size, at most `batch_size` together."""
+        by_canvas: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            by_canvas[canvas_size((image.shape[-2], image.shape[-1]), self.config)].append(index)
+        for indices in by_canvas.values():
+            for start in range(0, len(indices), batch_size):
+                yield indices[start : start + batch_size]
+
+    def _network_for(self, precision: Precision) -> Network:
+        """The network as inference wants it: made once, and again when a weight has changed."""
+        state = fingerprint(self.network)
+        if precision not in self._prepared or self._prepared[precision][0] != state:
+            self._prepared[precision] = (state, cast(Network, prepare(self.network, precision)))
+        return self._prepared[precision][1]

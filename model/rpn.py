@@ -1,0 +1,146 @@
+"""Region proposal network: the first stage (Ren et al. 2015; section 3 "Faster R-CNN", section 3.1).
+
+A shared head scores every anchor of every pyramid level as object or not and shifts it; the best, after suppression, are the
+proposals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.anchors import anchors_at, cell_anchors, level_strides
+from model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
+from model.config import ModelConfig
+from model.layers import init_bias
+from model.sampling import match, sample
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Boxes of a batch in one table: boxes float32 (R, 4), xyxy canvas pixels; images int64 (R,), sorted ascending."""
+
+    boxes: Tensor
+    images: Tensor
+
+
+class RPNHead(nn.Module):
+    """3x3 convolution, then objectness and box deltas for each anchor of a cell, shared by all levels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels, anchors = config.fpn_channels, len(config.anchor_sizes[0]) * len(config.anchor_ratios)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors, 1)
+        self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            init_bias(layer)
+
+    def forward(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """P2..P6, each (B, C, H, W) -> for each level objectness (B, H*W*A) and deltas (B, H*W*A, 4)."""
+        outputs = []
+        for level in features:
+            hidden = functional.relu(self.conv(level), inplace=True)
+            objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+            deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(level), -1, 4)
+            outputs.append((objectness, deltas))
+        return outputs
+
+
+class RegionProposalNetwork(nn.Module):
+    """Pyramid to proposals, and the first stage's losses."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head = RPNHead(config)
+        for level, sizes in enumerate(config.anchor_sizes):
+            cells = cell_anchors(sizes, config.anchor_ratios, config.anchor_rounding)
+            self.register_buffer(f"cells{level}", cells, persistent=False)
+
+    def _levels(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> list[tuple[Tensor, int, tuple[int, int]]]:
+        """For each level what `anchors_at` needs: cell anchors, the map's width, the stride."""
+        shapes = [(level.shape[-2], level.shape[-1]) for level in features]
+        strides = level_strides(self.config, canvas, shapes)
+        return [
+            (self.get_buffer(f"cells{index}"), width, stride)
+            for index, ((_, width), stride) in enumerate(zip(shapes, strides, strict=True))
+        ]
+
+    def propose(
+        self, features: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor]], canvas: tuple[int, int], sizes: Tensor
+    ) -> Regions:
+        """The best boxes of each image.
+
+        outputs: of the head; canvas: (H, W) pixels; sizes: float32 (B, 2), each image's height and width on the canvas.
+        """
+        config = self.config
+        before, after = (
+            (config.rpn_pre_nms_train, config.rpn_post_nms_train)
+            if self.training
+            else (config.rpn_pre_nms_test, config.rpn_post_nms_test)
+        )
+        boxes, scores, levels = self._best_of_levels(features, outputs, canvas, before)
+        boxes = clip_boxes(boxes, sizes[:, None])
+        least = 0.0 if self.training else config.rpn_score_threshold
+        images, place = torch.where(wide_enough(boxes, config.rpn_min_side) & (scores >= least))
+        boxes, scores, levels = boxes[images, place], scores[images, place], levels[place]
+        keep = suppress(boxes, scores, levels, images, config.rpn_nms_iou)
+        keep = keep[top_per_image(images[keep], after)]
+        return Regions(boxes[keep], images[keep])
+
+    def _best_of_levels(
+        self, features: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor]], canvas: tuple[int, int], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `count` most likely anchors of each level, moved by their deltas.
+
+        Returns boxes float32 (B, P, 4), objectness float32 (B, P) in 0..1, level int64 (P,).
+        """
+        boxes, scores, levels = [], [], []
+        for index, (level, (objectness, deltas)) in enumerate(zip(self._levels(features, canvas), outputs, strict=True)):
+            cells, width, stride = level
+            top, where = objectness.detach().float().topk(min(count, objectness.shape[1]), dim=1)
+            chosen = deltas.detach().gather(1, where[..., None].expand(-1, -1, 4))
+            anchors = anchors_at(where, cells, width, stride)
+            boxes.append(decode_boxes(chosen, anchors, self.config.rpn_delta_weights, self.config.delta_clamp))
+            scores.append(top.sigmoid())
+            levels.append(torch.full((top.shape[1],), index, device=top.device))
+        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
+
+    def losses(
+        self,
+        features: Sequence[Tensor],
+        outputs: Sequence[tuple[Tensor, Tensor]],
+        canvas: tuple[int, int],
+        truth: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy and smooth L1 on sampled anchors; truth: for each image float32 (G, 4), canvas pixels."""
+        config = self.config
+        anchors = torch.cat(
+            [
+                anchors_at(torch.arange(objectness.shape[1], device=objectness.device), *level)
+                for level, (objectness, _) in zip(self._levels(features, canvas), outputs, strict=True)
+            ]
+        )
+        objectness = torch.cat([o for o, _ in outputs], dim=1).float()
+        deltas = torch.cat([d for _, d in outputs], dim=1).float()
+        logits, labels, moves, goals = [], [], [], []
+        for image, boxes in enumerate(truth):
+            matched = match(boxes, anchors, config.rpn_foreground_iou, config.rpn_background_iou, keep_best=True)
+            positive, negative = sample(matched, config.rpn_samples, config.rpn_positive_fraction)
+            drawn = torch.cat([positive, negative])
+            logits.append(objectness[image, drawn])
+            labels.append((matched[drawn] >= 0).float())
+            moves.append(deltas[image, positive])
+            goals.append(encode_boxes(boxes[matched[positive]], anchors[positive], config.rpn_delta_weights))
+        drawn_logits = torch.cat(logits)
+        box_loss = functional.smooth_l1_loss(torch.cat(moves), torch.cat(goals), beta=config.smooth_l1_beta, reduction="sum")
+        return {
+            "rpn_objectness": functional.binary_cross_entropy_with_logits(drawn_logits, torch.cat(labels)),
+            "rpn_box": box_loss / max(len(drawn_logits), 1),
+        }

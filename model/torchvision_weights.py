@@ -1,0 +1,110 @@
+"""torchvision's state dicts: their names in ours, and the conventions that go with them.
+
+Understands the ResNet-50 FPN models (Faster, Mask and Keypoint R-CNN) and the key names of torchvision's oldest files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models import get_weight
+
+from model.errors import CheckpointError
+
+_ZERO_EPS_FILES = ("258fb6c6", "bf2d0c1e", "fc266e95")
+"""SHA-256 prefixes of the COCO_V1 files (box, mask, keypoint), for which torchvision's builders set the norm's eps to 0."""
+
+_ZERO_EPS_WEIGHTS = frozenset(f"{kind}_ResNet50_FPN_Weights.COCO_V1" for kind in ("FasterRCNN", "MaskRCNN", "KeypointRCNN"))
+
+_CONVS = {"conv1": "reduce", "conv2": "spatial", "conv3": "expand"}
+_NORMS = {"bn1": "reduce", "bn2": "spatial", "bn3": "expand"}
+_BLOCK_PARTS = {"downsample.0": "shortcut.0", "downsample.1": "shortcut.1"}
+_BLOCK_PARTS |= {theirs: f"{ours}.0" for theirs, ours in _CONVS.items()}
+_BLOCK_PARTS |= {theirs: f"{ours}.1" for theirs, ours in _NORMS.items()}
+
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"backbone\.body\.conv1\.", "backbone.body.stem.0."),
+        (r"backbone\.body\.bn1\.", "backbone.body.stem.1."),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.lateral.\1."),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.output.\1."),
+        (r"rpn\.head\.conv\.(?:0\.0\.)?(?=weight|bias)", "rpn.head.conv."),
+        (r"rpn\.head\.cls_logits\.", "rpn.head.objectness."),
+        (r"rpn\.head\.bbox_pred\.", "rpn.head.deltas."),
+        (r"roi_heads\.box_head\.(fc[67])\.", r"box_head.\1."),
+        (r"roi_heads\.box_predictor\.", "box_head."),
+        (r"roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1."),
+        (r"roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
+        (r"roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
+        (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.deconv."),
+    )
+)
+_BLOCK = re.compile(r"backbone\.body\.layer(\d)\.(\d+)\.(downsample\.[01]|conv\d|bn\d)\.")
+_OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.")
+_KEYPOINT_CONV = re.compile(r"roi_heads\.keypoint_head\.(\d+)\.")  # a Sequential of convolution, ReLU, convolution, ...
+
+
+def our_name(key: str) -> str:
+    """MaskLake's name of a torchvision weight; names that are of no known part come back as they are."""
+    if match := _BLOCK.match(key):
+        stage, block, part = match.groups()
+        return f"backbone.body.stages.{int(stage) - 1}.{block}.{_BLOCK_PARTS[part]}.{key[match.end() :]}"
+    if match := _OLD_MASK_CONV.match(key):
+        return f"mask_head.convs.{int(match[1]) - 1}.{key[match.end() :]}"
+    if match := _KEYPOINT_CONV.match(key):
+        return f"keypoint_head.convs.{int(match[1]) // 2}.{key[match.end() :]}"
+    for pattern, name in _RULES:
+        if pattern.match(key):
+            return pattern.sub(name, key, count=1)
+    return key
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under MaskLake's names. Frozen norms count no batches, so torchvision's counters are left out."""
+    return {our_name(key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a `torch.save`d state dict, by name; arbitrary objects are refused, not unpickled.
+
+    Raises CheckpointError for anything else.
+    """
+    try:
+        content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{name} is neither a MaskLake checkpoint nor a state dict: {reason}") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]  # torchvision's training script saves optimiser and epoch beside the weights
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{name} is no state dict: expected tensors by name")
+    return dict(content)
+
+
+def norm_eps_of_file(data: bytes) -> float:
+    """The eps that torchvision's builder gives the frozen norms of this weights file."""
+    return 0.0 if hashlib.sha256(data).hexdigest().startswith(_ZERO_EPS_FILES) else 1e-5
+
+
+def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
+    """Download weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; with their norm's eps.
+
+    Raises CheckpointError where the name does not exist or the download fails.
+    """
+    try:
+        weights = get_weight(weight_name)
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"torchvision has no weights called {weight_name!r}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot download torchvision's weights {weight_name}: {error}") from error
+    return dict(state), 0.0 if str(weights) in _ZERO_EPS_WEIGHTS else 1e-5

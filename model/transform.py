@@ -1,0 +1,93 @@
+"""Images to canvases: resize, normalise, pad (section 3.1), on the device that runs the network.
+
+The canvas of an image follows from the image alone. Padding changes features by several percent, so a label would
+otherwise depend on which images shared its batch: only equal canvases are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A batch for the network.
+
+    pixels: (B, 3, H, W), channels last, normalised, zero outside the images. sizes: float32 (B, 2), height and width of
+    each image on its canvas. ratios: float32 (B, 2), original pixels per canvas pixel, vertical and horizontal.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    ratios: Tensor
+
+    @property
+    def size(self) -> Size:
+        """(H, W) of the canvas."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+
+def check_image(image: Tensor) -> None:
+    """Raise ConfigError unless `image` is uint8 (3, H, W) with at least one pixel."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ConfigError(
+            f"an image must be a uint8 RGB tensor (3, H, W), not {image.dtype} {tuple(image.shape)}; convert it first"
+        )
+
+
+def resized_size(size: Size, min_size: int, config: ModelConfig) -> Size:
+    """(height, width) on the canvas: the shorter side becomes `min_size` unless the longer then exceeds `max_size`."""
+    scale = min(min_size / min(size), config.max_size / max(size))
+    if scale >= 1 and not config.upscale:
+        return size
+    height, width = (max(int(side * scale), 1) for side in size)  # an image thinner than a pixel keeps one
+    return height, width
+
+
+def canvas_size(size: Size, config: ModelConfig) -> Size:
+    """(height, width) of the canvas that an image of `size` pixels has at inference."""
+    return _padded(resized_size(size, config.min_sizes[-1], config), config.canvas_divisor)
+
+
+def _padded(size: Size, divisor: int) -> Size:
+    height, width = (-(-side // divisor) * divisor for side in size)
+    return height, width
+
+
+def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, device: torch.device) -> Canvas:
+    """Put images side by side on canvases large enough for each of them.
+
+    images: uint8 (3, H, W) of any sizes; they cross to the device as bytes, in one copy.
+    """
+    originals = [(image.shape[-2], image.shape[-1]) for image in images]
+    targets = [resized_size(size, min_size, config) for size in originals]
+    height, width = _padded((max(h for h, _ in targets), max(w for _, w in targets)), config.canvas_divisor)
+    pixels = torch.zeros(len(images), 3, height, width, device=device).to(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (config.image_mean, config.image_std))
+    for place, image, (h, w) in zip(pixels, _to_device(images, device), targets, strict=True):
+        normalised = (image.float() / 255 - mean) / std
+        if (h, w) != image.shape[-2:]:
+            normalised = functional.interpolate(normalised[None], size=(h, w), mode="bilinear", align_corners=False)[0]
+        place[:, :h, :w] = normalised
+    sizes = torch.tensor(targets, dtype=torch.float32)
+    ratios = torch.tensor(originals, dtype=torch.float32) / sizes
+    return Canvas(pixels, sizes.to(device, non_blocking=True), ratios.to(device, non_blocking=True))
+
+
+def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The images on the device; where that is another one, packed into a single transfer of bytes."""
+    if device.type == "cpu":
+        return list(images)
+    packed = torch.cat([image.reshape(-1) for image in images]).pin_memory().to(device, non_blocking=True)
+    parts = torch.split(packed, [image.numel() for image in images])
+    return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
