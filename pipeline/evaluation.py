@@ -1,0 +1,246 @@
+"""How good labels are: COCO's average precision for boxes, masks and keypoints, and the foreground's mean IoU.
+
+faster-coco-eval does the matching (equal to pycocotools on every published fixture, 2 to 8 times faster); this module gives it
+each kind of result in the form that it needs, and reads precision and recall from its arrays, so that any number of detections
+an image can be asked for (pycocotools' own summary knows only 100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pycocotools.mask
+from faster_coco_eval import COCO, COCOeval_faster
+from numpy.typing import NDArray
+
+from model.config import Category
+from model.errors import ConfigError
+from pipeline.coco import CocoDataset, CocoImage, to_document, to_rle
+
+IouType = Literal["bbox", "segm", "keypoints"]
+
+KEYPOINT_MAX_DETS = (20,)
+"""COCO scores keypoints on the 20 best detections of an image."""
+
+# The standard deviation of annotators' clicks, per keypoint of COCO's person, in units of the object's scale.
+COCO_SIGMAS: tuple[float, ...] = tuple(
+    sigma
+    for sigma, count in (
+        (0.026, 1),
+        (0.025, 2),
+        (0.035, 2),
+        (0.079, 2),
+        (0.072, 2),
+        (0.062, 2),
+        (0.107, 2),
+        (0.087, 2),
+        (0.089, 2),
+    )
+    for _ in range(count)
+)
+OTHER_SIGMA = 0.05
+"""For keypoints that COCO never measured: the middle of its range."""
+
+AREAS = ("all", "small", "medium", "large")
+"""Below 32 x 32 pixels, below 96 x 96, above; keypoints have no small."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """COCO's numbers for one kind of result, in 0..1; None where the truth has nothing of the kind.
+
+    `ap`, `ap50`, `ap75` and `ap_by_area` are at the greatest of `max_dets`; `by_max_dets` gives AP, AP50 and AR for each.
+    `ar_by_area` leaves out "all", which is `ar_by_max_dets` at the greatest.
+    """
+
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_by_area: dict[str, float | None]
+    ar_by_area: dict[str, float | None]
+    by_max_dets: dict[int, dict[str, float | None]]
+    ap_by_category: dict[str, float | None]
+    ar50: float | None = None
+    ar75: float | None = None
+
+
+def coco_metrics(
+    truth: CocoDataset,
+    detections: Iterable[Mapping[str, Any]],
+    iou_types: Sequence[IouType] | None = None,
+    max_dets: Sequence[int] = (1, 10, 100),
+    sigmas: Mapping[str, Sequence[float]] | None = None,
+) -> dict[IouType, Score]:
+    """COCO's average precision and recall of `detections` against `truth`.
+
+    detections: COCO result rows: image_id, category_id, score, and bbox (x, y, width, height), segmentation (run-length
+    encoding) or keypoints (x, y, score per keypoint, flat). Rows of images that the truth does not list are refused.
+    iou_types: None scores what the truth has and the detections answer. max_dets: detections an image that count, for boxes
+    and masks. sigmas: by category name; default COCO's for its person, 0.05 otherwise.
+    Raises ConfigError when a kind is asked for that the truth or the detections do not have.
+    """
+    rows = list(detections)
+    known = {image.id for image in truth.images}
+    if strays := {row["image_id"] for row in rows} - known:
+        raise ConfigError(f"{len(strays)} images of the detections are not in {truth.source}, such as {min(strays)}.")
+    kinds = answerable(truth, rows) if iou_types is None else tuple(iou_types)
+    for kind in kinds:
+        if kind not in answerable(truth, rows):
+            raise ConfigError(f"{kind} cannot be scored: {truth.source} or the detections have none.")
+    return {kind: _score(truth, rows, kind, sorted(set(max_dets)), sigmas or {}) for kind in kinds}
+
+
+def answerable(truth: CocoDataset, detections: Sequence[Mapping[str, Any]]) -> tuple[IouType, ...]:
+    """The kinds that both sides have; without any detection, all that the truth has (they score 0)."""
+    kinds: list[IouType] = ["bbox"]
+    if truth.has_masks and (not detections or any("segmentation" in row for row in detections)):
+        kinds.append("segm")
+    if truth.has_keypoints and (not detections or any("keypoints" in row for row in detections)):
+        kinds.append("keypoints")
+    return tuple(kinds)
+
+
+def _score(
+    truth: CocoDataset,
+    detections: Sequence[Mapping[str, Any]],
+    kind: IouType,
+    max_dets: Sequence[int],
+    sigmas: Mapping[str, Sequence[float]],
+) -> Score:
+    document, rows = to_document(truth), [row for row in map(_result_row(kind), detections) if row is not None]
+    if kind != "keypoints":
+        arrays = [_evaluate(document, rows, kind, max_dets, [c.id for c in truth.categories], None)]
+        return _summarise(arrays, list(truth.categories), max_dets, AREAS)
+    # One pass a category: each has its own number of keypoints, and so its own sigmas.
+    categories = [category for category in truth.categories if category.keypoints]
+    arrays = [_evaluate(document, rows, kind, KEYPOINT_MAX_DETS, [c.id], keypoint_sigmas(c, sigmas)) for c in categories]
+    return _summarise(arrays, categories, KEYPOINT_MAX_DETS, ("all", "medium", "large"))
+
+
+def keypoint_sigmas(category: Category, sigmas: Mapping[str, Sequence[float]]) -> list[float]:
+    """One sigma per keypoint. Raises ConfigError when the number given is another."""
+    count = len(category.keypoints)
+    chosen = list(sigmas.get(category.name, COCO_SIGMAS if count == len(COCO_SIGMAS) else [OTHER_SIGMA] * count))
+    if len(chosen) != count:
+        raise ConfigError(f"'{category.name}' has {count} keypoints; {len(chosen)} sigmas were given.")
+    return chosen
+
+
+def _result_row(kind: IouType) -> Any:
+    """A function that keeps only what `kind` needs: the evaluator takes an object's area from the first field it knows."""
+    field = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
+
+    def keep(row: Mapping[str, Any]) -> dict[str, Any] | None:
+        if row.get(field) is None:
+            return None
+        return {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], field: row[field]}
+
+    return keep
+
+
+def _evaluate(
+    document: dict[str, Any],
+    rows: list[dict[str, Any]],
+    kind: IouType,
+    max_dets: Sequence[int],
+    category_ids: Sequence[int],
+    sigmas: list[float] | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """precision (IoU thresholds, recall points, categories, areas, max_dets) and recall, the same without recall points."""
+    chosen = set(category_ids)
+    truth = COCO({**document, "annotations": [dict(a) for a in document["annotations"] if a["category_id"] in chosen]})
+    found = truth.loadRes([dict(row) for row in rows if row["category_id"] in chosen])
+    arguments = {} if sigmas is None else {"kpt_oks_sigmas": sigmas}
+    evaluation = COCOeval_faster(truth, found, kind, **arguments)
+    evaluation.params.catIds = list(category_ids)
+    evaluation.params.maxDets = list(max_dets)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    shape = evaluation.eval["counts"]
+    precision = np.asarray(evaluation.eval["precision"]).reshape(shape)
+    return precision, np.asarray(evaluation.eval["recall"]).reshape([shape[0], *shape[2:]])
+
+
+def _summarise(
+    arrays: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    categories: Sequence[Category],
+    max_dets: Sequence[int],
+    areas: Sequence[str],
+) -> Score:
+    precision = np.concatenate([p for p, _ in arrays], axis=2)
+    recall = np.concatenate([r for _, r in arrays], axis=1)
+    # IoU thresholds are 0.50, 0.55, ... 0.95: 0 is AP50, 5 is AP75. Areas: 0 is "all". The last of max_dets is the greatest.
+    by_max_dets = {
+        count: {
+            "ap": _mean(precision[:, :, :, 0, m]),
+            "ap50": _mean(precision[0, :, :, 0, m]),
+            "ar": _mean(recall[:, :, 0, m]),
+        }
+        for m, count in enumerate(max_dets)
+    }
+    return Score(
+        ap=_mean(precision[:, :, :, 0, -1]),
+        ap50=_mean(precision[0, :, :, 0, -1]),
+        ap75=_mean(precision[5, :, :, 0, -1]),
+        ap_by_area={area: _mean(precision[:, :, :, a, -1]) for a, area in enumerate(areas) if a},
+        ar_by_area={area: _mean(recall[:, :, a, -1]) for a, area in enumerate(areas) if a},
+        by_max_dets=by_max_dets,
+        ap_by_category={c.name: _mean(precision[:, :, k, 0, -1]) for k, c in enumerate(categories)},
+        ar50=_mean(recall[0, :, 0, -1]),
+        ar75=_mean(recall[5, :, 0, -1]),
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    """Mean of what is defined; the evaluator writes -1 where the truth has nothing."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_threshold: float = 0.5) -> float | None:
+    """Foreground IoU: per class the mean over images of |truth and found| / |truth or found| (pixels), then over classes.
+
+    The masks of a class are united first, so it says how well pixels are found, not how well instances are told apart. An image
+    counts for a class when it holds any of it on either side. Detections below `score_threshold` do not count, nor do pixels of
+    crowd regions that the truth gives to no instance. None when no image counts.
+    """
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in detections:
+        if row["score"] >= score_threshold and row.get("segmentation") is not None:
+            found.setdefault((row["category_id"], row["image_id"]), []).append(dict(row["segmentation"]))
+    means = []
+    for category in truth.categories:
+        shares = [_image_iou(truth, image, category.id, found.get((category.id, image.id), [])) for image in truth.images]
+        counted = [share for share in shares if share is not None]
+        if counted:
+            means.append(float(np.mean(counted)))
+    return float(np.mean(means)) if means else None
+
+
+def _image_iou(truth: CocoDataset, image: CocoImage, category_id: int, found: list[dict[str, Any]]) -> float | None:
+    rows = [a for a in truth.annotations.get(image.id, ()) if a.category_id == category_id and a.segmentation is not None]
+    if not found and all(a.crowd for a in rows):
+        return None
+    nothing: dict[str, Any] = to_rle({"size": [image.height, image.width], "counts": [image.height * image.width]}, 0, 0)
+    real = _united([nothing, *(to_rle(a.segmentation, image.height, image.width) for a in rows if not a.crowd)])
+    crowd = _united([nothing, *(to_rle(a.segmentation, image.height, image.width) for a in rows if a.crowd)])
+    guess = _united([nothing, *found])
+    either = _united([real, guess])
+    ignored = _area(_common(either, crowd)) - _area(_common(real, crowd))
+    counted = _area(either) - ignored
+    return _area(_common(real, guess)) / counted if counted else None
+
+
+def _united(rles: list[dict[str, Any]]) -> dict[str, Any]:
+    return dict(pycocotools.mask.merge(rles))
+
+
+def _common(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    return dict(pycocotools.mask.merge([left, right], intersect=True))
+
+
+def _area(rle: dict[str, Any]) -> int:
+    return int(pycocotools.mask.area(rle))

@@ -1,0 +1,178 @@
+"""COCO files as people have them: what is left out is counted, what cannot be used is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.coco import MISSING_FILE, REPEATED_IMAGE, ZERO_AREA, flip_pairs, parse_coco, read_coco, to_mask, with_files
+from pipeline.errors import AnnotationError, InputNotFoundError
+from pipeline.storage import Storage
+
+SQUARE = [2.0, 1.0, 8.0, 1.0, 8.0, 5.0, 2.0, 5.0]
+DOCUMENT: dict[str, Any] = {
+    "images": [
+        {"id": 1, "file_name": "a.png", "width": 12, "height": 8},
+        {"id": 2, "file_name": "b.png", "width": 4, "height": 4},
+    ],
+    "annotations": [
+        {"id": 0, "image_id": 1, "category_id": 5, "bbox": [2, 1, 6, 4], "area": 24, "iscrowd": 0, "segmentation": [SQUARE]}
+    ],
+    "categories": [
+        {"id": 5, "name": "bird", "keypoints": ["beak", "left_wing", "right_wing"], "skeleton": [[1, 2], [1, 3]]},
+        {"id": 2, "name": "cat"},
+    ],
+}
+
+
+def changed(part: str, number: int, **values: Any) -> dict[str, Any]:
+    """The document with fields of one row replaced; None removes a field."""
+    document = copy.deepcopy(DOCUMENT)
+    row = document[part][number]
+    row.update(values)
+    document[part][number] = {key: value for key, value in row.items() if value is not None}
+    return document
+
+
+def added(part: str, row: dict[str, Any]) -> dict[str, Any]:
+    document = copy.deepcopy(DOCUMENT)
+    document[part].append(row)
+    return document
+
+
+def test_a_file_without_info_or_licences_reads() -> None:
+    dataset = parse_coco(DOCUMENT, "x.json")
+    assert [image.file_name for image in dataset.images] == ["a.png", "b.png"]
+    bird, cat = dataset.categories
+    assert (bird.id, bird.flip_pairs, bird.skeleton) == (5, ((1, 2),), ((0, 1), (0, 2)))
+    assert cat.keypoints == ()
+    assert dataset.has_masks
+    assert dataset.has_keypoints
+    assert dataset.dropped == {}
+
+
+def test_crowds_in_both_run_length_forms_are_the_same_region() -> None:
+    region = np.zeros((8, 12), np.uint8, order="F")
+    region[2:6, 3:9] = 1
+    compressed = pycocotools.mask.encode(region)
+    runs = [3 * 8 + 2] + [4, 4] * 5 + [4, 8 * 3 + 2]
+    forms = [{"size": [8, 12], "counts": compressed["counts"].decode()}, {"size": [8, 12], "counts": runs}]
+    for form in forms:
+        row = {"image_id": 1, "category_id": 2, "bbox": [3, 2, 6, 4], "iscrowd": 1, "segmentation": form}
+        crowd = parse_coco(added("annotations", row), "x.json").annotations[1][1]
+        assert crowd.crowd
+        assert crowd.area == 24  # of the box: the row has none of its own
+        np.testing.assert_array_equal(to_mask(crowd.segmentation, 8, 12), region)
+
+
+def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
+    rles = pycocotools.mask.frPyObjects([SQUARE, [9, 5, 12, 5, 12, 8]], 8, 12)
+    expected = pycocotools.mask.decode(pycocotools.mask.merge(rles))
+    np.testing.assert_array_equal(to_mask([SQUARE, [9, 5, 12, 5, 12, 8]], 8, 12), expected)
+
+
+def test_a_repeated_image_row_is_dropped_and_a_contradictory_one_refused() -> None:
+    dataset = parse_coco(added("images", {**DOCUMENT["images"][0], "license": 3}), "x.json")
+    assert len(dataset.images) == 2
+    assert dataset.dropped == {REPEATED_IMAGE: 1}
+    with pytest.raises(AnnotationError, match=r"x\.json: images\[2\]: the id 1 is given to .*a\.png.* and to .*c\.png"):
+        parse_coco(added("images", {"id": 1, "file_name": "c.png", "width": 12, "height": 8}), "x.json")
+
+
+@pytest.mark.parametrize("bbox", [[3, 3, 0, 2], [3, 3, 2, 0], [3, 3, -2, 2]])
+def test_boxes_without_an_area_are_dropped_and_counted(bbox: list[float]) -> None:
+    dataset = parse_coco(added("annotations", {"image_id": 2, "category_id": 2, "bbox": bbox}), "x.json")
+    assert dataset.dropped == {ZERO_AREA: 1}
+    assert dataset.instance_count() == 1
+
+
+def test_an_outline_of_two_points_is_none() -> None:
+    dataset = parse_coco(changed("annotations", 0, segmentation=[[1, 1, 2, 2]]), "x.json")
+    assert dataset.annotations[1][0].segmentation is None
+    assert not dataset.has_masks
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "holds a list"),
+        ({"images": [], "annotations": []}, "no list 'categories'"),
+        ({**DOCUMENT, "categories": []}, "has no categories"),
+        (added("categories", {"id": 5, "name": "dog"}), r"categories\[2\] repeats the id 5 of 'bird'"),
+        (changed("categories", 0, skeleton=[[0, 1]]), r"skeleton edge \[0, 1\]"),
+        (changed("images", 0, file_name=None), r"images\[0\] has no file_name"),
+        (changed("images", 0, width=None), r"images\[0\] needs a whole number 'width', not None"),
+        (changed("images", 0, height=0), r"size 12 x 0"),
+        (changed("annotations", 0, image_id=9), r"annotations\[0\] belongs to the image 9"),
+        (changed("annotations", 0, category_id=9), r"annotations\[0\] has the category 9"),
+        (changed("annotations", 0, bbox=[1, 2, 3]), r"needs a bbox"),
+        (changed("annotations", 0, bbox=[1, 2, float("nan"), 3]), r"finite numbers"),
+        (changed("annotations", 0, keypoints=[1, 2, 2]), r"'bird' with 3 keypoints needs 9"),
+        (changed("annotations", 0, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), r"a polygon of 7 numbers"),
+        (changed("annotations", 0, segmentation="mask.png"), "neither polygons nor"),
+        (changed("annotations", 0, segmentation={"size": [12, 8], "counts": [96]}), r"size \[12, 8\] is not its image's"),
+        (changed("annotations", 0, segmentation={"size": [8, 12], "counts": [95]}), "do not add up"),
+    ],
+)
+def test_what_cannot_be_used_is_named(document: Any, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        parse_coco(document, "x.json")
+
+
+@given(st.text(alphabet="0123456789LMNOPQRSTabcdefghijkl~", max_size=12))
+def test_hostile_compressed_counts_never_escape_the_image(counts: str) -> None:
+    try:
+        dataset = parse_coco(changed("annotations", 0, segmentation={"size": [8, 12], "counts": counts}), "x.json")
+    except AnnotationError:
+        return
+    mask = to_mask(dataset.annotations[1][0].segmentation, 8, 12)
+    assert mask.shape == (8, 12)
+    assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_flip_pairs_follow_the_names() -> None:
+    assert flip_pairs(["left_eye", "nose", "right_eye", "left_fin"]) == ((0, 2),)
+
+
+def test_missing_files_are_an_error_or_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    dataset = parse_coco(DOCUMENT, "x.json")
+    with pytest.raises(AnnotationError, match=r"1 of the 2 images of x\.json are not in .*: b\.png\. .*--allow-missing"):
+        with_files(Storage(), dataset, str(tmp_path))
+    kept = with_files(Storage(), dataset, str(tmp_path), allow_missing=True)
+    assert [image.file_name for image in kept.images] == ["a.png"]
+    assert kept.dropped == {MISSING_FILE: 1}
+    with pytest.raises(AnnotationError, match="2 of the 2 images"):
+        with_files(Storage(), dataset, str(tmp_path / "elsewhere"), allow_missing=True)
+
+
+def test_bad_files_are_said_to_be_bad(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError):
+        read_coco(Storage(), str(tmp_path / "none.json"))
+    for name, data in {"half.json": json.dumps(DOCUMENT)[:-9].encode(), "image.json": b"\xff\xd8\xff\xe0"}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(AnnotationError, match="is not JSON"):
+            read_coco(Storage(), str(tmp_path / name))
+
+
+def test_real_files_read(shared_data: Path) -> None:
+    folder = shared_data / "coco_mini"
+    dataset = read_coco(Storage(), str(folder / "annotations" / "instances_val2017.json"))
+    assert len(with_files(Storage(), dataset, str(folder / "val2017")).images) == 79
+    assert sum(a.crowd for rows in dataset.annotations.values() for a in rows) == 5
+    assert dataset.instance_count() == 619
+
+
+def test_a_manifest_that_names_absent_images_is_caught(shared_data: Path) -> None:
+    folder = shared_data / "brain_tumor_mri"
+    dataset = read_coco(Storage(), str(folder / "derived" / "validation_coco.json"))
+    with pytest.raises(AnnotationError, match="8 of the 8 images"):
+        with_files(Storage(), dataset, str(folder / "test"), allow_missing=True)
