@@ -68,6 +68,13 @@ def test_every_error_has_its_own_exit_code() -> None:
     assert issubclass(pipeline.errors.TableError, MaskLakeError)
 
 
+def test_the_documented_exit_codes_are_the_real_ones() -> None:
+    table = (ROOT / "docs/exit-codes.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")]
+    documented = {row[1]: int(row[0]) for row in rows[1:] if row[1]}
+    assert documented == {cls.__name__: cls.exit_code for cls in all_subclasses(MaskLakeError)}
+
+
 def all_subclasses(cls: type[MaskLakeError]) -> list[type[MaskLakeError]]:
     return [sub for child in cls.__subclasses__() for sub in (child, *all_subclasses(child))]
 
