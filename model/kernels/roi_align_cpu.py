@@ -148,6 +148,8 @@ def _groups(
     finite = torch.isfinite(rois).all(1)
     for level, (scale, shape) in enumerate(zip(scales, shapes, strict=True)):
         of_level = torch.nonzero((levels == level) & finite).flatten()
+        if not len(of_level):
+            continue
         starts, bin_sizes = _geometry(rois[of_level, 1:], scale, sampling)
         for grid, chosen in _same_grid(bin_sizes, sampling):
             step = max(1, ROWS_PER_CHUNK // (4 * grid[0] * grid[1] * sampling.output_size**2))
