@@ -10,12 +10,13 @@ except `Storage.delta_options`, whose result goes to `deltalake` and nowhere els
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -369,6 +370,16 @@ class Storage:
             store, key = self.object_store(uri)
             obstore.put(store, key, data)
 
+    def upload(self, path: Path, uri: str) -> None:
+        """Copy a local file to `uri`, in parts where it is large; a reader sees all of it or nothing."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                _copy_local(path, Path(at.key))
+                return
+            store, key = self.object_store(uri)
+            obstore.put(store, key, path)
+
     def delete(self, uri: str) -> None:
         """Remove one object; an absent one is no error."""
         at = parse(uri)
@@ -398,27 +409,18 @@ class Storage:
 
         An object that is missing or forbidden is no error here: whoever fetches it gives it its status and reason.
         """
-        stats = asyncio.run(self._stat_all(uris))
+        with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
+            stats = list(pool.map(self._stat_or_none, uris))
         return pa.record_batch(
-            [list(uris), [s and s.etag for s in stats], [s and s.bytes for s in stats]],
+            [list(uris), [found and found.etag for found in stats], [found and found.bytes for found in stats]],
             schema=OBJECT_SCHEMA,
         )
 
-    async def _stat_all(self, uris: Sequence[str]) -> list[ObjectStat | None]:
-        gate = asyncio.Semaphore(CONCURRENT_HEADS)
-
-        async def stat_one(uri: str) -> ObjectStat | None:
-            try:
-                if parse(uri).is_local:
-                    return self.stat(uri)
-                store, key = self.object_store(uri)
-                async with gate:
-                    meta = await obstore.head_async(store, key)
-            except (MaskLakeError, *_FOREIGN):
-                return None
-            return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
-
-        return await asyncio.gather(*(stat_one(uri) for uri in uris))
+    def _stat_or_none(self, uri: str) -> ObjectStat | None:
+        try:
+            return self.stat(uri)
+        except MaskLakeError:
+            return None
 
     def exists(self, uri: str) -> bool:
         """Whether `uri` is an object, a folder, or a prefix of at least one object."""
@@ -528,6 +530,16 @@ def _write_local(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _copy_local(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".masklake-{os.getpid()}-{path.name}")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _list_local(folder: str) -> Iterator[pa.RecordBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ S3_ENVIRONMENT = {
 def _s3_server() -> Iterator[str]:
     """One moto server for the session, on a free port of this machine only; its endpoint."""
     moto_server = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request buries a failed test's own output
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

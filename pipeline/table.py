@@ -1,0 +1,360 @@
+"""The table: a Delta Lake of Parquet files with one row an image, committed one run at a time (design, section 3.2).
+
+    <table>/_delta_log/                   one transaction a run, then one for its compaction
+    <table>/run=<run_id>/*.parquet        data
+    <table>/_masklake/table.json          schema version
+    <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
+    <table>/_masklake/<run_id>/           manifest, checkpoint, lease, run record
+
+Readers see a run entirely or not at all: they follow the log, and the log gains a run's files in one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import deltalake
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.errors import ConfigError
+from pipeline.errors import InputNotFoundError, TableError
+from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
+from pipeline.storage import Storage, canonical, describe, parse, translate, translated
+
+logger = logging.getLogger(__name__)
+
+TARGET_FILE_BYTES = 256 * 2**20
+"""Compacted files' size: large enough that a query opens few, small enough that workers share a table."""
+
+ROW_GROUP_ROWS = 10_000  # about 100 MB at 100 instances an image
+COMMIT_ATTEMPTS = 20
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+class RunRecord(BaseModel):
+    """What a run set out to do: `_masklake/<run_id>/run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    run_id: str
+    label_id: str
+    input: dict[str, Any] = Field(description="The input's specification: what a restart must equal to continue this run.")
+    images: int = Field(description="Rows of the frozen manifest.")
+    status: Literal["planned", "committed"] = "planned"
+    planned_at: datetime
+    committed_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file in a run's folder. path: relative to the table."""
+
+    path: str
+    bytes: int
+    rows: int
+
+
+def valid_run_id(run_id: str) -> str:
+    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"run id {run_id!r}: use 1 to 100 letters, digits, '-' and '_' (it names a folder and a partition)")
+    return run_id
+
+
+def input_key(label_id: str, spec: dict[str, Any]) -> str:
+    """Which runs continue each other: 16 hex digits over the label_id and the input's specification."""
+    return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_table(storage: Storage, uri: str) -> Table:
+    """The table at `uri`, which need not exist yet; TableError when something else is there, or a newer version's table."""
+    table = Table(storage, canonical(uri))
+    if storage.is_file(table.uri):
+        raise TableError(f"{table.uri}: is a file; a table is a folder, give another path")
+    version = table.schema_version()
+    if version is None and storage.exists(storage.join(table.uri, "_delta_log")):
+        raise TableError(f"{table.uri}: is a Delta table that MaskLake did not write; give another path")
+    if version is not None and version > SCHEMA_VERSION:
+        raise TableError(
+            f"{table.uri}: has schema version {version}, this MaskLake reads up to {SCHEMA_VERSION}; install a newer MaskLake"
+        )
+    return table
+
+
+class Table:
+    """One table; make it with `open_table`, which checks what is there. Holds no connection and no snapshot."""
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        self.storage = storage
+        self.uri = uri
+
+    def __repr__(self) -> str:
+        return f"Table({self.uri!r})"
+
+    # -- places --------------------------------------------------------------------------------------------------------
+
+    def run_folder(self, run_id: str) -> str:
+        """Where a run's data files are written."""
+        return self.storage.join(self.uri, f"{RUN_COLUMN}={valid_run_id(run_id)}")
+
+    def private(self, run_id: str, *names: str) -> str:
+        """A place in `_masklake/<run_id>/`: what a run needs to resume, no part of the table."""
+        return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
+
+    def manifest_uri(self, run_id: str) -> str:
+        """The run's frozen manifest."""
+        return self.private(run_id, "manifest.parquet")
+
+    def _schema_uri(self) -> str:
+        return self.storage.join(self.uri, "_masklake", "table.json")
+
+    def _open_run_uri(self, key: str) -> str:
+        return self.storage.join(self.uri, "_masklake", f"open-{key}.json")
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def schema_version(self) -> int | None:
+        """The version in `_masklake/table.json`; None where there is no table yet."""
+        try:
+            content = self.storage.read_bytes(self._schema_uri())
+        except InputNotFoundError:
+            return None
+        try:
+            return int(json.loads(content)["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TableError(
+                f"{self._schema_uri()}: is not a table's description ({error}); restore it or remove the table"
+            ) from error
+
+    def initialise(self) -> None:
+        """Write the table's description where there is none; the Delta log begins with the first commit."""
+        if self.schema_version() is None:
+            description = {"schema_version": SCHEMA_VERSION, "created_at": datetime.now(UTC).isoformat()}
+            self.storage.write_bytes(self._schema_uri(), json.dumps(description, indent=1).encode())
+
+    def delta(self) -> DeltaTable | None:
+        """The newest snapshot, or None before the first commit."""
+        try:
+            with self._translated():
+                return DeltaTable(self.uri, storage_options=self.storage.delta_options(self.uri))
+        except _NoLogYetError:
+            return None
+
+    def version(self) -> int:
+        """The newest snapshot's version; -1 before the first commit."""
+        delta = self.delta()
+        return delta.version() if delta else -1
+
+    def is_committed(self, run_id: str) -> bool:
+        """Whether the log holds this run."""
+        delta = self.delta()
+        return delta is not None and delta.transaction_version(run_id) is not None
+
+    def files(self) -> list[tuple[str, str]]:
+        """(path relative to the table, run_id) of every file of the newest snapshot; empty before the first commit."""
+        delta = self.delta()
+        if delta is None:
+            return []
+        actions = pa.table(delta.get_add_actions(flatten=True))
+        return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
+
+    def dataset(self) -> pyarrow.dataset.Dataset:
+        """The newest snapshot as a pyarrow dataset of TABLE_SCHEMA; TableError before the first commit.
+
+        Built from the log's own file list, never from a listing of folders: those also hold what is being written and what
+        a compaction replaced.
+        """
+        files = self.files()
+        if not files:
+            raise TableError(f"{self.uri}: holds no committed run yet; label images into it first (masklake label)")
+        filesystem, root = self.storage.arrow(self.uri)
+        parquet = pyarrow.dataset.ParquetFileFormat()
+        run = pyarrow.dataset.field(RUN_COLUMN)
+        fragments = [
+            parquet.make_fragment(f"{root}/{path}", filesystem=filesystem, partition_expression=run == run_id)
+            for path, run_id in files
+        ]
+        return pyarrow.dataset.FileSystemDataset(fragments, TABLE_SCHEMA, parquet, filesystem)
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def run_record(self, run_id: str) -> RunRecord | None:
+        """The run's record, or None where no such run was planned."""
+        uri = self.private(run_id, "run.json")
+        try:
+            return RunRecord.model_validate_json(self.storage.read_bytes(uri))
+        except InputNotFoundError:
+            return None
+        except ValidationError as error:
+            raise TableError(f"{uri}: is not a run's record ({error.error_count()} errors); restore or remove it") from error
+
+    def begin_run(self, record: RunRecord) -> None:
+        """Remember a planned run, so that a restart with the same input and label_id continues it."""
+        self._write_record(record)
+        pointer = json.dumps({"run_id": record.run_id}).encode()
+        self.storage.write_bytes(self._open_run_uri(input_key(record.label_id, record.input)), pointer)
+
+    def find_open_run(self, label_id: str, spec: dict[str, Any]) -> RunRecord | None:
+        """The planned, uncommitted run of this label_id and input; closes one whose driver died right after its commit."""
+        try:
+            pointer = self.storage.read_bytes(self._open_run_uri(input_key(label_id, spec)))
+        except InputNotFoundError:
+            return None
+        record = self.run_record(json.loads(pointer)["run_id"])
+        if record is not None and self.is_committed(record.run_id):
+            self._close_run(record)
+            return None
+        return record
+
+    def _write_record(self, record: RunRecord) -> None:
+        self.storage.write_bytes(self.private(record.run_id, "run.json"), record.model_dump_json(indent=1).encode())
+
+    def _close_run(self, record: RunRecord) -> None:
+        self._write_record(record.model_copy(update={"status": "committed", "committed_at": datetime.now(UTC)}))
+        self.storage.delete(self._open_run_uri(input_key(record.label_id, record.input)))
+
+    def run_files(self, run_id: str) -> list[DataFile]:
+        """The Parquet files in a run's folder with their row counts, read from their footers in parallel."""
+        folder = self.run_folder(run_id)
+        try:
+            listed = [row for batch in self.storage.list_objects(folder) for row in batch.to_pylist()]
+        except InputNotFoundError:
+            return []  # a run that wrote nothing has no folder
+        data = sorted((row for row in listed if row["uri"].endswith(".parquet")), key=lambda row: row["uri"])
+        with ThreadPoolExecutor(16) as pool:
+            counts = pool.map(lambda row: self._count_rows(row["uri"]), data)
+            return [
+                DataFile(row["uri"][len(self.uri) + 1 :], row["bytes"], count) for row, count in zip(data, counts, strict=True)
+            ]
+
+    def _count_rows(self, uri: str) -> int:
+        filesystem, path = self.storage.arrow(uri)
+        with translated(uri):
+            return int(pq.read_metadata(path, filesystem=filesystem).num_rows)
+
+    def commit_run(self, run_id: str, files: Sequence[DataFile] | None = None) -> bool:
+        """Add a run's files to the table in one transaction; False where the log already holds the run.
+
+        files: default, every Parquet file in the run's folder. Files without rows are left out. Each attempt commits to the
+        version it has read and no other, so the check for the run's presence holds at the moment of the commit.
+        """
+        chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
+        self.initialise()
+        actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
+        for attempt in range(COMMIT_ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+            delta = self._delta_or_created()
+            if delta.transaction_version(run_id) is not None:
+                self._finish(run_id)
+                return False
+            if self._try_commit(delta, run_id, actions):
+                self._finish(run_id)
+                return True
+        raise TableError(f"{self.uri}: other writers won {COMMIT_ATTEMPTS} commits in a row; run the command again")
+
+    def _finish(self, run_id: str) -> None:
+        record = self.run_record(run_id)
+        if record is not None:
+            self._close_run(record)
+
+    def _try_commit(self, delta: DeltaTable, run_id: str, actions: list[AddAction | RemoveAction]) -> bool:
+        """Whether the transaction became the version after `delta`'s; False when another writer's did."""
+        try:
+            with self._translated():
+                delta.create_write_transaction(
+                    actions,
+                    "append",
+                    _delta_schema(),
+                    partition_by=[RUN_COLUMN],
+                    commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(run_id, 1)]),
+                )
+        except _CommitConflictError:
+            return False
+        return True
+
+    def _delta_or_created(self) -> DeltaTable:
+        delta = self.delta()
+        if delta is not None:
+            return delta
+        with self._translated():
+            return DeltaTable.create(
+                self.uri,
+                _delta_schema(),
+                mode="ignore",  # another writer may have created it since
+                partition_by=[RUN_COLUMN],
+                name="masklake",
+                storage_options=self.storage.delta_options(self.uri),
+            )
+
+    def compact(self, run_id: str, target_bytes: int = TARGET_FILE_BYTES) -> int:
+        """Merge a committed run's small files into files of about `target_bytes`; how many files the run has then.
+
+        A second transaction: a crash before it leaves a correct table of smaller files. The replaced files stay until a
+        vacuum, for readers that opened the earlier snapshot.
+        """
+        before = [run for _, run in self.files() if run == run_id]
+        delta = self.delta()
+        if delta is None or len(before) <= 1:
+            return len(before)
+        with self._translated():
+            delta.optimize.compact(
+                partition_filters=[(RUN_COLUMN, "=", run_id)],
+                target_size=target_bytes,
+                max_concurrent_tasks=2,  # each holds a file of target size in memory
+                writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
+            )
+        return sum(run == run_id for _, run in self.files())
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except TableNotFoundError as error:
+            raise _NoLogYetError from error
+        except CommitFailedError as error:
+            raise _CommitConflictError from error
+        except DeltaError as error:
+            raise TableError(f"{self.uri}: the Delta log cannot be used ({describe(error)})") from error
+        except OSError as error:
+            raise translate(error, self.uri) from error
+
+
+class _NoLogYetError(Exception):
+    """There is no Delta log at the table's path."""
+
+
+class _CommitConflictError(Exception):
+    """Another writer's transaction took the version."""
+
+
+def _delta_schema() -> deltalake.Schema:
+    return deltalake.Schema.from_arrow(TABLE_SCHEMA)
+
+
+def _add_action(run_id: str, file: DataFile) -> AddAction:
+    # Only the row count: partial min/max statistics make filters through pyarrow and DuckDB return nothing (measured).
+    now_ms = int(time.time() * 1000)
+    return AddAction(file.path, file.bytes, {RUN_COLUMN: run_id}, now_ms, True, json.dumps({"numRecords": file.rows}))
+
+
+def is_table(storage: Storage, uri: str) -> bool:
+    """Whether `uri` holds a MaskLake table (of any version)."""
+    return not parse(uri).key.endswith(".parquet") and Table(storage, canonical(uri)).schema_version() is not None

@@ -1,0 +1,215 @@
+"""A run enters the table in one transaction, once; nothing else does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from model.errors import ConfigError
+from pipeline.errors import TableError
+from pipeline.schema import SCHEMA_VERSION, TABLE_SCHEMA
+from pipeline.storage import Storage
+from pipeline.table import RunRecord, Table, input_key, open_table
+
+SPEC = {"uri": "/data", "column": None}
+
+
+def record(run_id: str, label_id: str = "label-a") -> RunRecord:
+    return RunRecord(run_id=run_id, label_id=label_id, input=SPEC, images=3, planned_at=datetime.now(UTC))
+
+
+def test_a_committed_run_reads_back_with_every_type(place: str, write_run: Any, make_row: Any) -> None:
+    rows = [make_row(index, f"{index}.jpg") for index in range(7)] + [make_row(7, "bad.jpg", status="decode_error")]
+    table = write_run(place, "night-1", rows, rows_per_file=3)
+    read = table.dataset().to_table().sort_by("image_id")
+    assert read.schema.equals(TABLE_SCHEMA)
+    assert read.to_pylist() == [row | {"run": "night-1"} for row in rows]
+
+
+def test_the_log_is_plain_delta(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    """Any Delta reader sees the same rows."""
+    uri = str(tmp_path / "table")
+    write_run(uri, "night-1", [make_row(index, f"{index}.jpg") for index in range(5)], rows_per_file=2)
+    other = pa.table(DeltaTable(uri).to_pyarrow_table())
+    assert other.num_rows == 5
+    assert set(other["run"].to_pylist()) == {"night-1"}
+
+
+def test_an_uncommitted_run_is_invisible(place: str, write_run: Any, make_row: Any) -> None:
+    table = write_run(place, "night-1", [make_row(0, "a.jpg")])
+    write_run(place, "night-2", [make_row(0, "b.jpg")], commit=False)
+    assert table.dataset().to_table()["uri"].to_pylist() == ["a.jpg"]
+    assert not table.is_committed("night-2")
+    assert table.commit_run("night-2")
+    assert sorted(table.dataset().to_table()["uri"].to_pylist()) == ["a.jpg", "b.jpg"]
+
+
+def test_a_run_is_committed_once(place: str, write_run: Any, make_row: Any) -> None:
+    table = write_run(place, "night-1", [make_row(0, "a.jpg")])
+    version = table.version()
+    assert not table.commit_run("night-1")
+    assert table.version() == version
+    assert table.dataset().count_rows() == 1
+
+
+@pytest.mark.slow
+def test_two_drivers_that_commit_one_run_at_once_add_it_once(place: str, write_run: Any, make_row: Any) -> None:
+    """The log's version decides, whatever became of the lease."""
+    write_run(place, "night-0", [make_row(0, "z.jpg")])
+    table = write_run(place, "night-1", [make_row(index, f"{index}.jpg") for index in range(4)], commit=False)
+    results: list[bool] = []
+    start = threading.Barrier(6)
+
+    def commit() -> None:
+        start.wait()
+        results.append(open_table(Storage(), place).commit_run("night-1"))
+
+    threads = [threading.Thread(target=commit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False] * 5 + [True]
+    assert table.dataset().count_rows() == 5
+
+
+@pytest.mark.slow
+def test_runs_that_commit_at_once_all_enter(place: str, write_run: Any, make_row: Any) -> None:
+    names = [f"night-{index}" for index in range(5)]
+    for name in names:
+        table = write_run(place, name, [make_row(0, f"{name}.jpg")], commit=False)
+    threads = [threading.Thread(target=Table(Storage(), table.uri).commit_run, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(table.dataset().to_table()["run"].to_pylist()) == names
+
+
+def test_compaction_keeps_every_row_and_value(place: str, write_run: Any, make_row: Any) -> None:
+    rows = [make_row(index, f"{index}.jpg") for index in range(20)]
+    table = write_run(place, "night-1", rows, rows_per_file=2)
+    write_run(place, "night-2", [make_row(0, "other.jpg")])
+    assert len(table.files()) == 11
+    assert table.compact("night-1") == 1
+    assert len(table.files()) == 2
+    read = table.dataset().to_table(filter=pc.field("run") == "night-1").sort_by("image_id")
+    assert read.to_pylist() == [row | {"run": "night-1"} for row in rows]
+    version = table.version()
+    assert table.compact("night-1") == 1
+    assert table.version() == version, "one file needs no compaction"
+
+
+def test_filters_hold_before_and_after_compaction(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    """Partial statistics once made filters return nothing; the log carries row counts only, then full ones."""
+    rows = [make_row(index, f"{index}.jpg", status="ok" if index % 2 else "missing") for index in range(10)]
+    table = write_run(str(tmp_path / "table"), "night-1", rows, rows_per_file=2)
+    for _ in range(2):
+        delta = DeltaTable(table.uri)
+        for dataset in (table.dataset(), delta.to_pyarrow_dataset()):
+            assert dataset.count_rows(filter=pc.field("status") == "missing") == 5
+            assert dataset.count_rows(filter=pc.field("uri") == "3.jpg") == 1
+            assert dataset.count_rows(filter=pc.field("image_id") >= 8) == 2
+        table.compact("night-1")
+
+
+def test_files_without_rows_stay_out(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    empty = Path(table.run_folder("night-1"), "empty.parquet")
+    pq.write_table(
+        pq.read_table(Path(table.run_folder("night-1"), "part-000000.parquet"), partitioning=None).slice(0, 0), empty
+    )
+    assert [file.rows for file in table.run_files("night-1")] == [0, 1]
+    table.commit_run("night-1")
+    assert len(table.files()) == 1
+
+
+def test_a_run_of_nothing_commits(tmp_path: Path) -> None:
+    table = open_table(Storage(), str(tmp_path / "table"))
+    assert table.run_files("night-1") == []
+    assert table.commit_run("night-1")
+    assert table.is_committed("night-1")
+    with pytest.raises(TableError, match="no committed run"):
+        table.dataset()
+
+
+def test_an_open_run_is_found_until_it_is_committed(place: str, write_run: Any, make_row: Any) -> None:
+    table = open_table(Storage(), place)
+    assert table.find_open_run("label-a", SPEC) is None
+    table.begin_run(record("night-1"))
+    found = table.find_open_run("label-a", SPEC)
+    assert found is not None
+    assert found.run_id == "night-1"
+    assert table.find_open_run("label-b", SPEC) is None
+    assert table.find_open_run("label-a", SPEC | {"uri": "/other"}) is None
+    write_run(place, "night-1", [make_row(0, "a.jpg")])
+    assert table.find_open_run("label-a", SPEC) is None
+    closed = table.run_record("night-1")
+    assert closed is not None
+    assert closed.status == "committed"
+    assert closed.committed_at is not None
+
+
+def test_a_driver_that_died_right_after_its_commit_leaves_no_open_run(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    table.begin_run(record("night-1"))  # as it stood before the record was closed
+    assert table.find_open_run("label-a", SPEC) is None
+    closed = table.run_record("night-1")
+    assert closed is not None
+    assert closed.status == "committed"
+
+
+def test_an_input_is_the_same_whatever_the_order_of_its_fields() -> None:
+    assert input_key("a", {"uri": "x", "column": "y"}) == input_key("a", {"column": "y", "uri": "x"})
+    assert input_key("a", SPEC) != input_key("b", SPEC)
+
+
+@pytest.mark.parametrize("run_id", ["", "a/b", "..", "tick 1", "ü", "x" * 101, "a=b"])
+def test_run_ids_that_are_no_folder_names_are_refused(tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(ConfigError, match="run id"):
+        open_table(Storage(), str(tmp_path)).run_folder(run_id)
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "table").write_text("not a folder")
+    with pytest.raises(TableError, match="is a file"):
+        open_table(Storage(), str(tmp_path / "table"))
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    description = tmp_path / "table/_masklake/table.json"
+    assert json.loads(description.read_text())["schema_version"] == SCHEMA_VERSION
+    description.write_text(json.dumps({"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(TableError, match="newer MaskLake"):
+        open_table(Storage(), table.uri)
+
+
+def test_someone_elses_delta_table_is_refused(tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path / "table"), pa.table({"x": [1]}))
+    with pytest.raises(TableError, match="did not write"):
+        open_table(Storage(), str(tmp_path / "table"))
+
+
+def test_a_broken_description_is_told(tmp_path: Path) -> None:
+    (tmp_path / "_masklake").mkdir()
+    (tmp_path / "_masklake/table.json").write_text("{")
+    with pytest.raises(TableError, match=r"table\.json"):
+        open_table(Storage(), str(tmp_path))
+
+
+def test_a_broken_log_is_told(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    for entry in Path(table.uri, "_delta_log").glob("*.json"):
+        entry.write_text("not json\n")
+    with pytest.raises(TableError, match="Delta log"):
+        table.files()
