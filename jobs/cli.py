@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,6 @@ from model.errors import MaskLakeError
 
 app = typer.Typer(
     name="masklake",
-    help="Train Mask R-CNN on Ray, label a bucket of images, query the table.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +29,46 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 def print_json(value: Any) -> None:
     """One JSON document on stdout: what scripts read."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def show_version(wanted: bool) -> None:
+    """Print the installed version and stop, when asked to."""
+    if wanted:
+        typer.echo(f"masklake {version('masklake')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train Mask R-CNN on Ray, label a bucket of images, query the table."""
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A torchvision state dict (.pth), local or s3://, or a torchvision weights' name.")
+    ],
+    target: Annotated[str, typer.Argument(help="The checkpoint to write, *.safetensors, local or s3://.")],
+    preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn another system's weights into a MaskLake checkpoint."""
+    from jobs import convert as command
+    from pipeline.storage import Storage, StorageOptions
+
+    report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)))
+    if as_json:
+        print_json(report.model_dump())
+    else:
+        typer.echo(
+            f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
+            f"{report.categories} categories"
+        )
 
 
 def main() -> None:

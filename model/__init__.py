@@ -1,11 +1,34 @@
-"""Mask R-CNN in pure PyTorch: knows no Ray, no Parquet and no URI."""
+"""Mask R-CNN in pure PyTorch: knows no Ray, no Parquet and no URI.
 
-from model.build import create_model
-from model.checkpoint import load_checkpoint, save_checkpoint
-from model.config import Category, ModelConfig, PredictOptions
-from model.instances import Instances, Target
-from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS
+The names below are imported when first used: `model.errors` and `model.config` serve the command line without torch, whose
+import takes seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.build import create_model
+    from model.checkpoint import load_checkpoint, save_checkpoint
+    from model.config import Category, ModelConfig, PredictOptions
+    from model.instances import Instances, Target
+    from model.mask_rcnn import MaskRCNN
+    from model.presets import PRESETS
+
+_HOME = {
+    "PRESETS": "model.presets",
+    "Category": "model.config",
+    "Instances": "model.instances",
+    "MaskRCNN": "model.mask_rcnn",
+    "ModelConfig": "model.config",
+    "PredictOptions": "model.config",
+    "Target": "model.instances",
+    "create_model": "model.build",
+    "load_checkpoint": "model.checkpoint",
+    "save_checkpoint": "model.checkpoint",
+}
 
 __all__ = [
     "PRESETS",
@@ -19,3 +42,10 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name from its home (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,47 @@
+"""`masklake convert`: another system's weights in, one MaskLake checkpoint out."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from model import create_model
+from model.checkpoint import dumps
+from model.errors import ConfigError
+from pipeline.storage import Storage
+
+
+class ConvertReport(BaseModel):
+    """What was written, and the name that tables will know it by."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    source: str
+    checkpoint: str
+    preset: str
+    model_id: str
+    categories: int
+    parameters: int
+
+
+def run(source: str, target: str, preset: str, storage: Storage) -> ConvertReport:
+    """Reads `source` as `preset` and writes `target`, one safetensors file.
+
+    source: a state dict (.pth), local or s3://, or the name of torchvision's weights, which are downloaded.
+
+    Raises UnknownPresetError, CheckpointError (not a state dict of this architecture), ConfigError (a target that is not
+    named .safetensors, or is the source) and the storage's errors.
+    """
+    if not target.endswith(".safetensors"):
+        raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
+    if target == source:
+        raise ConfigError(f"cannot write {target} over its own source: name another file")
+    model = create_model(preset, weights=storage.read_bytes(source) if "://" in source else source)
+    storage.write_bytes(target, dumps(model))
+    return ConvertReport(
+        source=source,
+        checkpoint=target,
+        preset=preset,
+        model_id=model.model_id,
+        categories=len(model.config.categories),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
