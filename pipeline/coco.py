@@ -258,8 +258,8 @@ def _checked_rle(value: Mapping[str, Any], image: CocoImage, where: str) -> dict
     if size != [image.height, image.width]:
         raise AnnotationError(f"{where}: the mask's size {size} is not its image's [{image.height}, {image.width}].")
     try:
-        runs = np.asarray(counts) if isinstance(counts, list) else unpack_counts(counts.encode())
-    except (AttributeError, ValueError) as error:
+        runs = np.asarray(counts) if isinstance(counts, list) else unpack_counts(str(counts).encode())
+    except ValueError as error:
         raise AnnotationError(f"{where}: the mask's counts are no run lengths ({error}).") from error
     # Readers in C trust this sum: without the check they would give pixels that nobody wrote.
     if runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != image.height * image.width:

@@ -1,0 +1,358 @@
+"""From COCO rows to training batches: a deterministic order of samples, fetched, decoded and augmented by Ray Data.
+
+Only numbers are shuffled. Sample `i` of a run belongs to epoch `i // epoch_samples`; that epoch's order is a permutation that
+follows from (seed, epoch), and a sample's augmentation from (seed, epoch, row): the same on any number of workers, and after a
+resume. The rows themselves (one an image, with its annotations as JSON) lie once in the object store.
+
+Between loader and trainer a mask travels as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, 30 kB as runs.
+Shape letters: G instances, K keypoints, H x W pixels of the image that the model gets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pycocotools.mask
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.config import Category
+from model.instances import Target
+from pipeline.coco import CocoDataset, to_mask
+from pipeline.decode import DecodeLimits, decode
+from pipeline.errors import AnnotationError, EmptyInputError
+from pipeline.fetch import fetch
+from pipeline.schema import Status
+from pipeline.storage import Storage, relative_to
+
+LOADER_ROWS = 16
+"""Samples a loading task: enough to hide a request's latency, few enough that the first batch comes at once."""
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixels", pa.large_binary()),  # uint8 (3, H, W)
+        ("boxes", pa.list_(pa.float32())),  # G x (x1, y1, x2, y2)
+        ("labels", pa.list_(pa.int64())),
+        ("rles", pa.list_(pa.binary())),
+        ("keypoints", pa.list_(pa.float32())),  # G x K x (x, y, visibility)
+    ]
+)
+
+
+class Augmentation(BaseModel):
+    """What training changes in an image; the mirror exchanges left and right keypoints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip: bool = Field(default=True, description="Mirror half of the images left to right.")
+    flip_vertical: bool = Field(default=False, description="Mirror half of the images top to bottom (cells, aerial views).")
+    crop: int | None = Field(default=None, ge=32, description="Side of a random square window, pixels after scaling.")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="Range of a random enlargement.")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a sample must hold: the model's categories and tasks, and how it is augmented."""
+
+    categories: tuple[Category, ...]
+    masks: bool
+    keypoints: int
+    augmentation: Augmentation
+    seed: int
+
+    @property
+    def by_id(self) -> dict[int, Category]:
+        """Categories by their id in the annotations."""
+        return {category.id: category for category in self.categories}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, or None without masks."""
+
+    image: torch.Tensor
+    boxes: NDArray[np.float32]  # (G, 4) xyxy
+    labels: NDArray[np.int64]  # (G,)
+    rles: list[bytes] | None
+    keypoints: NDArray[np.float32]  # (G, K, 3)
+
+
+def training_rows(dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empty: bool = False) -> pa.Table:
+    """One row an image: image_id, uri, width, height, annotations (JSON, without crowds).
+
+    Images without an instance are left out unless `keep_empty`; so are instances without an outline where masks are learnt.
+    Raises EmptyInputError when nothing is left to learn from.
+    """
+    rows = []
+    for image in dataset.images:
+        instances = [
+            {"category_id": a.category_id, "bbox": a.bbox, "segmentation": a.segmentation, "keypoints": a.keypoints}
+            for a in dataset.annotations.get(image.id, ())
+            if not a.crowd and (a.segmentation is not None or not spec.masks)
+        ]
+        if instances or keep_empty:
+            uri = relative_to(folder, image.file_name)
+            rows.append((image.id, uri, image.width, image.height, json.dumps(instances)))
+    if not rows:
+        raise EmptyInputError(f"{dataset.source}: no image has an instance to learn from.")
+    names = ["image_id", "uri", "width", "height", "annotations"]
+    return pa.table([pa.array(column) for column in zip(*rows, strict=True)], names=names)
+
+
+def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Rows of one epoch's samples: permutations of all rows, one after another, cut to `samples`."""
+    random = np.random.default_rng((seed, epoch))
+    passes = [random.permutation(rows) for _ in range(-(-samples // rows))]
+    return np.concatenate(passes)[:samples]
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The samples of a run from `first_epoch` on; `dataset()` is what Ray Train splits between its workers."""
+
+    rows: Any  # ObjectRef of training_rows
+    row_count: int
+    epoch_samples: int
+    first_epoch: int
+    epochs: int
+    spec: SampleSpec
+    storage: Storage
+    skip_bad: bool
+    loader_cpus: float
+
+    def dataset(self) -> ray.data.Dataset:
+        """Lazily: sample numbers, in blocks that a loader task turns into SAMPLE_SCHEMA rows."""
+        samples = max(0, self.epochs - self.first_epoch) * self.epoch_samples
+        numbers = ray.data.range(samples).repartition(target_num_rows_per_block=LOADER_ROWS)
+        return numbers.map_batches(self.load, batch_size=None, batch_format="pyarrow", num_cpus=self.loader_cpus)
+
+    def load(self, numbers: pa.Table) -> pa.Table:
+        """Fetches, decodes and augments the samples of these numbers (column `id`, from 0 at `first_epoch`)."""
+        table = ray.get(self.rows)
+        epochs, places = np.divmod(numbers["id"].to_numpy(), self.epoch_samples)
+        orders = {
+            int(epoch): epoch_order(self.row_count, self.epoch_samples, self.spec.seed, self.first_epoch + int(epoch))
+            for epoch in np.unique(epochs)
+        }
+        chosen = [int(orders[int(epoch)][place]) for epoch, place in zip(epochs, places, strict=True)]
+        seeds = [(self.spec.seed, self.first_epoch + int(e), row) for e, row in zip(epochs, chosen, strict=True)]
+        return load_samples(table.take(chosen), seeds, self.spec, self.storage, self.skip_bad)
+
+
+def load_samples(
+    rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage, skip_bad: bool
+) -> pa.Table:
+    """SAMPLE_SCHEMA rows of `training_rows` rows, each augmented by its own seed.
+
+    An image that cannot be used is an AnnotationError that names it, or left out with `skip_bad`.
+    """
+    limits = DecodeLimits()
+    fetched = fetch(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)
+    samples = []
+    for row, got, seed in zip(rows.to_pylist(), fetched, seeds, strict=True):
+        decoded = decode(got.data, limits) if got.data is not None else None
+        reason = got.error if decoded is None else decoded.error
+        if decoded is not None and decoded.status is Status.OK and decoded.image is not None:
+            reason = _wrong_size(row, decoded.image)
+            if reason is None:
+                samples.append((seed[2], make_sample(decoded.image, json.loads(row["annotations"]), spec, seed)))
+        if reason is not None and not skip_bad:
+            raise AnnotationError(f"{row['uri']}: {reason}. Mend or remove it, or leave such images out with --allow-missing.")
+    return _to_table(samples)
+
+
+def _wrong_size(row: Mapping[str, Any], image: torch.Tensor) -> str | None:
+    height, width = image.shape[1:]
+    if (width, height) == (row["width"], row["height"]):
+        return None
+    return f"the upright image is {width} x {height} pixels, its annotations are for {row['width']} x {row['height']}"
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of an image that is kept, and how it is changed. left, top, width, height: whole pixels of the image."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    scale: float
+    mirror: bool
+    upside_down: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result, pixels."""
+        return max(1, round(self.height * self.scale)), max(1, round(self.width * self.scale))
+
+    @property
+    def zoom(self) -> tuple[float, float]:
+        """What x and y are multiplied by: `scale`, but for the rounding to whole pixels."""
+        return self.size[1] / self.width, self.size[0] / self.height
+
+
+def make_sample(
+    image: torch.Tensor, annotations: Sequence[Mapping[str, Any]], spec: SampleSpec, seed: tuple[int, ...]
+) -> Sample:
+    """Image uint8 (3, H, W) and its annotation rows, as the augmentation leaves them."""
+    random = np.random.default_rng(seed)
+    boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    window = choose_window((image.shape[1], image.shape[2]), boxes, spec.augmentation, random)
+    instances = [_instance(a, box, window, image, spec) for a, box in zip(annotations, boxes, strict=True)]
+    kept = [instance for instance in instances if instance is not None]
+    return Sample(
+        image=_cut_image(image, window),
+        boxes=np.array([box for box, _, _, _ in kept], np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label, _, _ in kept], np.int64),
+        rles=[rle for _, _, rle, _ in kept] if spec.masks else None,
+        keypoints=np.array([points for _, _, _, points in kept], np.float32).reshape(len(kept), spec.keypoints, 3),
+    )
+
+
+def choose_window(
+    size: tuple[int, int], boxes: NDArray[np.float64], augmentation: Augmentation, random: np.random.Generator
+) -> Window:
+    """A random window of an image of `size` (H, W); it shows the middle of some box where there is any."""
+    scale = float(np.exp(random.uniform(*np.log(augmentation.scale))))
+    mirror = augmentation.flip and bool(random.random() < 0.5)
+    upside_down = augmentation.flip_vertical and bool(random.random() < 0.5)
+    side = max(1, round(augmentation.crop / scale)) if augmentation.crop else max(size)
+    shape = np.minimum(side, size)
+    corner = random.integers(np.array(size) - shape + 1)  # top, left
+    middles = ((boxes[:, :2] + boxes[:, 2:]) / 2)[:, ::-1]  # y, x
+    if len(boxes) and not ((middles >= corner) & (middles <= corner + shape)).all(axis=1).any():
+        middle = np.clip(random.choice(middles), 0, size)
+        lowest, highest = np.maximum(0, np.ceil(middle - shape)), np.minimum(middle, np.array(size) - shape)
+        corner = random.integers(lowest.astype(int), highest.astype(int) + 1)
+    return Window(int(corner[1]), int(corner[0]), int(shape[1]), int(shape[0]), scale, mirror, upside_down)
+
+
+def _cut_image(image: torch.Tensor, window: Window) -> torch.Tensor:
+    cut = image[:, window.top : window.top + window.height, window.left : window.left + window.width]
+    if window.size != (window.height, window.width):
+        resized = torch.nn.functional.interpolate(cut[None].float(), window.size, mode="bilinear", antialias=True)
+        cut = resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    axes = [axis for axis, flip in ((1, window.upside_down), (2, window.mirror)) if flip]
+    return cut.flip(axes).contiguous() if axes else cut.contiguous()
+
+
+def _instance(
+    annotation: Mapping[str, Any], box: NDArray[np.float64], window: Window, image: torch.Tensor, spec: SampleSpec
+) -> tuple[NDArray[np.float64], int, bytes, NDArray[np.float64]] | None:
+    """Box, label, counts and keypoints of one instance in the window; None when less than a pixel of it is left."""
+    inside = box - np.array([window.left, window.top] * 2)
+    clipped = np.clip(inside, 0, [window.width, window.height] * 2)
+    if (clipped[2:] <= clipped[:2]).any():
+        return None
+    moved, counts = _mirrored(clipped * (window.zoom * 2), window), b""
+    if spec.masks:
+        mask = _cut_mask(to_mask(annotation["segmentation"], image.shape[1], image.shape[2]), window)
+        if not mask.any():
+            return None
+        counts = pycocotools.mask.encode(np.asfortranarray(mask))["counts"]
+        if not np.array_equal(clipped, inside):
+            moved = _bounds(mask)  # the visible part's own box: the clipped one may be mostly empty
+    if (moved[2:] - moved[:2] < 1).any():
+        return None
+    return moved, annotation["category_id"], counts, _move_keypoints(annotation, window, spec)
+
+
+def _cut_mask(mask: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
+    cut = mask[window.top : window.top + window.height, window.left : window.left + window.width]
+    height, width = window.size
+    if cut.shape != (height, width):  # the nearest pixel, by pixel centres
+        rows = ((np.arange(height) + 0.5) * cut.shape[0] / height).astype(np.int64)
+        columns = ((np.arange(width) + 0.5) * cut.shape[1] / width).astype(np.int64)
+        cut = cut[rows[:, None], columns]
+    return cut[:: -1 if window.upside_down else 1, :: -1 if window.mirror else 1]
+
+
+def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """xyxy of the pixels that are set; the far sides are the last pixels' far edges."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+
+
+def _mirrored(box: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
+    x1, y1, x2, y2 = box
+    height, width = window.size
+    if window.mirror:
+        x1, x2 = width - x2, width - x1
+    if window.upside_down:
+        y1, y2 = height - y2, height - y1
+    return np.array([x1, y1, x2, y2])
+
+
+def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleSpec) -> NDArray[np.float64]:
+    """(K, 3), padded with zeros; what leaves the window becomes absent, a mirror exchanges left and right."""
+    moved = np.zeros((spec.keypoints, 3))
+    points = np.array(annotation["keypoints"], np.float64).reshape(-1, 3)[: spec.keypoints]
+    if not len(points):
+        return moved
+    x, y = points[:, 0] - window.left, points[:, 1] - window.top
+    seen = (points[:, 2] > 0) & (x >= 0) & (y >= 0) & (x <= window.width) & (y <= window.height)
+    x = window.width - x if window.mirror else x
+    y = window.height - y if window.upside_down else y
+    moved[: len(points)] = np.stack([x * window.zoom[0], y * window.zoom[1], points[:, 2]], axis=1) * seen[:, None]
+    if window.mirror != window.upside_down:
+        for left, right in spec.by_id[annotation["category_id"]].flip_pairs:
+            moved[[left, right]] = moved[[right, left]]
+    return moved
+
+
+# -- across the object store -------------------------------------------------------------------------------------------
+
+
+def _to_table(samples: Sequence[tuple[int, Sample]]) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [] for name in SAMPLE_SCHEMA.names}
+    for row, sample in samples:
+        columns["row"].append(row)
+        columns["height"].append(sample.image.shape[1])
+        columns["width"].append(sample.image.shape[2])
+        columns["pixels"].append(sample.image.numpy().tobytes())
+        columns["boxes"].append(sample.boxes.ravel())
+        columns["labels"].append(sample.labels)
+        columns["rles"].append(sample.rles or [])
+        columns["keypoints"].append(sample.keypoints.ravel())
+    return pa.table(columns, schema=SAMPLE_SCHEMA)
+
+
+def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], list[Target]]:
+    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows."""
+    images, targets = [], []
+    for row in batch.to_pylist():
+        height, width, count = row["height"], row["width"], len(row["labels"])
+        images.append(torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).reshape(3, height, width))
+        keypoints = torch.tensor(row["keypoints"], dtype=torch.float32).reshape(count, spec.keypoints, 3)
+        targets.append(
+            Target(
+                boxes=torch.tensor(row["boxes"], dtype=torch.float32).reshape(count, 4),
+                labels=torch.tensor(row["labels"], dtype=torch.int64),
+                masks=_decode_masks(row["rles"], height, width) if spec.masks else None,
+                keypoints=keypoints if spec.keypoints else None,
+            )
+        )
+    return images, targets
+
+
+def _decode_masks(rles: Sequence[bytes], height: int, width: int) -> torch.Tensor:
+    """uint8 (G, H, W); the decoder writes columns, so a row of the result is not contiguous."""
+    if not rles:
+        return torch.zeros(0, height, width, dtype=torch.uint8)
+    columns = pycocotools.mask.decode([{"size": [height, width], "counts": counts} for counts in rles])
+    return torch.from_numpy(columns.transpose(2, 1, 0)).permute(0, 2, 1)
