@@ -4,13 +4,19 @@ A run-length encoding (RLE) lists the lengths of alternating runs of 0 and 1 in 
 packs the list into a string of 5-bit groups. Mask R-CNN predicts an m x m mask per box (section 3, "Mask
 Representation") that is resized to the box and cut at a threshold; only that region can hold ones.
 
-Shape letters: N masks, m mask side, H x W the image.
+The resized mask is not computed either. Along an image column it is linear between two rows of the small mask, so it
+crosses the threshold at most once there, at a place that a division finds: the work follows the box's width times m, not
+its area. Where rounding could decide a pixel, the mask is resized after all, so that the bytes stay those of torch.
+
+Shape letters: N masks, m mask side, M = m + 2 with its border, H x W the image, E edges (where a mask switches between 0
+and 1, as positions in column-major order).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,36 +25,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PADDING = 1  # zero cells around the mask before it is resized, torchvision's convention
+MAX_COLUMNS = 1 << 17  # image columns handled at once: bounds the memory for many large boxes to some tens of MB
+MAX_RESIZED_SIDE = 1 << 17  # pixels of a box's side beyond which undecided columns are not resized to decide them
+TORCH_SMALL = 128  # height plus width of an output up to which torch resizes by other code
+FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
+
+Longs = NDArray[np.int64]
 
 
 def encode_boxed_masks(
     probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5, convention: str = "torchvision"
-) -> tuple[list[bytes], NDArray[np.int64]]:
-    """Encode masks as they would look pasted into the image, at a cost that follows the boxes' area.
+) -> tuple[list[bytes], Longs]:
+    """Encode masks as they would look pasted into the image, at a cost that follows the boxes' widths.
 
     probs: float32 (N, m, m) in 0..1. boxes: float32 (N, 4), xyxy in the image's pixels. size: (H, W). A pixel is set where
     the resized mask is greater than ``threshold``. convention: "torchvision" pads the mask by one cell, grows the box
     alike, truncates it to whole pixels and resizes bilinearly.
 
     Returns COCO compressed counts, byte-identical to `pycocotools.mask.encode` of the pasted masks, and each mask's pixels.
-    Masks whose box lies outside the image are empty. Raises ValueError for an unknown convention or shapes that do not fit.
+    Masks whose box lies outside the image or is not finite are empty. Raises ValueError for an unknown convention or
+    shapes that do not fit.
     """
     _validate(probs, boxes, size, convention)
-    height, width = size
-    corners = _pixel_boxes(boxes.detach().float().cpu(), probs.shape[-1]).numpy()
+    regions = _regions(boxes.detach().float().cpu(), probs.shape[-1], size)
     masks = F.pad(probs.detach().float().cpu(), (PADDING,) * 4)
-    edges = [_edges_of_one(mask, box, height, width, threshold) for mask, box in zip(masks, corners, strict=True)]
-    runs = [_runs(e, height * width) for e in edges]
-    lengths = np.array([len(r) for r in runs], dtype=np.int64)
-    areas = np.array([r[1::2].sum() for r in runs], dtype=np.int64)
-    return pack_counts(np.concatenate(runs) if runs else np.zeros(0, np.int64), lengths), areas
+    edges, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for part in _chunks(regions.columns):
+        part_edges, part_counts = _edges(masks[part], regions.part(part), size[0], threshold)
+        edges.append(part_edges)
+        counts.append(part_counts)
+    runs, lengths = _runs(np.concatenate(edges), np.concatenate(counts), size[0] * size[1])
+    owner, place = _ragged(lengths)
+    areas = np.bincount(owner, weights=runs * (place % 2), minlength=len(lengths)).astype(np.int64)
+    return pack_counts(runs, lengths), areas
 
 
 def encode(bitmap: NDArray[np.uint8]) -> bytes:
     """Compressed counts of one mask: (H, W) of zeros and ones (anything non-zero is set)."""
     flat = (np.asarray(bitmap) != 0).ravel(order="F")
-    runs = _runs(np.flatnonzero(np.diff(flat, prepend=False)), flat.size)
-    return pack_counts(runs, np.array([len(runs)]))[0]
+    edges = np.flatnonzero(np.diff(flat, prepend=False))
+    return pack_counts(*_runs(edges, np.array([len(edges)]), flat.size))[0]
 
 
 def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -59,17 +75,15 @@ def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8).reshape(size, order="F")
 
 
-def pack_counts(runs: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[bytes]:
+def pack_counts(runs: Longs, lengths: Longs) -> list[bytes]:
     """COCO strings of several masks at once.
 
     runs: run lengths of all masks, one after another. lengths: how many belong to each mask. From a mask's fourth run on,
     the difference to the run before the last is written, in groups of five bits, lowest first; a group's sixth bit says
     that more follow, its fifth is the sign of the last one. 48 is added to make it printable.
     """
-    ends = np.cumsum(lengths)
-    within = np.arange(len(runs)) - np.repeat(ends - lengths, lengths)
-    values = runs.astype(np.int64, copy=True)
-    later = np.flatnonzero(within > 2)
+    values = runs.copy()
+    later = np.flatnonzero(_ragged(lengths)[1] > 2)
     values[later] -= runs[later - 2]
     groups = _group_counts(values)
     group_ends = np.cumsum(groups)
@@ -79,23 +93,24 @@ def pack_counts(runs: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[byt
         more = (groups[rest] > number + 1).astype(np.int64)
         packed[group_ends[rest] - groups[rest] + number] = ((values[rest] >> (5 * number)) & 31 | (more << 5)) + 48
     text = packed.tobytes()
-    bounds = np.concatenate(([0], group_ends))[np.concatenate(([0], ends))].tolist()
+    bounds = np.concatenate(([0], group_ends))[np.concatenate(([0], np.cumsum(lengths)))].tolist()
     return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def unpack_counts(counts: bytes) -> NDArray[np.int64]:
+def unpack_counts(counts: bytes) -> Longs:
     """Run lengths of one COCO string. Raises ValueError where it is cut short or holds other characters."""
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any() or (len(codes) and codes[-1] & 32):
         raise ValueError("not a COCO run-length string: it holds foreign characters or ends within a number")
+    if len(codes) == 0:
+        return codes
     last = np.flatnonzero((codes & 32) == 0)
-    first = np.concatenate(([0], last[:-1] + 1)) if len(last) else last
-    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    parts = (codes & 31) << (5 * place)
-    values = np.add.reduceat(parts, first) if len(first) else parts
-    negative = (codes[last] & 16) != 0
-    values = np.where(negative, values - (np.int64(1) << (5 * (last - first + 1))), values)
-    # Differences to the run before the last, from the fourth on: two interleaved running sums.
+    groups = np.diff(last, prepend=-1)
+    if groups.max() > 12:
+        raise ValueError("not a COCO run-length string: a number in it is longer than 60 bits")
+    values = np.add.reduceat((codes & 31) << (5 * _ragged(groups)[1]), last - groups + 1)
+    values -= ((codes[last] & 16) != 0) * (np.int64(1) << (5 * groups))
+    # From the fourth run on they are differences to the run before the last: two interleaved running sums.
     for parity in (1, 2):
         values[parity::2] = np.cumsum(values[parity::2])
     return values
@@ -110,49 +125,181 @@ def _validate(probs: Tensor, boxes: Tensor, size: Sequence[int], convention: str
         raise ValueError(f"an image of {size[0]} x {size[1]} pixels holds no mask")
 
 
-def _pixel_boxes(boxes: Tensor, side: int) -> Tensor:
-    """Whole-pixel boxes (N, 4) int64, both corners inclusive, grown by the mask's padding and truncated towards zero."""
+@dataclass(frozen=True)
+class _Regions:
+    """Whole-pixel boxes of N masks and what of them lies in the image; every array is int64 (N,).
+
+    x, y: the box's first pixel, possibly outside the image. box_w, box_h: its size. left, top: the first visible pixel.
+    columns, rows: visible pixels along x and y, both 0 where none is.
+    """
+
+    x: Longs
+    y: Longs
+    box_w: Longs
+    box_h: Longs
+    left: Longs
+    top: Longs
+    columns: Longs
+    rows: Longs
+
+    def part(self, part: slice) -> _Regions:
+        return _Regions(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+
+
+def _regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
+    """Grow boxes by the mask's padding and truncate them towards zero to whole pixels, both corners inclusive."""
     scale = float(side + 2 * PADDING) / side
     half_w = (boxes[:, 2] - boxes[:, 0]) * 0.5 * scale
     half_h = (boxes[:, 3] - boxes[:, 1]) * 0.5 * scale
     centre_x = (boxes[:, 2] + boxes[:, 0]) * 0.5
     centre_y = (boxes[:, 3] + boxes[:, 1]) * 0.5
-    grown = torch.stack((centre_x - half_w, centre_y - half_h, centre_x + half_w, centre_y + half_h), dim=1)
-    return grown.to(torch.int64)
+    grown = torch.stack((centre_x - half_w, centre_y - half_h, centre_x + half_w, centre_y + half_h))
+    finite = torch.isfinite(grown).all(0)
+    x0, y0, x1, y1 = torch.where(finite, grown, -FAR).clamp(-FAR, FAR).to(torch.int64).numpy()
+    left, right = np.maximum(x0, 0), np.minimum(x1 + 1, size[1])
+    top, bottom = np.maximum(y0, 0), np.minimum(y1 + 1, size[0])
+    seen = (right > left) & (bottom > top)
+    box_w, box_h = np.maximum(x1 - x0 + 1, 1), np.maximum(y1 - y0 + 1, 1)
+    return _Regions(x0, y0, box_w, box_h, left, top, (right - left) * seen, (bottom - top) * seen)
 
 
-def _edges_of_one(mask: Tensor, box: NDArray[np.int64], height: int, width: int, threshold: float) -> NDArray[np.int64]:
-    """Column-major positions in the image where a resized mask (m+2, m+2) switches between 0 and 1."""
-    x0, y0, x1, y1 = box.tolist()
-    left, right, top, bottom = max(x0, 0), min(x1 + 1, width), max(y0, 0), min(y1 + 1, height)
-    if left >= right or top >= bottom:
-        return np.zeros(0, np.int64)
-    size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
-    resized = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    region = (resized[top - y0 : bottom - y0, left - x0 : right - x0] > threshold).numpy()
-    columns = np.zeros((right - left, bottom - top + 2), dtype=bool)  # a zero above and below each column
-    columns[:, 1:-1] = region.T
-    x, y = np.nonzero(columns[:, 1:] != columns[:, :-1])
-    edges = (x + left) * height + y + top
-    return _cancel_pairs(edges)
+def _chunks(columns: Longs) -> Iterator[slice]:
+    """Consecutive masks whose visible columns together stay near MAX_COLUMNS."""
+    number = (np.cumsum(columns) - columns) // MAX_COLUMNS
+    bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(columns)]
+    return (slice(start, end) for start, end in itertools.pairwise(bounds))
 
 
-def _cancel_pairs(edges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sorted edges without those that meet: a run that ends where the next one starts is one run."""
-    twice = np.flatnonzero(edges[1:] == edges[:-1])
-    keep = np.ones(len(edges), dtype=bool)
-    keep[twice] = keep[twice + 1] = False
-    return edges[keep]
+def _edges(masks: Tensor, regions: _Regions, height: int, threshold: float) -> tuple[Longs, Longs]:
+    """Edges (E,) of n masks (n, M, M), sorted within each mask, and how many each mask has (n,)."""
+    owner, place = _ragged(regions.columns)
+    profiles = _column_profiles(masks, regions, owner, place)
+    at, row, decided = _trace(profiles, regions.box_h[owner], threshold)
+    undecided = ~decided & (np.maximum(regions.box_w, regions.box_h) <= MAX_RESIZED_SIDE)[owner]
+    if undecided.any():
+        kept = ~undecided[at]
+        at, row = at[kept], row[kept]
+        exact_at, exact_row = _resized_edges(masks, regions, owner, place, np.flatnonzero(undecided), threshold)
+        where = np.searchsorted(at, exact_at)
+        at, row = np.insert(at, where, exact_at), np.insert(row, where, exact_row)
+    owners = owner[at]
+    # Rows outside the image are cut off: their edges gather on the border, where they cancel in pairs.
+    row = np.clip(row + (regions.y - regions.top)[owners], 0, regions.rows[owners])
+    edges = (place[at] + regions.left[owners]) * height + regions.top[owners] + row
+    return _cancel_pairs(edges, owners, len(masks))
 
 
-def _runs(edges: NDArray[np.int64], pixels: int) -> NDArray[np.int64]:
-    """Run lengths of a mask from its edges; a run that reaches the last pixel needs no run of zeros after it."""
-    if len(edges) and edges[-1] == pixels:
-        edges = edges[:-1]
-    return np.diff(edges, prepend=0, append=pixels)
+def _trace(profiles: NDArray[np.float32], box_h: Longs, threshold: float) -> tuple[Longs, Longs, NDArray[np.bool_]]:
+    """Follow every image column down its profile (columns, M), resized to ``box_h`` rows.
+
+    Returns each edge's column and the box's row where the new run starts, in order, and which columns are decided: all
+    their pixels are farther from the threshold than torch's float32 arithmetic can differ from this one.
+    """
+    side = profiles.shape[1]
+    shift = side * 2.0**-23  # of the sampling position, in cells
+    blur = shift + 2.0**-22  # of the profile, whose values are in 0..1
+    decided = (np.abs(profiles - np.float32(threshold)) > blur).all(axis=1)
+    decided &= threshold > blur  # the border of zeros has to be below the threshold
+    above = profiles > threshold
+    at, cell = np.divmod(np.flatnonzero(above[:, 1:] != above[:, :-1]), side - 1)
+    low, high = profiles[at, cell].astype(np.float64), profiles[at, cell + 1].astype(np.float64)
+    step = _step(side, box_h[at]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # not-a-number probabilities stay undecided
+        crossing = (cell + (threshold - low) / (high - low) + 0.5) / step - 0.5
+        row = np.ceil(crossing)
+        gap = np.minimum(row - crossing, crossing - row + 1) * step
+    rise = np.abs(high - low)
+    decided[at[~(gap * rise > shift * rise + blur)]] = False
+    return at, np.where(np.isfinite(row), row, 0).astype(np.int64), decided
 
 
-def _group_counts(values: NDArray[np.int64]) -> NDArray[np.int64]:
+def _resized_edges(
+    masks: Tensor, regions: _Regions, owner: Longs, place: Longs, columns: Longs, threshold: float
+) -> tuple[Longs, Longs]:
+    """The edges of some columns, as in `_trace`, from masks that torch has resized."""
+    at, row = [], []
+    owners, starts = np.unique(owner[columns], return_index=True)
+    for number, some in zip(owners.tolist(), np.split(columns, starts[1:]), strict=True):
+        inside = torch.from_numpy(place[some] + (regions.left[number] - regions.x[number]))
+        pixels = _resized_columns(masks[number], int(regions.box_h[number]), int(regions.box_w[number]), inside)
+        above = F.pad((pixels > threshold).T, (1, 1)).numpy()  # a zero above and below each column
+        changes = np.nonzero(above[:, 1:] != above[:, :-1])
+        at.append(some[changes[0]])
+        row.append(changes[1])
+    return np.concatenate(at), np.concatenate(row)
+
+
+def _resized_columns(mask: Tensor, box_h: int, box_w: int, columns: Tensor) -> Tensor:
+    """Columns (box_h, c) of a mask (M, M) resized to its box, with the bits that resizing the mask at once would give.
+
+    Torch interpolates along x first, so columns can be resized alone; but it has other code for outputs whose sides sum to
+    no more than 128, so small boxes are resized as they are and few columns are filled up.
+    """
+    if box_w + box_h <= TORCH_SMALL or box_w + len(mask) <= TORCH_SMALL:
+        return _resize(mask, box_h, box_w)[:, columns]
+    profiles = _resize(mask, len(mask), box_w)[:, columns]
+    filling = profiles[:, :1].expand(-1, max(0, TORCH_SMALL + 1 - box_h - len(columns)))
+    return _resize(torch.cat((profiles, filling), dim=1), box_h, profiles.shape[1] + filling.shape[1])[:, : len(columns)]
+
+
+def _resize(mask: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(mask[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+
+
+def _column_profiles(masks: Tensor, regions: _Regions, owner: Longs, column: Longs) -> NDArray[np.float32]:
+    """The small masks' rows along every visible image column: (columns, M), interpolated along x like torch does."""
+    count, side, _ = masks.shape
+    inside = (column + (regions.left - regions.x)[owner]).astype(np.float32)
+    source = np.maximum(_step(side, regions.box_w)[owner] * (inside + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    low = np.minimum(source.astype(np.int64), side - 1)
+    upper = source - low.astype(np.float32)
+    pair = np.stack((low, np.minimum(low + 1, side - 1)), axis=1) + owner[:, None] * side
+    weights = torch.from_numpy(np.stack((1 - upper, upper), axis=1))
+    table = masks.transpose(1, 2).reshape(count * side, side)
+    return F.embedding_bag(torch.from_numpy(pair), table, per_sample_weights=weights, mode="sum").numpy()
+
+
+def _step(side: int, pixels: Longs) -> NDArray[np.float32]:
+    """Mask cells per image pixel, in float32 as torch has it."""
+    return np.float32(side) / pixels.astype(np.float32)
+
+
+def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs]:
+    """Edges that meet an odd number of times, and how many each mask has: a run that ends where the next starts goes on."""
+    first = np.ones(len(edges), dtype=bool)
+    first[1:] = (edges[1:] != edges[:-1]) | (owners[1:] != owners[:-1])
+    starts = np.flatnonzero(first)
+    odd = starts[np.diff(starts, append=len(edges)) % 2 == 1]
+    return edges[odd], np.bincount(owners[odd], minlength=masks)
+
+
+def _runs(edges: Longs, counts: Longs, pixels: int) -> tuple[Longs, Longs]:
+    """Run lengths of all masks, one after another, and how many each has.
+
+    A run of ones that reaches the last pixel has its edge there and needs no run of zeros behind it.
+    """
+    owners = np.repeat(np.arange(len(counts)), counts)
+    inner = edges < pixels
+    edges, owners = edges[inner], owners[inner]
+    lengths = np.bincount(owners, minlength=len(counts)) + 1
+    ends = np.cumsum(lengths)
+    runs = np.full(int(lengths.sum()), pixels, dtype=np.int64)
+    last = np.zeros(len(runs), dtype=bool)
+    last[ends - 1] = True
+    runs[~last] = edges
+    first = ends - lengths
+    before = np.concatenate(([0], runs[:-1]))
+    before[first] = 0
+    return runs - before, lengths
+
+
+def _ragged(lengths: Longs) -> tuple[Longs, Longs]:
+    """For consecutive groups of these lengths: every element's group, and its place within the group."""
+    group = np.repeat(np.arange(len(lengths)), lengths)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _group_counts(values: Longs) -> Longs:
     """How many groups of five bits each signed value needs."""
     magnitude = np.where(values < 0, ~values, values)
     groups = np.ones(len(values), dtype=np.int64)
