@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -69,6 +70,105 @@ def convert(
             f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
             f"{report.categories} categories"
         )
+
+
+@app.command()
+def query(
+    table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
+    sql: Annotated[str, typer.Argument(help="DuckDB SQL over images, detections, current_images, current_detections.")],
+    form: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="How to write the answer.")] = "table",
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write here, local or s3://, not to stdout.")] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Ask a table in SQL, offline and without writing to it."""
+    from jobs import query as command
+    from pipeline.storage import Storage, StorageOptions
+
+    rows = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, sql, command.Format(form), output)
+    if output is not None:
+        typer.echo(f"{output}: {rows} rows")
+
+
+@app.command()
+def show(
+    table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
+    uri: Annotated[str, typer.Argument(help="An image of the table, as its `uri` column names it.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write, local or s3://.")],
+    min_score: Annotated[float, typer.Option(help="Leave out instances below this score.")] = 0.0,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw an image's current instances to a PNG."""
+    from jobs import show as command
+    from pipeline.storage import Storage, StorageOptions
+
+    report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        typer.echo(f"{report.output}: {report.instances} instances of {report.uri}, {report.size[0]} x {report.size[1]} pixels")
+
+
+@app.command()
+def label(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help="Images: a folder or prefix, a glob, or a Parquet, CSV or text list of URIs."),
+    ],
+    table: Annotated[str, typer.Argument(help="The table to add to, a local path or s3://; made when it is not there.")],
+    weights: Annotated[str, typer.Option(help="A MaskLake checkpoint, local or s3:// (see `masklake train`, `convert`).")],
+    column: Annotated[str | None, typer.Option(help="The list's column that names the images; default: uri.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the network.")] = "fp32",
+    score_threshold: Annotated[float | None, typer.Option(help="Least score of an instance; default: the model's.")] = None,
+    max_detections: Annotated[int | None, typer.Option(help="Most instances of an image; default: the model's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of box,mask,keypoint; default: all the model has.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images that go through the network together.", min=1)] = 4,
+    tick: Annotated[str | None, typer.Option(help="The run's id, for schedulers: a tick is labelled once.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try again what failed for good.")] = False,
+    max_failed: Annotated[
+        float, typer.Option(help="Share of failed images up to which the exit code is 0.", min=0, max=1)
+    ] = 0.05,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one a GPU, else one a core.", min=1)] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Largest width x height; larger images become too_large.", min=2)
+    ] = 100_000_000,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label images into a table: each new or changed image once, whatever happens on the way.
+
+    The same command goes on after a kill. Exit code 41: more images failed than --max-failed allows (the table holds all).
+    """
+    from jobs import label as command
+    from jobs.label_plan import check_failures
+
+    options = command.options(
+        input={"uri": source, "column": column},
+        table=table,
+        weights=weights,
+        storage={"endpoint_url": endpoint},
+        predict={
+            "precision": precision,
+            "score_threshold": score_threshold,
+            "max_detections": max_detections,
+            "tasks": None if tasks is None else [task.strip() for task in tasks.split(",")],
+            "batch_size": batch_size,
+        },
+        limits={"max_pixels": max_pixels},
+        tick=tick,
+        retry_failed=retry_failed,
+        device=device,
+        workers=workers,
+        address=address,
+    )
+    report = command.run(options, say=lambda line: typer.echo(line, err=True))
+    if as_json:
+        print_json(report.model_dump())
+    else:
+        typer.echo(command.describe(report))
+    check_failures(report.statuses, max_failed)
 
 
 def main() -> None:

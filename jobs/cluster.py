@@ -1,0 +1,102 @@
+"""Ray: attach to a cluster, or start one inside this process, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import ConfigError
+
+RESERVED_CPUS = 2
+"""Logical CPUs beside the workers': one for Ray Data's small tasks, one for the filter that a resumed run puts before them.
+
+Both wait most of the time, so an embedded cluster simply counts two more CPUs than the machine has; on a cluster that
+somebody else sized they must be there, or a resumed run would wait for ever.
+"""
+
+
+EMBEDDED = "masklake_embedded"
+"""A resource that marks a cluster as started by `connect` inside a process."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has in all: logical CPUs, GPUs, and memory for reservations in bytes. embedded: it is this machine."""
+
+    cpus: float
+    gpus: float
+    memory: float
+    embedded: bool = False
+
+    @property
+    def spare_cpus(self) -> int:
+        """CPUs for model replicas; on an embedded cluster, the machine's cores."""
+        return max(0, int(self.cpus) - RESERVED_CPUS)
+
+
+def connect(address: str | None = None) -> Capacity:
+    """Make sure that this process is connected to Ray, and say what the cluster has.
+
+    A connection that exists is used. Otherwise ``address`` or RAY_ADDRESS names a cluster; without them one is started in
+    this process and ends with it. ConfigError where no cluster answers.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        _start(address or os.environ.get("RAY_ADDRESS") or "local")
+    _quiet()
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), EMBEDDED in total)
+
+
+def _start(address: str) -> None:
+    import ray
+
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": cores() + RESERVED_CPUS, "resources": {EMBEDDED: 1}, "include_dashboard": False}
+    # Ray's C++ prints advice for its own developers; what this variable leaves of it goes to the session's log files.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        with _stderr_held_back():  # ... apart from a line that says that the variable was read
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError, TimeoutError) as error:
+        raise ConfigError(f"no Ray cluster answers at {address} ({error}); check --address or RAY_ADDRESS") from error
+
+
+@contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Keep what is written to file descriptor 2, and let it out only when the block fails."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(terminal, held.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quiet() -> None:
+    """Keep Ray Data's messages in its log file; what matters of them stands in our own report."""
+    import ray.data  # configures the logger when imported
+
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)

@@ -1,0 +1,343 @@
+"""`masklake label`: plan a run, stream the images through the model, complete what was lost, commit, report (design 3.3).
+
+The same call continues where an earlier one stopped, however it stopped. What it decides is in `jobs.label_plan`; what the
+workers do is in `pipeline.labeller`; which of the written files count is in `pipeline.run_output`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jobs import label_plan
+from jobs.cluster import connect
+from jobs.label_plan import Device, Round, WorkerPlan
+from jobs.progress import shown, start_counter
+from model import MaskRCNN, PredictOptions, load_checkpoint
+from model.errors import CheckpointError, ConfigError, MaskLakeError
+from pipeline import run_output
+from pipeline.decode import DecodeLimits
+from pipeline.errors import InputNotFoundError, LeaseLostError
+from pipeline.labeller import LabellingActor, LabelSpec
+from pipeline.lease import Lease
+from pipeline.manifest import InputSpec, Plan, plan_run
+from pipeline.rows import Outcome, to_table
+from pipeline.schema import FILE_SCHEMA, Status
+from pipeline.storage import Storage, StorageOptions
+from pipeline.table import Table, open_table
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+class LabelOptions(BaseModel):
+    """One labelling run, complete."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: InputSpec
+    table: str = Field(description="The table's folder or prefix; made when it is not there.")
+    weights: str = Field(description="Path or URI of a MaskLake checkpoint.")
+    storage: StorageOptions = StorageOptions()
+    predict: PredictOptions = PredictOptions()
+    limits: DecodeLimits = DecodeLimits()
+    tick: str | None = Field(default=None, description="The run's id, for schedulers; default: from the run's content.")
+    retry_failed: bool = Field(default=False, description="Also try again what failed for good: decode_error, crashed, ...")
+    device: Device = "auto"
+    workers: int | None = Field(default=None, gt=0, description="Model replicas; default: one a GPU, else one a core.")
+    block_rows: int | None = Field(default=None, gt=0, description="Images written together; default: by the run's size.")
+    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    progress: bool = Field(default=True, description="Show a bar on stderr.")
+
+
+class LabelReport(BaseModel):
+    """What a run did. statuses and categories count the whole run; images_per_s what this start of it labelled."""
+
+    model_config = ConfigDict(frozen=True)
+
+    table: str
+    run_id: str | None = Field(description="None when there was nothing new to label.")
+    model_id: str
+    label_id: str
+    images: int
+    resumed: bool
+    statuses: dict[str, int] = Field(description="Images by status.")
+    categories: dict[str, int] = Field(description="Instances by category.")
+    failed_share: float = Field(description="Of the images, 0 to 1.")
+    labelled_now: int = Field(description="Images that this start of the run labelled.")
+    seconds: float = Field(description="Of labelling, the workers' start included.")
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A planned run and all that its steps need."""
+
+    options: LabelOptions
+    table: Table
+    plan: Plan
+    spec: LabelSpec
+    model: MaskRCNN
+    checkpoint: bytes
+    lease: Lease
+
+
+def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
+    """Label what the table does not hold yet; returns when it is committed. ``say`` hears each step as a line.
+
+    Raises the errors of `pipeline.errors`; after any of them, and after a kill, the same call goes on. A report may hold
+    failed images: `label_plan.check_failures` judges it.
+    """
+    storage = Storage(options.storage)
+    table = open_table(storage, options.table)
+    checkpoint, model = _load_model(storage, options.weights)
+    model_id = model.model_id
+    label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
+    facts = {"model_id": model_id, "weights": options.weights}
+    plan = plan_run(storage, table, options.input, label_id, tick=options.tick, retry_failed=options.retry_failed, facts=facts)
+    if plan is None:
+        say("nothing new: the table holds every image of this input, labelled by this model with these options")
+        return _nothing_new(table, model_id, label_id)
+    verb = "continues" if plan.resumed else "starts"
+    say(f"run {plan.run_id} {verb}: {plan.images} images, model {model_id}")
+    spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
+    with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
+        return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say)
+
+
+def options(**values: Any) -> LabelOptions:
+    """LabelOptions from plain values; ConfigError says what is wrong with them in one line."""
+    try:
+        return LabelOptions.model_validate(values)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError("; ".join(faults)) from error
+
+
+def describe(report: LabelReport) -> str:
+    """The report in a few lines for a person."""
+    if report.run_id is None:
+        return f"{report.table}: nothing new"
+    statuses = ", ".join(f"{count} {status}" for status, count in report.statuses.items() if count)
+    shown = list(report.categories.items())[:10]
+    instances = ", ".join(f"{count} {category}" for category, count in shown) or "none"
+    more = f" and {len(report.categories) - len(shown)} more categories" if len(report.categories) > len(shown) else ""
+    return (
+        f"run        {report.run_id}{' (resumed)' if report.resumed else ''}\n"
+        f"images     {statuses}\n"
+        f"instances  {instances}{more}\n"
+        f"speed      {report.images_per_s:.1f} images/s ({report.labelled_now} in {report.seconds:.1f} s, start-up included)\n"
+        f"table      {report.table}"
+    )
+
+
+def _load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
+    """The checkpoint's bytes, read once for all workers, and the model in them: a bad one is refused before any start."""
+    try:
+        checkpoint = storage.read_bytes(uri)
+    except InputNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {uri}") from error
+    try:
+        return checkpoint, load_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{uri}: {error}") from error
+
+
+def _label(run: _Run, say: Say) -> LabelReport:
+    """Stream, complete, commit, compact, report: with the lease held."""
+    table, plan = run.table, run.plan
+    files = run_output.finished(table, plan.run_id)
+    before = len(run_output.missing(files, plan.images))
+    started = time.perf_counter()
+    if before and not table.is_committed(plan.run_id):
+        files = _stream_and_complete(run, files, say)
+    seconds = time.perf_counter() - started
+    settled = run_output.settle(table, plan.run_id, files, plan.images)
+    run.lease.confirm()
+    table.commit_run(plan.run_id, settled)
+    table.compact(plan.run_id)
+    statuses, categories = run_output.summarise(table, plan.run_id)
+    return LabelReport(
+        table=table.uri,
+        run_id=plan.run_id,
+        model_id=run.spec.model_id,
+        label_id=run.spec.label_id,
+        images=plan.images,
+        resumed=plan.resumed,
+        statuses=statuses,
+        categories=categories,
+        failed_share=label_plan.failed_share(statuses),
+        labelled_now=before,
+        seconds=seconds,
+        images_per_s=before / seconds,
+    )
+
+
+def _stream_and_complete(run: _Run, files: list[run_output.Finished], say: Say) -> list[run_output.Finished]:
+    """Label what ``files`` lack, in ever smaller blocks; an image that takes its worker along even alone is `crashed`."""
+    table, plan = run.table, run.plan
+    missing = run_output.missing(files, plan.images)
+    capacity = connect(run.options.address)
+    workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
+    say(f"{workers.workers} model replica(s) on {workers.device}, {len(missing)} images to go")
+    for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
+        if not len(missing):
+            return files
+        if number:
+            say(f"{len(missing)} images were lost with their workers; they run again, {step.rows} at a time")
+        _stream(run, workers, step, len(missing))
+        files = run_output.finished(table, plan.run_id)
+        missing = run_output.missing(files, plan.images)
+    if len(missing):
+        say(f"{len(missing)} images end their worker even alone: they become `crashed`")
+        _write_crashed(run, missing)
+        files = run_output.finished(table, plan.run_id)
+    return files
+
+
+def _write_crashed(run: _Run, image_ids: Any) -> None:
+    rows = run_output.manifest_rows(run.table, run.plan.run_id, image_ids).to_pylist()
+    reason = "the worker's process ended while it worked on this image alone"
+    outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in rows]
+    crashed = to_table(outcomes, model_id=run.spec.model_id, label_id=run.spec.label_id, category_names={})
+    run_output.write_rows(run.table, run.plan.run_id, crashed)
+
+
+# -- Ray Data ----------------------------------------------------------------------------------------------------------
+
+
+def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: int) -> None:
+    """One pass of Ray Data over the manifest; its checkpoint leaves out what is written already."""
+    import ray
+
+    counter = start_counter()
+    watcher = _LeaseWatcher(run.lease)
+    try:
+        with (
+            warnings.catch_warnings(),
+            ray.data.DataContext.current(_context(run, step)),
+            shown(counter, run.plan.images, run.plan.images - missing, watcher.look, run.options.progress),
+        ):
+            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)  # max_task_retries has no other way in
+            _write(_dataset(run, workers, step, counter), run)
+    except KeyboardInterrupt:
+        if watcher.lost is not None:
+            raise watcher.lost from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise MaskLakeError(f"labelling stopped: {reason}; the same command goes on where it stopped") from error
+    finally:
+        ray.kill(counter)
+
+
+def _context(run: _Run, step: Round) -> Any:
+    """Ray Data's settings for this run alone. Measured: other ways to write, or other defaults, lose or repeat rows."""
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
+    context = ray.data.DataContext.get_current().copy()
+    filesystem, path = run.table.storage.arrow(run_output.checkpoint_uri(run.table, run.plan.run_id))
+    filesystem.create_dir(path, recursive=True)
+    config = CheckpointConfig(
+        id_column="image_id", checkpoint_path=path, override_filesystem=filesystem, delete_checkpoint_on_success=False
+    )
+    config.checkpoint_actor_pool_max_size = 1  # one keeps up with any number of workers, and more would take their CPUs
+    config.checkpoint_actor_memory_bytes = label_plan.FILTER_MEMORY
+    context.checkpoint_config = config
+    context.max_errored_blocks = step.max_lost
+    context.enable_progress_bars = False
+    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
+    return context
+
+
+def _dataset(run: _Run, workers: WorkerPlan, step: Round, counter: Any) -> Any:
+    """read_parquet(manifest) -> small blocks -> labellers."""
+    import ray
+
+    filesystem, path = run.table.storage.arrow(run.plan.manifest_uri)
+    spec = _spec_for(run.spec, workers)
+    concurrency = 1 if step.alone else workers.concurrency
+    blocks = ray.data.read_parquet(path, filesystem=filesystem, partitioning=None).repartition(
+        target_num_rows_per_block=step.rows
+    )
+    return blocks.map_batches(
+        LabellingActor,
+        fn_constructor_args=(spec, ray.put(run.checkpoint), counter),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=workers.workers,
+            max_concurrent_calls_per_actor=concurrency,
+            # More would queue behind a slow image while another worker is idle, and die with an image that kills its worker.
+            max_tasks_in_flight_per_actor=concurrency,
+            enable_true_multi_threading=concurrency > 1,
+        ),
+        num_cpus=workers.cpus_each,
+        num_gpus=workers.gpus_each or None,
+        max_task_retries=2,  # without a limit Ray starts a worker anew for ever when an image kills it
+    )
+
+
+def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
+    return replace(spec, device=workers.device, torch_threads=workers.cpus_each, decode_threads=workers.decode_threads)
+
+
+def _write(dataset: Any, run: _Run) -> None:
+    filesystem, path = run.table.storage.arrow(run.table.run_folder(run.plan.run_id))
+    filesystem.create_dir(path, recursive=True)
+    dataset.write_parquet(
+        path,
+        filesystem=filesystem,
+        try_create_dir=False,
+        compression="zstd",
+        schema=FILE_SCHEMA,
+        ray_remote_args={"num_cpus": 0.25},
+    )
+
+
+class _LeaseWatcher:
+    """Interrupts the driver when its lease is lost: a run has one writer, and from then on it is another one."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lost: LeaseLostError | None = None
+        self._lease = lease
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def look(self) -> None:
+        """Called twice a second from the progress thread."""
+        if self.lost is not None:
+            return
+        try:
+            self._lease.check()
+        except LeaseLostError as error:
+            self.lost = error
+            if self._main:  # elsewhere nothing can be interrupted, and the check before the commit stops the run
+                import _thread
+
+                _thread.interrupt_main()
+
+
+def _nothing_new(table: Table, model_id: str, label_id: str) -> LabelReport:
+    return LabelReport(
+        table=table.uri,
+        run_id=None,
+        model_id=model_id,
+        label_id=label_id,
+        images=0,
+        resumed=False,
+        statuses={},
+        categories={},
+        failed_share=0.0,
+        labelled_now=0,
+        seconds=0.0,
+        images_per_s=0.0,
+    )

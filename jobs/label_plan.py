@@ -1,0 +1,144 @@
+"""What a labelling run does, as pure functions: its identity, its workers, its rounds, and what its outcome means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.cluster import RESERVED_CPUS, Capacity
+from model.config import ModelConfig, PredictOptions
+from model.inference import resolve
+from pipeline.decode import DecodeLimits
+from pipeline.errors import ClusterTooSmallError, TooManyFailuresError
+from pipeline.schema import Status
+
+Device = Literal["auto", "cpu", "cuda"]
+
+BLOCK_ROWS = 64
+"""Most images of a block: what a killed driver labels again, at most, for each worker."""
+BLOCKS_PER_WORKER = 4
+"""Least blocks a worker, where the manifest is short: so that all end at about the same time."""
+RETRY_ROWS = 8
+"""Images of a block when the blocks that were lost run again, before each image runs alone."""
+FILTER_MEMORY = 256 * 2**20
+"""Bytes that a resumed run's filter reserves; it holds 8 bytes for each finished image."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """The model replicas of a run. concurrency: blocks that a worker has in hand at once."""
+
+    workers: int
+    cpus_each: int
+    gpus_each: int
+    device: Literal["cpu", "cuda"]
+    concurrency: int
+    decode_threads: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass of Ray Data over what is not labelled yet.
+
+    rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
+    max_lost: blocks that may be lost before the round stops.
+    """
+
+    rows: int
+    alone: bool
+    max_lost: int
+
+
+def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits: DecodeLimits) -> str:
+    """16 hex digits over everything that changes a row: the model, the options in their effective values, the limits.
+
+    What only changes the speed (batch size, workers) is no part of it. ConfigError for a task that the model cannot do.
+    """
+    settings = resolve(predict, config)
+    facts = {
+        "model_id": model_id,
+        "precision": predict.precision,
+        "score_threshold": settings.score_threshold,
+        "nms_iou": settings.nms_iou,
+        "max_detections": settings.max_detections,
+        "mask_threshold": settings.mask_threshold,
+        "tasks": sorted(settings.tasks),
+        "limits": limits.model_dump(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:
+    """Divide a cluster among model replicas: one a GPU, else one a core. ClusterTooSmallError when the plan does not fit.
+
+    A plan that does not fit would not fail in Ray, it would wait for ever.
+    """
+    on_gpu = device == "cuda" or (device == "auto" and capacity.gpus >= 1)
+    spare = capacity.spare_cpus
+    most = int(capacity.gpus) if on_gpu else spare
+    workers = requested or max(1, min(most, math.ceil(images / RETRY_ROWS)))
+    # The embedded cluster's cores all go to the workers; elsewhere they may be spread over nodes of any size.
+    cpus_each = max(1, spare // workers) if capacity.embedded and not on_gpu else 1
+    if on_gpu and workers > most:
+        remedy = f"give --workers {most}" if most else "give --device cpu"
+        raise ClusterTooSmallError(f"{workers} workers need {workers} GPUs, the cluster has {most}: {remedy}")
+    _check_cpus(capacity, workers, cpus_each)
+    _check_memory(capacity, images)
+    return WorkerPlan(
+        workers=workers,
+        cpus_each=cpus_each,
+        gpus_each=int(on_gpu),
+        device="cuda" if on_gpu else "cpu",
+        concurrency=2 if on_gpu else 1,  # a GPU must not wait for a block's first bytes; on a CPU they share the core anyway
+        decode_threads=min(8, max(2, spare // workers)) if on_gpu else cpus_each,
+    )
+
+
+def _check_cpus(capacity: Capacity, workers: int, cpus_each: int) -> None:
+    needed, spare = workers * cpus_each, capacity.spare_cpus
+    if needed > spare:
+        remedy = f"give --workers {spare // cpus_each}" if spare >= cpus_each else "take a larger machine or cluster"
+        beside = "" if capacity.embedded else f" beside the {RESERVED_CPUS} that Ray Data needs itself"
+        raise ClusterTooSmallError(f"{workers} workers need {needed} CPUs{beside}, there are {spare}: {remedy}")
+
+
+def _check_memory(capacity: Capacity, images: int) -> None:
+    memory = max(FILTER_MEMORY, 12 * images)  # Ray reserves 1.5 times the identifiers' 8 bytes
+    if memory > capacity.memory:
+        raise ClusterTooSmallError(
+            f"{images} images need {memory / 2**20:.0f} MiB to filter a resumed run, the cluster can reserve "
+            f"{capacity.memory / 2**20:.0f} MiB: take a larger cluster or label in several runs"
+        )
+
+
+def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator[Round]:
+    """The passes of a run: all images in blocks; then what blocks were lost with, in small blocks; then one by one.
+
+    The first round stops when more than a twentieth of its blocks is lost: then it is not a few images that kill workers.
+    """
+    rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
+    yield Round(rows, alone=False, max_lost=max(8, math.ceil(images / rows) // 20))
+    if rows > RETRY_ROWS:
+        yield Round(RETRY_ROWS, alone=True, max_lost=images)
+    yield Round(1, alone=True, max_lost=images)
+
+
+def failed_share(statuses: Mapping[str, int]) -> float:
+    """The share of images that did not end ok; 0 for a run without images."""
+    images = sum(statuses.values())
+    return 1 - statuses.get(Status.OK, 0) / images if images else 0.0
+
+
+def check_failures(statuses: Mapping[str, int], max_failed: float) -> None:
+    """TooManyFailuresError when more images failed than the share that was allowed."""
+    share = failed_share(statuses)
+    if share > max_failed:
+        failed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()) if status != Status.OK)
+        raise TooManyFailuresError(
+            f"{share:.1%} of the images failed ({failed}), --max-failed allows {max_failed:.1%}; "
+            "the table holds every one of them with its status and error: see the view current_images"
+        )
