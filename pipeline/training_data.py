@@ -1,8 +1,7 @@
-"""From COCO rows to training batches: a deterministic order of samples, fetched, decoded and augmented by Ray Data.
+"""From COCO rows to training batches: fetched, decoded, augmented, and turned into what the model takes.
 
-Only numbers are shuffled. Sample `i` of a run belongs to epoch `i // epoch_samples`; that epoch's order is a permutation that
-follows from (seed, epoch), and a sample's augmentation from (seed, epoch, row): the same on any number of workers, and after a
-resume. The rows themselves (one an image, with its annotations as JSON) lie once in the object store.
+A sample's augmentation follows from (seed, epoch, row): the same on any number of workers, and after a resume. Their order is
+`pipeline.sample_stream`'s business.
 
 Between loader and trainer a mask travels as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, 30 kB as runs.
 Shape letters: G instances, K keypoints, H x W pixels of the image that the model gets.
@@ -18,8 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pycocotools.mask
-import ray
-import ray.data
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,9 +29,6 @@ from pipeline.errors import AnnotationError, EmptyInputError
 from pipeline.fetch import fetch
 from pipeline.schema import Status
 from pipeline.storage import Storage, relative_to
-
-LOADER_ROWS = 16
-"""Samples a loading task: enough to hide a request's latency, few enough that the first batch comes at once."""
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -110,44 +104,22 @@ def training_rows(dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empt
     return pa.table([pa.array(column) for column in zip(*rows, strict=True)], names=names)
 
 
-def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Rows of one epoch's samples: permutations of all rows, one after another, cut to `samples`."""
-    random = np.random.default_rng((seed, epoch))
-    passes = [random.permutation(rows) for _ in range(-(-samples // rows))]
-    return np.concatenate(passes)[:samples]
-
-
 @dataclass(frozen=True)
-class SampleStream:
-    """The samples of a run from `first_epoch` on; `dataset()` is what Ray Train splits between its workers."""
+class Loader:
+    """What a loading task needs: the rows of `training_rows`, how to reach their images, and what to make of them.
 
-    rows: Any  # ObjectRef of training_rows
-    row_count: int
-    epoch_samples: int
-    first_epoch: int
-    epochs: int
+    skip_bad: leave an image out that cannot be used, instead of raising.
+    """
+
+    rows: pa.Table
     spec: SampleSpec
     storage: Storage
-    skip_bad: bool
-    loader_cpus: float
+    skip_bad: bool = False
 
-    def dataset(self) -> ray.data.Dataset:
-        """Lazily: sample numbers, in blocks that a loader task turns into SAMPLE_SCHEMA rows."""
-        samples = max(0, self.epochs - self.first_epoch) * self.epoch_samples
-        numbers = ray.data.range(samples).repartition(target_num_rows_per_block=LOADER_ROWS)
-        return numbers.map_batches(self.load, batch_size=None, batch_format="pyarrow", num_cpus=self.loader_cpus)
-
-    def load(self, numbers: pa.Table) -> pa.Table:
-        """Fetches, decodes and augments the samples of these numbers (column `id`, from 0 at `first_epoch`)."""
-        table = ray.get(self.rows)
-        epochs, places = np.divmod(numbers["id"].to_numpy(), self.epoch_samples)
-        orders = {
-            int(epoch): epoch_order(self.row_count, self.epoch_samples, self.spec.seed, self.first_epoch + int(epoch))
-            for epoch in np.unique(epochs)
-        }
-        chosen = [int(orders[int(epoch)][place]) for epoch, place in zip(epochs, places, strict=True)]
-        seeds = [(self.spec.seed, self.first_epoch + int(e), row) for e, row in zip(epochs, chosen, strict=True)]
-        return load_samples(table.take(chosen), seeds, self.spec, self.storage, self.skip_bad)
+    def load(self, rows: Sequence[int], epochs: Sequence[int]) -> pa.Table:
+        """SAMPLE_SCHEMA rows of these rows, augmented as in these epochs; see `load_samples`."""
+        seeds = [(self.spec.seed, epoch, row) for epoch, row in zip(epochs, rows, strict=True)]
+        return load_samples(self.rows.take(pa.array(rows, pa.int64())), seeds, self.spec, self.storage, self.skip_bad)
 
 
 def load_samples(

@@ -21,13 +21,13 @@ from PIL import Image
 from model.config import Category
 from pipeline.coco import parse_coco, to_mask
 from pipeline.errors import AnnotationError, EmptyInputError
+from pipeline.sample_stream import SampleStream, epoch_order
 from pipeline.storage import Storage
 from pipeline.training_data import (
     Augmentation,
+    Loader,
     SampleSpec,
-    SampleStream,
     choose_window,
-    epoch_order,
     load_samples,
     make_sample,
     to_training,
@@ -240,7 +240,8 @@ def test_a_bad_image_is_named_or_left_out(tmp_path: Path, kind: str, message: st
 @pytest.mark.slow
 def test_every_worker_gets_equally_many_samples_and_every_epoch_every_image(tmp_path: Path, local_ray: None) -> None:
     rows = training_rows(dataset_of(tmp_path, 22), str(tmp_path), spec())
-    stream = SampleStream(ray.put(rows), 22, 22, 1, 4, spec(), Storage(), False, loader_cpus=0.5)
+    loader = ray.put(Loader(rows, spec(), Storage()))
+    stream = SampleStream(loader, rows=22, epoch_samples=22, first_epoch=1, epochs=4, seed=0, loader_cpus=0.5)
     data = stream.dataset()
     data.context.execution_options.preserve_order = True
     shards = data.streaming_split(2, equal=True)
