@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from model.config import Category
 from model.errors import ConfigError
+from model.instances import Instances
 from pipeline.coco import CocoDataset, CocoImage, to_document, to_rle
 
 IouType = Literal["bbox", "segm", "keypoints"]
@@ -244,3 +245,20 @@ def _common(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
 
 def _area(rle: dict[str, Any]) -> int:
     return int(pycocotools.mask.area(rle))
+
+
+def result_rows(image_id: int, found: Instances, categories: Mapping[int, Category]) -> list[dict[str, Any]]:
+    """COCO result rows of a model's answer for one image; `categories` says which of them have keypoints."""
+    rows: list[dict[str, Any]] = []
+    for n, (box, score, label) in enumerate(
+        zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    ):
+        x1, y1, x2, y2 = box
+        row = {"image_id": image_id, "category_id": label, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        if found.rles is not None:
+            row["segmentation"] = {"size": list(found.size), "counts": found.rles[n]}
+        count = len(categories[label].keypoints)
+        if found.keypoints is not None and count:
+            row["keypoints"] = found.keypoints[n, :count].ravel().tolist()
+        rows.append(row)
+    return rows

@@ -1,0 +1,81 @@
+"""Where a training run's workers leave word for the driver: lines for people, and the error that ended the run.
+
+An actor of its own, because Ray Train's controller and workers have no other way to the driver's terminal that does not put
+Ray's prefixes on every line. It imports nothing heavy: its process starts while the workers load torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+POLL_SECONDS = 0.5
+
+
+class Board:
+    """The actor: lines not yet fetched, and the first failure that a user can mend."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._failure: Exception | None = None
+
+    def say(self, line: str) -> None:
+        """Adds a line for the driver to show."""
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, error: Exception) -> None:
+        """Keeps the first error; the ones that follow are its consequences."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        """The first error, if any."""
+        return self._failure
+
+
+def start_board() -> Any:
+    """The actor's handle; it takes no CPU away from training."""
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+class Listener:
+    """Shows the board's lines in the driver while its main thread waits for Ray Train."""
+
+    def __init__(self, board: Any, show: Callable[[str], None]) -> None:
+        self._board = board
+        self._show = show
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="board", daemon=True)
+
+    def __enter__(self) -> Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stopped.wait(POLL_SECONDS)
+            try:
+                lines = ray.get(self._board.take.remote())
+            except ray.exceptions.RayError:
+                return  # the cluster went away: the main thread has the reason
+            for line in lines:
+                self._show(line)
+
+
+def to_stderr(line: str) -> None:
+    """One line for a person to read."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

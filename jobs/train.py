@@ -1,0 +1,412 @@
+"""`masklake train`: check the data and the plan, hand the run to Ray Train, and draw what came of it.
+
+What a worker does is in `jobs.train_worker`. A run is known by its name: the same command goes on after the last complete
+epoch, and says so when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray.train.torch import TorchTrainer
+
+from jobs.board import Listener, start_board, to_stderr
+from jobs.cluster import Capacity, connect
+from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, read_latest, train, user_error
+from model.build import create_model
+from model.checkpoint import dumps
+from model.config import ModelConfig, Task
+from model.errors import ConfigError
+from model.mask_rcnn import MaskRCNN
+from model.presets import preset as preset_config
+from pipeline.coco import CocoDataset, read_coco, with_files
+from pipeline.curves import training_curves
+from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
+from pipeline.recipe import Recipe, recipe_of
+from pipeline.sample_stream import SampleStream
+from pipeline.storage import Storage, StorageOptions, canonical, parent
+from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
+
+RUN_RECORD, CURVES = "run.json", "curves.png"
+
+Say = Callable[[str], None]
+T = TypeVar("T", bound=BaseModel)
+
+
+class TrainOptions(BaseModel):
+    """One training run, complete. `recipe` and `model` change single fields of the preset's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str = Field(description="COCO JSON to learn from, local or s3://.")
+    images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
+    val: str | None = Field(default=None, description="COCO JSON to score on; without it there is no AP.")
+    val_images: str | None = Field(default=None, description="Folder of its images; default: as for `images`.")
+    output: str = Field(description="Folder or prefix that holds runs.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="The run's name, and its folder's.")
+    preset: str = Field(default="tiny", description="Model preset.")
+    tasks: frozenset[Task] | None = Field(default=None, description="What to learn; default: what preset and data both have.")
+    weights: str | None = Field(default=None, description="Checkpoint or torchvision weights to start from.")
+    reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
+    workers: int = Field(default=1, gt=0, description="Training processes.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs when there is one a worker.")
+    threads: int | None = Field(default=None, gt=0, description="CPU threads of a worker; default: its share of the cores.")
+    seed: int = Field(default=0, ge=0, description="Of everything that is random.")
+    recipe: dict[str, Any] = Field(default={}, description="Changes to the preset's recipe (`pipeline.recipe.Recipe`).")
+    model: dict[str, Any] = Field(default={}, description="Changes to the preset's configuration (`model.ModelConfig`).")
+    augmentation: Augmentation = Augmentation()
+    evaluate_every: int = Field(default=0, ge=0, description="Epochs between evaluations; 0: only after the last.")
+    max_dets: tuple[int, ...] = Field(default=(1, 10, 100), description="Detections an image that AP and AR count.")
+    keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported.")
+    allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
+    keep_empty: bool = Field(default=False, description="Also learn from images without any instance.")
+    max_failures: int = Field(default=2, ge=0, description="Restarts after a worker's death.")
+    storage: StorageOptions = StorageOptions()
+    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
+
+    @property
+    def run_uri(self) -> str:
+        """The run's folder."""
+        return Storage.join(canonical(self.output), self.name)
+
+
+class TrainReport(BaseModel):
+    """What a run left behind. scores: COCO's numbers by kind (bbox, segm, keypoints), 0 to 1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    checkpoint: str
+    metrics: str
+    curves: str
+    model_id: str
+    epochs: int
+    resumed_from: int = Field(description="Epochs that were done before this start.")
+    device: str
+    seconds: float = Field(description="Of training steps, over all starts.")
+    scores: dict[str, dict[str, Any]]
+
+
+def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions:
+    """Options from a TOML file and from `changes` (None: not given), which win. Raises ConfigError, naming the field."""
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            values = tomllib.loads(Path(config).read_text())
+        except FileNotFoundError as error:
+            raise InputNotFoundError(f"{config}: not found; check the path of --config") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config} is not TOML: {error}") from error
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            values[key] = {**values.get(key, {}), **{k: v for k, v in value.items() if v is not None}}
+        elif value is not None:
+            values[key] = value
+    return _validated(TrainOptions, values, config or "the training options")
+
+
+def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
+        raise ConfigError(f"{source}: {problems}") from error
+
+
+def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
+    """Trains, or finishes, the run of that name. See the module's errors in `docs/training.md`."""
+    storage = Storage(options.storage)
+    recipe = _validated(Recipe, {**recipe_of(options.preset).model_dump(), **options.recipe}, "recipe")
+    latest = read_latest(storage, options.run_uri)
+    done = latest["epoch"] if latest else 0
+    if done >= recipe.epochs and storage.exists(Storage.join(options.run_uri, METRICS)):
+        say(f"run '{options.name}' is complete: {done} epochs. Its results are in {options.run_uri}.")
+        return _report(storage, options, done)
+    data, validation = _read_data(storage, options, say)
+    model = build_model(options, data, storage)
+    _check_record(storage, options, model.config)
+    capacity = connect(options.address)
+    gpu = plan_workers(options, capacity)
+    spec = _sample_spec(model.config, options)
+    rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty)
+    if done:
+        say(f"run '{options.name}' goes on after epoch {done} of {recipe.epochs}")
+    plan = _Plan(options, recipe, spec, rows, model, validation, gpu, done)
+    _fit(plan, storage, say)
+    _draw(storage, options)
+    return _report(storage, options, done)
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def _folder(given: str | None, annotations: str) -> str:
+    return canonical(given) if given is not None else Storage.join(parent(annotations), "images")
+
+
+def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoDataset, Validation | None]:
+    """Checked training and validation data, each announced in a line."""
+    data = with_files(storage, read_coco(storage, options.train), _folder(options.images, options.train), options.allow_missing)
+    say(f"training on {describe(data)}")
+    if options.val is None:
+        return data, None
+    folder = _folder(options.val_images, options.val)
+    truth = with_files(storage, read_coco(storage, options.val), folder, options.allow_missing)
+    if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
+        raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
+    say(f"scoring on {describe(truth)}")
+    return data, Validation(truth, folder, options.max_dets)
+
+
+def describe(data: CocoDataset) -> str:
+    """One line: how much there is, and what was left out."""
+    left_out = "".join(f"; left out: {count} {reason}" for reason, count in data.dropped.items())
+    return (
+        f"{len(data.images)} images with {data.instance_count()} instances of {len(data.categories)} "
+        f"categories ({data.source}){left_out}"
+    )
+
+
+def build_model(options: TrainOptions, data: CocoDataset, storage: Storage) -> MaskRCNN:
+    """The model before its first step, with the data's categories. Raises ConfigError where preset and data do not fit."""
+    torch.manual_seed(options.seed)
+    tasks = _tasks(options, data)
+    changes = {**options.model, "mask": "mask" in tasks, "keypoint": "keypoint" in tasks}
+    if options.weights is None:
+        config = _changed(preset_config(options.preset), {**changes, "categories": data.categories})
+        if config.backbone.norm == "frozen":
+            raise ConfigError(
+                f"'{options.preset}' has frozen norm layers and cannot be trained from random weights: give --weights "
+                '(such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1), or set backbone = {norm = "group"} under [model].'
+            )
+        return create_model(config)
+    weights: str | bytes = options.weights
+    if storage.exists(options.weights) or "/" in options.weights:
+        weights = storage.read_bytes(options.weights)
+    base = create_model(options.preset, weights=weights, categories=data.categories, reset_predictors=options.reset_predictors)
+    config = _changed(base.config, changes)
+    return base if config == base.config else create_model(config, weights=dumps(base), reset_predictors=True)
+
+
+def _tasks(options: TrainOptions, data: CocoDataset) -> frozenset[Task]:
+    """What is learnt: what was asked for, else what the preset has branches for and the data answers."""
+    preset = preset_config(options.preset)
+    present: dict[Task, bool] = {"box": True, "mask": data.has_masks, "keypoint": data.has_keypoints}
+    if options.tasks is None:
+        wanted: dict[Task, bool] = {"box": True, "mask": preset.mask, "keypoint": preset.keypoint}
+        return frozenset(task for task in present if present[task] and wanted[task])
+    if lacking := sorted(task for task in options.tasks if not present[task]):
+        raise ConfigError(f"{data.source} has nothing to learn {', '.join(lacking)} from; leave it out of --tasks.")
+    return options.tasks
+
+
+def _changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """The configuration with fields replaced; a table, such as the backbone's, changes single fields of its own."""
+    values = config.model_dump()
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, Mapping) and isinstance(values.get(key), dict) else value
+    return _validated(ModelConfig, values, "model")
+
+
+def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
+    return SampleSpec(
+        categories=config.categories,
+        masks="mask" in config.tasks,
+        keypoints=config.num_keypoints,
+        augmentation=options.augmentation,
+        seed=options.seed,
+    )
+
+
+def _check_record(storage: Storage, options: TrainOptions, config: ModelConfig) -> None:
+    """Writes what the run is; refuses to go on with another data set, model or seed under the same name."""
+    record = {
+        "train": canonical(options.train),
+        "seed": options.seed,
+        "weights": options.weights,
+        "augmentation": options.augmentation.model_dump(mode="json"),
+        "model": config.model_dump(mode="json"),
+    }
+    uri = Storage.join(options.run_uri, RUN_RECORD)
+    try:
+        known = json.loads(storage.read_bytes(uri))
+    except InputNotFoundError:
+        storage.write_bytes(uri, json.dumps(record, indent=1).encode())
+        return
+    if changed := [key for key in record if known.get(key) != record[key]]:
+        raise ConfigError(
+            f"the run '{options.name}' in {options.output} was started with another {', '.join(changed)}. "
+            "Give this one another --name, or remove that folder."
+        )
+
+
+# -- on what it is trained ---------------------------------------------------------------------------------------------
+
+
+def plan_workers(options: TrainOptions, capacity: Capacity) -> bool:
+    """Whether the workers get a GPU each. Raises ClusterTooSmallError when they would wait for resources for ever.
+
+    A worker takes one CPU. Loading needs one more; an embedded cluster has it beside the machine's cores.
+    """
+    gpu = options.device == "cuda" or (options.device == "auto" and capacity.gpus >= options.workers)
+    if gpu and capacity.gpus < options.workers:
+        raise ClusterTooSmallError(
+            f"{options.workers} workers need {options.workers} GPUs, the cluster has {capacity.gpus:g}. "
+            f"Give fewer --workers, or --device cpu."
+        )
+    free = capacity.spare_cpus if capacity.embedded else int(capacity.cpus) - 1
+    if free < options.workers:
+        raise ClusterTooSmallError(
+            f"{options.workers} workers need a CPU each and loading needs one: the cluster has {capacity.cpus:g} CPUs in all, "
+            f"{max(free, 0)} of them for workers. Give at most {max(free, 1)} --workers, or a larger cluster (--address)."
+        )
+    return gpu
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run that passed every check."""
+
+    options: TrainOptions
+    recipe: Recipe
+    spec: SampleSpec
+    rows: pa.Table
+    model: MaskRCNN
+    validation: Validation | None
+    gpu: bool
+    done: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps of all workers; the images beyond the last one come first in some other epoch."""
+        return max(1, self.rows.num_rows // (self.recipe.batch_size * self.options.workers))
+
+
+def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
+    """Runs Ray Train to the end. Raises the workers' own error, or TrainingError."""
+    options, recipe = plan.options, plan.recipe
+    device = "GPU" if plan.gpu else "CPU"
+    say(
+        f"training '{options.preset}' for {recipe.epochs} epochs of {plan.steps_per_epoch} steps, "
+        f"{recipe.batch_size * options.workers} images a step on {options.workers} {device} worker"
+        f"{'s' if options.workers > 1 else ''}; the workers start"
+    )
+    board = start_board()
+    job = TrainingJob(
+        run_uri=options.run_uri,
+        epochs=recipe.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        recipe=recipe,
+        spec=plan.spec,
+        storage=storage,
+        initial=ray.put(dumps(plan.model)),
+        validation=None if plan.validation is None else ray.put(plan.validation),
+        evaluate_every=options.evaluate_every,
+        keep_best=options.keep == "best",
+        board=board,
+        threads=options.threads,
+    )
+    trainer = _trainer(plan, job, ray.put(Loader(plan.rows, plan.spec, storage, options.allow_missing)))
+    start = time.monotonic()
+    error: BaseException | None = None
+    with Listener(board, say):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as failure:
+            error = failure
+    _judge(ray.get(board.failure.remote()), error, storage, plan)
+    say(f"trained in {time.monotonic() - start:.0f} s")
+
+
+def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> TorchTrainer:
+    options = plan.options
+    # How often Ray Train looks at its workers; its 2 s would be felt at the end of every short run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    filesystem, path = job.storage.arrow(options.output)
+
+    def stream() -> ray.data.Dataset:
+        """Called before each start of the workers: the epochs that are left then."""
+        latest = read_latest(job.storage, job.run_uri)
+        return SampleStream(
+            loader=loader,
+            rows=plan.rows.num_rows,
+            epoch_samples=job.steps_per_epoch * job.recipe.batch_size * options.workers,
+            first_epoch=latest["epoch"] if latest else 0,
+            epochs=job.epochs,
+            seed=options.seed,
+            loader_cpus=1.0,
+        ).dataset()
+
+    return TorchTrainer(
+        train,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=options.workers, use_gpu=plan.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if plan.gpu else {})
+        ),
+        run_config=ray.train.RunConfig(
+            name=options.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        datasets={"train": stream},
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+    )
+
+
+def _judge(failure: Exception | None, error: BaseException | None, storage: Storage, plan: _Plan) -> None:
+    """Raises what ended the run early, if anything did."""
+    if failure is not None:
+        raise failure
+    if error is not None:
+        raise user_error(error) or TrainingError(
+            f"training stopped: the workers failed {plan.options.max_failures + 1} times, the last time with: "
+            f"{_last_line(error)}. The same command goes on after the last complete epoch."
+        ) from error
+    latest = read_latest(storage, plan.options.run_uri)
+    if latest is None or latest["epoch"] < plan.recipe.epochs:
+        raise TrainingError("training was interrupted. The same command goes on after the last complete epoch.")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+# -- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def _draw(storage: Storage, options: TrainOptions) -> None:
+    metrics = json.loads(storage.read_bytes(Storage.join(options.run_uri, METRICS)))
+    title = f"{options.name}: {metrics['model_id']}"
+    storage.write_bytes(Storage.join(options.run_uri, CURVES), training_curves(metrics["history"], title))
+
+
+def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:
+    uri = Storage.join(options.run_uri, METRICS)
+    metrics = json.loads(storage.read_bytes(uri))
+    return TrainReport(
+        name=options.name,
+        checkpoint=Storage.join(options.run_uri, MODEL),
+        metrics=uri,
+        curves=Storage.join(options.run_uri, CURVES),
+        model_id=metrics["model_id"],
+        epochs=metrics["epochs"],
+        resumed_from=done,
+        device=metrics["device"],
+        seconds=metrics["seconds"],
+        scores=metrics["scores"],
+    )

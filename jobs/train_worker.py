@@ -1,0 +1,400 @@
+"""What each Ray Train worker does: epochs of steps, a checkpoint after each, and its share of the evaluation.
+
+A run's folder, `<output>/<name>/`, holds `checkpoint_0001/` and so on (Ray Train uploads them), `latest.json` (the newest one
+that is complete: written after it, read by a resume), and at the end `model.safetensors` and `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import Tensor
+
+from model.checkpoint import dumps, load_checkpoint
+from model.config import PredictOptions
+from model.errors import MaskLakeError
+from model.mask_rcnn import MaskRCNN
+from pipeline.coco import CocoDataset
+from pipeline.curves import TOTAL
+from pipeline.decode import DecodeLimits, decode
+from pipeline.errors import InputNotFoundError, TrainingError
+from pipeline.evaluation import IouType, Score, coco_metrics, result_rows
+from pipeline.fetch import fetch
+from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
+from pipeline.storage import Storage, relative_to
+from pipeline.training_data import SampleSpec, to_training
+
+LATEST, MODEL, METRICS = "latest.json", "model.safetensors", "metrics.json"
+OPTIMIZER, STATE = "optimizer.pt", "state.json"
+
+LINES_PER_EPOCH = 5
+"""Progress lines, and looks at whether the loss is still finite."""
+
+EVALUATION_IMAGES = 16
+"""Images fetched together while the ones before are evaluated."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is scored on: ground truth and the folder of its images."""
+
+    truth: CocoDataset
+    folder: str
+    max_dets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that a worker needs. initial: the untrained (or given) model's checkpoint bytes, in the object store."""
+
+    run_uri: str
+    epochs: int
+    steps_per_epoch: int
+    recipe: Recipe
+    spec: SampleSpec
+    storage: Storage
+    initial: ray.ObjectRef[bytes]
+    validation: ray.ObjectRef[Validation] | None
+    evaluate_every: int
+    keep_best: bool
+    board: Any
+    threads: int | None
+
+
+@dataclass
+class State:
+    """What changes: the epochs that are done, the model, its optimiser, and one row of history an epoch."""
+
+    epoch: int
+    model: MaskRCNN
+    optimizer: torch.optim.Optimizer
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(config: Mapping[str, Any]) -> None:
+    """The Ray Train loop of one worker; `config["job"]` is a TrainingJob.
+
+    An error that a user can mend goes to the board, where the driver finds it; the workers that Ray starts again see it and
+    leave at once, as a second attempt would end the same way.
+    """
+    job: TrainingJob = config["job"]
+    if ray.get(job.board.failure.remote()) is not None:
+        return
+    try:
+        _train(job)
+    except Exception as error:
+        if (cause := user_error(error)) is not None:
+            ray.get(job.board.fail.remote(cause))
+        raise
+
+
+def user_error(error: BaseException | None) -> MaskLakeError | None:
+    """The error of ours behind whatever Ray made of it, without Ray's traceback in its message."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None)
+        if isinstance(error, MaskLakeError) and not isinstance(error, ray.exceptions.RayTaskError):
+            return error
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return None
+
+
+def _train(job: TrainingJob) -> None:
+    context = ray.train.get_context()
+    torch.set_num_threads(job.threads or max(1, torch.get_num_threads() // context.get_local_world_size()))
+    state = restore(job, ray.train.torch.get_device())
+    # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
+    replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    batches = _batches(job)
+    while state.epoch < job.epochs:
+        _seed(job.spec.seed, state.epoch, context.get_world_rank())
+        row = _run_epoch(job, state, replica, batches)
+        state.epoch += 1
+        row |= {"epoch": state.epoch}
+        if job.validation is not None and _is_due(job, state.epoch):
+            row |= _evaluate(job, ray.get(job.validation), state, context.get_world_rank(), context.get_world_size())
+        state.history.append(row)
+        _save(job, state, context.get_world_rank())
+    if context.get_world_rank() == 0:
+        _finish(job, state)
+
+
+def _is_due(job: TrainingJob, epoch: int) -> bool:
+    return epoch == job.epochs or bool(job.evaluate_every and epoch % job.evaluate_every == 0)
+
+
+def _seed(seed: int, epoch: int, rank: int) -> None:
+    """Sampling of anchors and regions: the same again when this epoch runs again, another on each worker."""
+    mixed = (seed * 1_000_003 + epoch) * 1_009 + rank
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+
+
+# -- one epoch ---------------------------------------------------------------------------------------------------------
+
+
+def _batches(job: TrainingJob) -> Iterator[Any]:
+    shard = ray.train.get_dataset_shard("train")
+    return iter(
+        shard.iter_batches(batch_size=job.recipe.batch_size, batch_format="pyarrow", prefetch_batches=2, drop_last=True)
+    )
+
+
+def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches: Iterator[Any]) -> dict[str, Any]:
+    """One epoch's steps; returns its history row (mean losses, seconds, images a second)."""
+    world = ray.train.get_context().get_world_size()
+    total_steps = job.epochs * job.steps_per_epoch
+    peak = peak_rate(job.recipe, job.recipe.batch_size * world)
+    state.model.train()
+    sums, steps, start, rate = _Losses(), 0, time.perf_counter(), 0.0
+    for number in range(job.steps_per_epoch):
+        batch = next(batches, None)
+        if batch is None:  # images were left out as unusable; every worker has equally many batches all the same
+            break
+        images, targets = to_training(batch, job.spec)
+        rate = peak * rate_factor(job.recipe, state.epoch * job.steps_per_epoch + number, total_steps)
+        set_rate(state.optimizer, rate)
+        sums.add(_step(replica, images, targets, state.optimizer, job.recipe))
+        steps += 1
+        if steps % max(1, job.steps_per_epoch // LINES_PER_EPOCH) == 0 or number + 1 == job.steps_per_epoch:
+            means = sums.recent()
+            _check_finite(means, state.epoch + 1, number + 1, rate)
+            _say_step(job, state.epoch, number + 1, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)
+    return {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+
+
+def _step(
+    replica: torch.nn.Module, images: Sequence[Tensor], targets: Sequence[Any], optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Forward, backward, one update; returns the losses, with their sum."""
+    losses: dict[str, Tensor] = replica(images, targets)
+    total = torch.stack(list(losses.values())).sum()
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    clip(replica.parameters(), recipe)
+    optimizer.step()
+    return {TOTAL: total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+
+
+class _Losses:
+    """Sums of losses on the device; asking for means is what waits for it, and for the other workers."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._recent: Tensor | None = None
+        self._recent_steps = 0
+        self._sum: Tensor | None = None
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """One step's losses of this worker."""
+        self._names = list(losses)
+        values = torch.stack([loss.float() for loss in losses.values()])
+        self._recent = values if self._recent is None else self._recent + values
+        self._recent_steps += 1
+
+    def recent(self) -> dict[str, float]:
+        """Means over the steps since the last call and over all workers. Every worker must call it at the same step."""
+        if self._recent is None:
+            return {}
+        values = self._recent / self._recent_steps
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        self._sum = values * self._recent_steps + (0 if self._sum is None else self._sum)
+        self._steps += self._recent_steps
+        self._recent, self._recent_steps = None, 0
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Means over all steps, as of the last call of `recent`."""
+        return {} if self._sum is None else dict(zip(self._names, (self._sum / self._steps).tolist(), strict=True))
+
+
+def _check_finite(losses: Mapping[str, float], epoch: int, step: int, rate: float) -> None:
+    """Raises TrainingError, on every worker alike, when the loss is no longer a number."""
+    if all(math.isfinite(loss) for loss in losses.values()):
+        return
+    wrong = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
+    raise TrainingError(
+        f"training diverged in epoch {epoch} by step {step}: {wrong} is not finite at learning rate {rate:.3g}. "
+        "Lower --learning-rate, lengthen the warm-up, or set recipe.clip_norm."
+    )
+
+
+def _say_step(job: TrainingJob, epoch: int, step: int, losses: Mapping[str, float], images: int, seconds: float) -> None:
+    if ray.train.get_context().get_world_rank() != 0 or not losses:
+        return
+    parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
+    left = (job.epochs * job.steps_per_epoch - epoch * job.steps_per_epoch - step) * seconds / step
+    line = f"epoch {epoch + 1}/{job.epochs}, step {step}/{job.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
+    job.board.say.remote(f"{line}; {images / seconds:.1f} images/s, about {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(job: TrainingJob, validation: Validation, state: State, rank: int, world: int) -> dict[str, Any]:
+    """The model's AP, from the detections of all workers; only worker 0 has the answer, the others an empty one."""
+    start = time.perf_counter()
+    found = predict_share(state.model, validation, job.storage, rank, world)
+    shares: list[Any] = [found]
+    if world > 1:
+        shares = [None] * world if rank == 0 else []
+        torch.distributed.gather_object(found, shares if rank == 0 else None)
+    if rank != 0:
+        return {}
+    scores = coco_metrics(validation.truth, (row for share in shares for row in share), max_dets=validation.max_dets)
+    images = len(validation.truth.images)
+    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(scores)}")
+    named = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
+    return {"ap": named, "scores": {kind: vars(score) for kind, score in scores.items()}}
+
+
+def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
+    """The two numbers that a curve shows."""
+    name = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
+    return {f"{name} AP": score.ap, f"{name} AP50": score.ap50}
+
+
+def describe_scores(scores: Mapping[IouType, Score]) -> str:
+    """One line of APs in percent, as papers write them."""
+    parts = [(name, value) for kind, score in scores.items() for name, value in named_ap(kind, score).items()]
+    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in parts)
+
+
+def predict_share(
+    model: MaskRCNN, validation: Validation, storage: Storage, rank: int = 0, world: int = 1
+) -> list[dict[str, Any]]:
+    """COCO result rows of every `world`-th image from `rank` on. An image that cannot be used has no detections."""
+    mine = validation.truth.images[rank::world]
+    categories = {category.id: category for category in model.config.categories}
+    most = max(validation.max_dets)
+    options = PredictOptions(max_detections=max(most, model.config.max_detections))
+    chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as ahead:
+        loading = ahead.submit(_load_images, storage, validation.folder, chunks[0]) if chunks else None
+        for number in range(len(chunks)):
+            ready = loading.result() if loading is not None else []
+            if number + 1 < len(chunks):
+                loading = ahead.submit(_load_images, storage, validation.folder, chunks[number + 1])
+            answers = model.predict([image for _, image in ready], options) if ready else []
+            for (image_id, _), found in zip(ready, answers, strict=True):
+                rows.extend(result_rows(image_id, found, categories))
+    return rows
+
+
+def _load_images(storage: Storage, folder: str, images: Sequence[Any]) -> list[tuple[int, Tensor]]:
+    limits = DecodeLimits()
+    uris = [relative_to(folder, image.file_name) for image in images]
+    loaded = []
+    for image, got in zip(images, fetch(storage, uris, max_bytes=limits.max_bytes), strict=True):
+        decoded = decode(got.data, limits).image if got.data is not None else None
+        if decoded is not None:
+            loaded.append((image.id, decoded))
+    return loaded
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def restore(job: TrainingJob, device: torch.device) -> State:
+    """The newest complete checkpoint's state, or the initial model's."""
+    latest = read_latest(job.storage, job.run_uri)
+    if latest is None:
+        model = load_checkpoint(ray.get(job.initial), device)
+        return State(0, model, build_optimizer(model, job.recipe, 0.0))
+    folder = Storage.join(job.run_uri, latest["checkpoint"])
+    model = load_checkpoint(job.storage.read_bytes(Storage.join(folder, MODEL)), device)
+    optimizer = build_optimizer(model, job.recipe, 0.0)
+    saved = io.BytesIO(job.storage.read_bytes(Storage.join(folder, OPTIMIZER)))
+    optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
+    state = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
+    return State(state["epoch"], model, optimizer, state["history"])
+
+
+def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
+    """`latest.json` of a run (epoch, checkpoint); None when it has none yet."""
+    try:
+        data = storage.read_bytes(Storage.join(run_uri, LATEST))
+    except InputNotFoundError:
+        return None
+    return dict(json.loads(data))
+
+
+def _save(job: TrainingJob, state: State, rank: int) -> None:
+    """Reports the epoch with its checkpoint, then points `latest.json` at it: a kill in between repeats the epoch."""
+    metrics = {"epoch": state.epoch, "loss": state.history[-1]["losses"].get(TOTAL)}
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    name = f"checkpoint_{state.epoch:04d}"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, MODEL).write_bytes(dumps(state.model))
+        torch.save(state.optimizer.state_dict(), Path(folder, OPTIMIZER))
+        Path(folder, STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    if job.keep_best and _is_best(state.history):
+        job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
+    latest = {"epoch": state.epoch, "checkpoint": name}
+    job.storage.write_bytes(Storage.join(job.run_uri, LATEST), json.dumps(latest).encode())
+
+
+def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last epoch was evaluated and no earlier one scored more (masks where there are any, else boxes)."""
+    scores = [best_score(row) for row in history]
+    return scores[-1] is not None and all(score is None or score <= scores[-1] for score in scores)
+
+
+def best_score(row: Mapping[str, Any]) -> float | None:
+    """What `--keep best` compares."""
+    named = row.get("ap") or {}
+    return next((named[name] for name in ("mask AP", "box AP") if named.get(name) is not None), None)
+
+
+def _finish(job: TrainingJob, state: State) -> None:
+    """The model under its final name, then the metrics: their presence says that the run is complete."""
+    kept = state.history[-1]
+    model_id = state.model.model_id
+    if job.keep_best and any(best_score(row) is not None for row in state.history):
+        kept = max(
+            (row for row in state.history if best_score(row) is not None), key=lambda row: (best_score(row), row["epoch"])
+        )
+        model_id = load_checkpoint(job.storage.read_bytes(Storage.join(job.run_uri, MODEL))).model_id
+    else:
+        job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
+    world = ray.train.get_context().get_world_size()
+    metrics = {
+        "epochs": state.epoch,
+        "kept_epoch": kept["epoch"],
+        "model_id": model_id,
+        "workers": world,
+        "device": state.model.device.type,
+        "seconds": sum(row["seconds"] for row in state.history),
+        "scores": kept.get("scores", {}),
+        "history": [{key: value for key, value in row.items() if key != "scores"} for row in state.history],
+    }
+    job.storage.write_bytes(Storage.join(job.run_uri, METRICS), json.dumps(metrics, indent=1).encode())

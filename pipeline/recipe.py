@@ -1,0 +1,103 @@
+"""How a model is optimised: one value, the paper's for the ResNet presets, and what the schedule makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+MOST_WARMUP = 0.1
+"""A warm-up takes at most this share of a run, however short the run is."""
+
+
+class Recipe(BaseModel):
+    """Optimiser, learning rate and its schedule. Defaults: Mask R-CNN, section 3.1, with Detectron2's shorter warm-up.
+
+    A learning rate belongs to a number of images a step: `learning_rate` is for `reference_batch`, and the run's own is scaled
+    linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(default=0.02, gt=0, description="Greatest rate, for `reference_batch` images a step.")
+    reference_batch: int | None = Field(default=16, gt=0, description="Images a step; None: the rate is not scaled.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum, AdamW's beta1.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW leaves out norms and biases, as is usual.")
+    clip_norm: float | None = Field(default=None, gt=0, description="Greatest norm of all gradients together; None: any.")
+    warmup_steps: int = Field(default=1000, ge=0, description="Steps of linear growth, at most a tenth of the run.")
+    warmup_factor: float = Field(default=0.001, gt=0, le=1, description="Share of the rate at the first step.")
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = Field(default=(8 / 12, 11 / 12), description="Shares of the run where the rate drops.")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="What it is multiplied by at each milestone.")
+    epochs: int = Field(default=12, gt=0, description="Passes over the images (12: Detectron2's 1x schedule).")
+    batch_size: int = Field(default=2, gt=0, description="Images a step on one worker.")
+
+
+PAPER = Recipe()
+
+TINY = Recipe(
+    optimizer="adamw",
+    learning_rate=1e-3,
+    reference_batch=None,
+    weight_decay=0.01,
+    clip_norm=5.0,
+    warmup_steps=50,
+    warmup_factor=0.05,
+    schedule="cosine",
+    epochs=12,
+    batch_size=4,
+)
+"""From random weights in minutes; measured on the generated shapes (docs/training.md)."""
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({"tiny": TINY})
+"""By preset; every other preset has the paper's."""
+
+
+def recipe_of(preset: str) -> Recipe:
+    """The recipe that a preset is trained with unless told otherwise."""
+    return RECIPES.get(preset, PAPER)
+
+
+def peak_rate(recipe: Recipe, images_per_step: int) -> float:
+    """The greatest learning rate of a run that takes this many images a step, on all workers together."""
+    scale = images_per_step / recipe.reference_batch if recipe.reference_batch else 1.0
+    return recipe.learning_rate * scale
+
+
+def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
+    """Share of the greatest rate at `step` (from 0) of `steps`: linear warm-up, then milestones or half a cosine."""
+    warmup = min(recipe.warmup_steps, int(MOST_WARMUP * steps))
+    growth = recipe.warmup_factor + (1 - recipe.warmup_factor) * step / warmup if step < warmup else 1.0
+    if recipe.schedule == "cosine":
+        return growth * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return growth * recipe.gamma ** sum(step >= share * steps for share in recipe.milestones)
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, rate: float) -> torch.optim.Optimizer:
+    """The optimiser of the parameters that learn; its rate is set anew at every step (`set_rate`)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Every parameter group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip(parameters: Iterable[nn.Parameter], recipe: Recipe) -> None:
+    """Scales the gradients so that their common norm is at most `clip_norm`."""
+    if recipe.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(list(parameters), recipe.clip_norm)
