@@ -1,0 +1,182 @@
+"""`masklake query` and `masklake show` as a person starts them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.cli import main
+from jobs.query import plain, write_table
+from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
+from pipeline.schema import FILE_SCHEMA
+from pipeline.storage import Storage
+from pipeline.table import open_table
+
+ORIENTATION = 0x0112
+
+
+def label(folder: str, names: list[str], status: str = "ok") -> str:
+    """A committed table that says each image holds one cat in its middle; the images are 60 x 40 pixels, upright."""
+    storage = Storage()
+    table = open_table(storage, storage.join(folder, "table"))
+    rows: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        uri = storage.join(folder, name)
+        storage.write_bytes(uri, jpeg())
+        box = {"x1": 10.0, "y1": 10.0, "x2": 50.0, "y2": 30.0}
+        rows.append(
+            dict.fromkeys(FILE_SCHEMA.names) | {"image_id": index, "uri": uri, "status": status, "width": 60, "height": 40}
+        )
+        rows[-1] |= {
+            "instances": [{"category_id": 1, "category": "cat", "score": 0.9, "box": box}],
+            "rles": [],
+            "keypoints": [],
+        }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=FILE_SCHEMA), sink)
+    storage.write_bytes(storage.join(table.run_folder("night-1"), "a.parquet"), sink.getvalue().to_pybytes())
+    table.commit_run("night-1")
+    return table.uri
+
+
+def jpeg() -> bytes:
+    """Stored lying on its side, 40 x 60, with the EXIF note to turn it: dark on the left once upright."""
+    pixels = np.full((40, 60, 3), 200, np.uint8)
+    pixels[:, :5] = 10
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    out = io.BytesIO()
+    Image.fromarray(pixels).rotate(90, expand=True).save(out, "JPEG", exif=exif, quality=95)
+    return out.getvalue()
+
+
+@pytest.fixture
+def masklake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["masklake", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder on this machine, then one in a bucket."""
+    return str(tmp_path / "a b%") if request.param == "local" else str(request.getfixturevalue("s3").uri("a b%"))
+
+
+def test_three_ways_to_read_an_answer(place: str, masklake: Any) -> None:
+    table = label(place, ["x.jpg", "y ü.jpg"])
+    sql = "SELECT uri, category, score, x1, struct_pack(a := area) AS more FROM detections ORDER BY uri"
+    code, out, _ = masklake("query", table, sql, "--format", "json")
+    assert code == 0
+    rows = json.loads(out)
+    assert rows[1] == {"uri": f"{place}/y ü.jpg", "category": "cat", "score": 0.9, "x1": 10.0, "more": {"a": None}}
+    code, out, _ = masklake("query", table, sql, "--format", "csv")
+    assert code == 0
+    assert [row["uri"] for row in csv.DictReader(io.StringIO(out))] == [row["uri"] for row in rows]
+    code, out, _ = masklake("query", table, sql)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["uri", "category", "score", "x1", "more"]
+    assert out.endswith("(2 rows)\n")
+
+
+def test_an_answer_can_go_to_a_file(place: str, masklake: Any) -> None:
+    table = label(place, ["x.jpg"])
+    code, out, _ = masklake("query", table, "SELECT 1 AS one", "--format", "csv", "--output", f"{place}/answer.csv")
+    assert (code, out) == (0, f"{place}/answer.csv: 1 rows\n")
+    assert Storage().read_bytes(f"{place}/answer.csv") == b"one\r\n1\r\n"
+
+
+def test_no_rows_are_valid_json(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    assert json.loads(masklake("query", table, "SELECT 1 WHERE false", "--format", "json")[1]) == []
+    assert masklake("query", table, "SELECT 1 AS one WHERE false")[1].endswith("(0 rows)\n")
+
+
+def test_errors_have_their_exit_codes(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    assert masklake("query", table, "SELECT nothing")[0] == QueryError.exit_code
+    code, out, err = masklake("query", str(tmp_path / "none"), "SELECT 1")
+    assert (code, out) == (TableError.exit_code, "")
+    assert err.startswith("masklake: error: ")
+    assert masklake("query", str(tmp_path / "x.jpg"), "SELECT 1")[0] == TableError.exit_code
+    assert EmptyInputError.exit_code != InputNotFoundError.exit_code
+
+
+def test_values_are_plain() -> None:
+    point = pa.struct([("x", pa.float32()), ("raw", pa.binary())])
+    assert plain([{"x": np.float32(0.1).item(), "raw": b"PP`m1"}], pa.list_(point)) == [{"x": 0.1, "raw": "PP`m1"}]
+    assert plain(math.nan, pa.float64()) is None
+    assert plain(b"\xff", pa.binary()) == "\\xff"
+    assert plain([("a", 1)], pa.map_(pa.string(), pa.int64())) == [["a", 1]]
+
+
+def test_a_long_table_is_cut_and_says_so() -> None:
+    out = io.StringIO()
+    table = pa.table({"number": range(250), "text": ["x" * 500] * 250})
+    assert write_table(table.to_reader(), out) == 250
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 103
+    assert max(map(len, lines[:-1])) < 120
+    assert lines[-1] == "(250 rows, 100 shown; --format csv gives all)"
+
+
+def test_show_draws_the_upright_image(place: str, masklake: Any) -> None:
+    table = label(place, ["x.jpg"])
+    code, out, _ = masklake("show", table, f"{place}/x.jpg", "-o", f"{place}/x.png")
+    assert code == 0
+    assert "1 instances" in out
+    picture = Image.open(io.BytesIO(Storage().read_bytes(f"{place}/x.png")))
+    assert picture.format == "PNG"
+    assert picture.size == (960, 640), "60 x 40 upright, enlarged sixteen times"
+    assert max(picture.getpixel((20, 20))) < 60  # type: ignore[arg-type]
+    assert min(picture.getpixel((940, 20))) > 150  # type: ignore[arg-type]
+
+
+def test_show_can_leave_out_weak_instances(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    code, out, _ = masklake("show", table, f"{tmp_path}/x.jpg", "-o", f"{tmp_path}/x.png", "--min-score", "0.95", "--json")
+    assert code == 0
+    assert json.loads(out)["instances"] == 0
+
+
+def test_show_names_what_is_near(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["street-001.jpg", "street-002.jpg", "zebra.jpg", "a/b.jpg"])
+    code, _, err = masklake("show", table, "street-01.jpg", "-o", str(tmp_path / "x.png"))
+    assert code == InputNotFoundError.exit_code
+    assert "street-001.jpg" in err
+    assert err.index("street-001.jpg") < err.index("street-002.jpg")
+
+
+def test_show_says_why_there_is_nothing_to_draw(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path / "bad"), ["x.jpg"], status="decode_error")
+    code, _, err = masklake("show", table, f"{tmp_path}/bad/x.jpg", "-o", str(tmp_path / "x.png"))
+    assert code == InputNotFoundError.exit_code
+    assert "decode_error" in err
+    table = label(str(tmp_path / "gone"), ["x.jpg"])
+    Path(tmp_path / "gone/x.jpg").unlink()
+    assert masklake("show", table, f"{tmp_path}/gone/x.jpg", "-o", str(tmp_path / "x.png"))[0] == InputNotFoundError.exit_code
+
+
+def test_show_refuses_an_image_that_changed_its_size(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    Image.new("RGB", (10, 10)).save(tmp_path / "x.jpg")
+    code, _, err = masklake("show", table, f"{tmp_path}/x.jpg", "-o", str(tmp_path / "x.png"))
+    assert code == 24
+    assert "label it again" in err

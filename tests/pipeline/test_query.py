@@ -1,0 +1,208 @@
+"""SQL over a table: four views, one snapshot, no masks read that nobody asked for, nothing written."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import QueryError, TableError
+from pipeline.query import VIEWS, connect, query, stream
+from pipeline.storage import Storage
+
+DAY = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def table(place: str, write_run: Any, make_row: Any) -> str:
+    """Two nights: a.jpg labelled twice, b.jpg only the first time, c.jpg never."""
+    failed = {"status": "fetch_error", "error": "timed out"}
+    write_run(
+        place,
+        "night-1",
+        [
+            make_row(0, "a.jpg", labelled_at=DAY, instances=[], rles=[], keypoints=[]),
+            make_row(1, "b.jpg", labelled_at=DAY),
+            make_row(2, "c.jpg", labelled_at=DAY, **failed),
+        ],
+        rows_per_file=2,
+    )
+    later = DAY + timedelta(days=1)
+    write_run(
+        place,
+        "night-2",
+        [
+            make_row(0, "a.jpg", labelled_at=later),
+            make_row(1, "b.jpg", labelled_at=later, **failed),
+            make_row(2, "c.jpg", labelled_at=later, status="missing"),
+        ],
+    )
+    return place
+
+
+def ask(table: str, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
+    answer = query(Storage(), table, sql, parameters)
+    return [tuple(row.values()) for row in answer.to_pylist()]
+
+
+def test_images_has_a_row_an_image_and_run(table: str) -> None:
+    assert ask(table, "SELECT count(*), count(DISTINCT run) FROM images") == [(6, 2)]
+    assert ask(table, "SELECT status, count(*) FROM images WHERE run = 'night-2' GROUP BY status ORDER BY status") == [
+        ("fetch_error", 1),
+        ("missing", 1),
+        ("ok", 1),
+    ]
+
+
+def test_detections_has_a_row_an_instance(table: str) -> None:
+    rows = query(Storage(), table, "SELECT * FROM detections WHERE run = 'night-2' ORDER BY score DESC").to_pylist()
+    assert [row["category"] for row in rows] == ["cat", "dog"]
+    assert rows[0] == {
+        "uri": "a.jpg",
+        "image_id": 0,
+        "run": "night-2",
+        "model_id": "tiny-0123456789ab",
+        "label_id": "label-a",
+        "labelled_at": DAY + timedelta(days=1),
+        "category_id": 1,
+        "category": "cat",
+        "score": 0.875,
+        "x1": 1.0,
+        "y1": 2.0,
+        "x2": 11.0,
+        "y2": 22.0,
+        "area": 120,
+        "rle": b"counts-cat",
+        "keypoints": [{"x": 1.5, "y": 2.5, "score": 3.0}],
+        "width": 640,
+        "height": 480,
+    }
+
+
+def test_current_is_the_newest_ok_row_else_the_newest(table: str) -> None:
+    assert ask(table, "SELECT uri, run, status FROM current_images ORDER BY uri") == [
+        ("a.jpg", "night-2", "ok"),
+        ("b.jpg", "night-1", "ok"),
+        ("c.jpg", "night-2", "missing"),
+    ]
+    assert ask(table, "SELECT uri, count(*) FROM current_detections GROUP BY uri ORDER BY uri") == [("a.jpg", 2), ("b.jpg", 2)]
+
+
+def test_a_boxes_only_run_has_null_masks(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    uri = str(tmp_path / "table")
+    write_run(uri, "night-1", [make_row(0, "a.jpg", rles=[], keypoints=[])])
+    assert ask(uri, "SELECT category, rle, keypoints FROM detections ORDER BY category") == [
+        ("cat", None, None),
+        ("dog", None, None),
+    ]
+
+
+def test_times_are_utc_and_can_be_grouped(table: str) -> None:
+    sql = "SELECT date_trunc('day', labelled_at) AS day, count(*) FROM images GROUP BY day ORDER BY day"
+    assert ask(table, sql) == [(DAY, 3), (DAY + timedelta(days=1), 3)]
+
+
+def test_parameters_are_values(table: str) -> None:
+    assert ask(table, "SELECT count(*) FROM images WHERE uri = $uri", uri="a.jpg' OR true --") == [(0,)]
+
+
+def test_masks_are_read_only_when_asked_for(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    """The bytes this process reads from disk, counted by the kernel, while a query runs."""
+    if not Path("/proc/self/io").exists():
+        pytest.skip("the kernel does not count bytes for us here")
+    noise = np.random.default_rng(0)
+    rows = [make_row(index, f"{index}.jpg", rles=[noise.bytes(20_000), noise.bytes(20_000)]) for index in range(100)]
+    uri = str(tmp_path / "table")
+    write_run(uri, "night-1", rows, rows_per_file=25)
+    for sql in (
+        "SELECT count(*) FROM images",
+        "SELECT category, count(*), avg(score), max(area) FROM detections GROUP BY category",
+        "SELECT category, count(*) FROM current_detections GROUP BY category",
+    ):
+        assert _bytes_read(uri, sql) < 400_000, sql
+    assert _bytes_read(uri, "SELECT sum(octet_length(rle)) FROM current_detections") > 4_000_000
+
+
+def _bytes_read(table: str, sql: str) -> int:
+    def counter() -> int:
+        line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+        return int(line.split()[1])
+
+    with connect(Storage(), table) as connection:
+        before = counter()
+        connection.sql(sql).fetchall()
+        return counter() - before
+
+
+def test_a_query_sees_one_snapshot(table: str, write_run: Any, make_row: Any) -> None:
+    with connect(Storage(), table) as connection:
+        write_run(table, "night-3", [make_row(0, "new.jpg")])
+        assert connection.sql("SELECT count(*) FROM images").fetchall() == [(6,)]
+    assert ask(table, "SELECT count(*) FROM images") == [(7,)]
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT nothing FROM detections", "SELECT * FROM detection", "SELEC 1", "SELECT uri::INT FROM images"]
+)
+def test_sql_that_fails_says_why_and_what_there_is(tmp_path: Path, write_run: Any, make_row: Any, sql: str) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    with pytest.raises(QueryError, match=r"(?s)Error.*current_images: image_id, uri.*current_detections: uri.*category_id"):
+        query(Storage(), str(tmp_path), sql)
+
+
+@pytest.mark.parametrize("sql", ["", " ;\n"])
+def test_an_empty_query_is_told(tmp_path: Path, write_run: Any, make_row: Any, sql: str) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    with pytest.raises(QueryError, match="current_detections"):
+        query(Storage(), str(tmp_path), sql)
+
+
+def test_a_query_can_neither_read_nor_write_files(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    uri = str(tmp_path / "table")
+    write_run(uri, "night-1", [make_row(0, "a.jpg")])
+    secret = tmp_path / "secret.csv"
+    secret.write_text("x\n1\n")
+    for sql in (
+        f"SELECT * FROM read_csv('{secret}')",
+        f"SELECT * FROM '{secret}'",
+        f"COPY (SELECT 1) TO '{tmp_path}/out.csv'",
+        f"ATTACH '{tmp_path}/other.db' AS other",
+        "SET enable_external_access = true",
+        "INSTALL httpfs",
+    ):
+        with pytest.raises(QueryError):
+            query(Storage(), uri, sql)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_query_finds_no_variables_of_this_process(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    private = write_run(str(tmp_path / "other"), "night-1", [make_row(0, "b.jpg")]).dataset()
+    assert private is not None
+    with pytest.raises(QueryError, match="private"):
+        query(Storage(), str(tmp_path), "SELECT * FROM private")
+
+
+def test_a_large_answer_streams(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    with stream(Storage(), str(tmp_path), "SELECT * FROM range(25000), images") as answer:
+        sizes = [batch.num_rows for batch in answer]
+    assert sum(sizes) == 25_000
+    assert len(sizes) > 1
+
+
+def test_a_table_without_a_run_is_told(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    with pytest.raises(TableError, match="no committed run"):
+        query(Storage(), str(tmp_path / "nothing"), "SELECT 1")
+    write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    with pytest.raises(TableError, match="no committed run"):
+        query(Storage(), str(tmp_path / "table"), "SELECT 1")
+
+
+def test_the_views_are_the_documented_ones(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    for view in VIEWS:
+        assert ask(str(tmp_path), f"SELECT count(*) > 0 FROM {view}") == [(True,)]
