@@ -222,7 +222,7 @@ def _table(feature: Tensor) -> Tensor:
 def _as_map(pooled: Tensor, sampling: Sampling) -> Tensor:
     """(R, P*P, C) as (R, C, P, P) in channels_last memory."""
     bins = sampling.output_size
-    return pooled.view(len(pooled), bins, bins, -1).permute(0, 3, 1, 2)
+    return pooled.unflatten(1, (bins, bins)).permute(0, 3, 1, 2)
 
 
 def _bag(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
