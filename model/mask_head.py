@@ -37,7 +37,7 @@ class MaskHead(nn.Module):
             regions = functional.relu(conv(regions), inplace=True)
         hidden = functional.relu(self.deconv(regions), inplace=True)
         count, _, side, _ = hidden.shape
-        pixels = hidden.permute(0, 2, 3, 1).reshape(count, side * side, -1)
+        pixels = hidden.permute(0, 2, 3, 1).flatten(1, 2)
         own = self.logits.weight.flatten(1)[labels]
         bias = cast(Tensor, self.logits.bias)[labels, None]
         logits = torch.bmm(pixels, own[:, :, None]).squeeze(2) + bias
