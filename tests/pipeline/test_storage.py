@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pickle
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from model.errors import ConfigError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from pipeline.storage import Storage, StorageOptions, canonical, describe, parent, parse, relative_to, translate
+from pipeline.table import Table
 
 ODD_KEYS = [
     "plain.jpg",
@@ -161,6 +165,54 @@ def test_a_refusal_is_access_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert isinstance(error, AccessDeniedError)
     assert "403 Forbidden InvalidAccessKeyId" in str(error)
     assert "AKIDSECRET" not in str(error)
+
+
+class _Forbid(BaseHTTPRequestHandler):
+    """An S3 server that refuses everything, as a policy does."""
+
+    def _refuse(self) -> None:
+        body = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><AWSAccessKeyId>key</AWSAccessKeyId></Error>"
+        self.send_response(403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = _refuse
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent."""
+
+
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    """A storage whose every bucket is forbidden."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "not-for-messages")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nor-this")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Forbid)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Storage(StorageOptions(endpoint_url=f"http://127.0.0.1:{server.server_port}", region="us-east-1"))
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_a_forbidden_bucket_says_so(forbidden: Storage) -> None:
+    calls: list[Callable[[str], object]] = [
+        forbidden.read_bytes,
+        forbidden.stat,
+        forbidden.exists,
+        lambda uri: list(forbidden.list_images(uri)),
+        lambda uri: forbidden.write_bytes(uri, b"x"),
+    ]
+    for call in calls:
+        with pytest.raises(AccessDeniedError, match=r"s3://private/a\.jpg: access denied .*AWS_") as refused:
+            call("s3://private/a.jpg")
+        assert "not-for-messages" not in str(refused.value)
+    assert forbidden.stat_many(["s3://private/a.jpg"]).to_pylist()[0]["etag"] is None
+    with pytest.raises(AccessDeniedError, match="s3://private/table"):
+        Table(forbidden, "s3://private/table").delta()
 
 
 def test_no_credentials_at_all_is_access_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
