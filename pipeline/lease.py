@@ -193,6 +193,7 @@ class ObjectLease(Lease):
         self._reason: str | None = None  # why it is lost
         with translated(uri):
             self._etag = self._take()
+            self._prove_conditional_puts()
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease-{run_id}", daemon=True)
         self._thread.start()
@@ -203,6 +204,17 @@ class ObjectLease(Lease):
             return _tag(obstore.put(self._store, self._key, self._holder.to_json(), mode="create"))
         except AlreadyExistsError:
             return self._take_over()
+
+    def _prove_conditional_puts(self) -> None:
+        """A store that ignores the condition would let every driver in; so ask for what must be refused."""
+        try:
+            obstore.put(self._store, self._key, self._holder.to_json(), mode="create")
+        except AlreadyExistsError:
+            return
+        raise StorageError(
+            f"{self.uri}: this store ignores conditional puts (If-None-Match), so a run cannot be protected against a second "
+            "driver; use a store that has them"
+        )
 
     def _take_over(self) -> str:
         holder, etag = self._read()

@@ -16,7 +16,7 @@ import obstore
 import pytest
 
 from pipeline import lease as lease_module
-from pipeline.errors import LeaseHeldError, LeaseLostError
+from pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
 from pipeline.lease import Holder, Lease
 from pipeline.storage import Storage
 
@@ -166,6 +166,14 @@ def test_a_lease_outlives_its_lifetime_by_renewal(s3: Any) -> None:
         time.sleep(1.5)
         lease.check()
         lease.confirm()
+
+
+@pytest.mark.slow
+def test_a_store_without_conditional_puts_is_refused(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = obstore.put
+    monkeypatch.setattr(lease_module.obstore, "put", lambda store, key, data, mode: put(store, key, data))
+    with pytest.raises(StorageError, match="If-None-Match"):
+        Lease.acquire(Storage(), s3.uri("table"), "night-1")
 
 
 def test_a_later_process_of_the_same_number_is_another_holder() -> None:
