@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.schema import Status
 
@@ -149,25 +148,13 @@ def _classify(error: Exception) -> tuple[Status, str]:
 
 
 def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
-    """uint8 RGB (3, H, W), upright. Raises what the decoders raise."""
+    """uint8 RGB (3, H, W), upright. Raises what Pillow raises."""
+    # torchvision's JPEG decoder gives the same pixels 20% faster in two threads (2.05 against 2.5 ms at 640 x 480), and its
+    # import costs a process 4.5 s: a worker would have to decode ten thousand images to win that back.
     with _open(data, limits) as image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return _upright(_decode_jpeg(data, image), _orientation(image))
         image.load()  # TIFF turns itself upright here, and PNG may state its orientation after the pixels
-        return _upright(_from_array(_to_rgb(image)), _orientation(image))
-
-
-def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor:
-    """uint8 RGB (3, H, W): the same library and pixels as Pillow's, 20% faster in two threads (no four-byte pixels)."""
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError:  # it gives up earlier than Pillow on a damaged end marker: Pillow has the last word
-        return _from_array(_to_rgb(image))
-
-
-def _from_array(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 (H, W, 3) array to (3, H, W) tensor."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+        return _upright(pixels, _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
