@@ -1,0 +1,131 @@
+"""With torchvision's weights the outputs are torchvision's, one image at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection import keypointrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+
+from model.build import create_model
+from model.errors import CheckpointError
+from model.instances import Instances
+from model.presets import PRESETS
+from model.torchvision_weights import norm_eps_of_file, our_name, rename
+
+BACKGROUND = {"maskrcnn_resnet50_fpn": 7.0, "keypointrcnn_resnet50_fpn": 1.5}
+"""Bias of the background logit at which some tens of detections are left."""
+
+
+def assert_equal(expected: dict[str, Tensor], found: Instances) -> None:
+    """Within 0.01 pixels, 1e-4 of a score, 0.05 pixels of a keypoint; 99% of the masks byte by byte."""
+    assert len(found) == len(expected["boxes"])
+    np.testing.assert_array_equal(found.labels, expected["labels"].numpy())
+    np.testing.assert_allclose(found.boxes, expected["boxes"].numpy(), rtol=0, atol=0.01)
+    np.testing.assert_allclose(found.scores, expected["scores"].numpy(), rtol=0, atol=1e-4)
+    if "masks" in expected:
+        pasted = (expected["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
+        rles = [pycocotools.mask.encode(np.asfortranarray(mask))["counts"] for mask in pasted]
+        assert np.mean([ours == theirs for ours, theirs in zip(found.rles, rles, strict=True)]) >= 0.99
+        np.testing.assert_allclose(found.areas, pasted.sum(axis=(1, 2)), atol=2)
+    if "keypoints" in expected:
+        np.testing.assert_allclose(found.keypoints[..., :2], expected["keypoints"][..., :2].numpy(), rtol=0, atol=0.05)
+        np.testing.assert_allclose(found.keypoints[..., 2], expected["keypoints_scores"].numpy(), rtol=0, atol=1e-3)
+
+
+def compare(name: str, model: nn.Module, weights: bytes, images: list[Tensor], min_size: int, max_size: int) -> list[int]:
+    """Numbers of detections, after checking that both systems found the same."""
+    config = PRESETS[name].model_copy(update={"min_sizes": (min_size,), "max_size": max_size})
+    ours = create_model(config, weights=weights)
+    counts = []
+    for image, found in zip(images, ours.predict(images), strict=True):
+        with torch.inference_mode():
+            assert_equal(model([image.float() / 255])[0], found)
+        counts.append(len(found))
+    return counts
+
+
+@pytest.mark.parametrize("name", sorted(BACKGROUND))
+def test_generated_images_give_torchvisions_detections(
+    name: str,
+    torchvision_model: Callable[..., nn.Module],
+    state_dict_bytes: Callable[[nn.Module], bytes],
+    picture: Callable[..., Tensor],
+) -> None:
+    images = [picture(200, 300, 1), picture(260, 170, 2), picture(97, 400, 3)]
+    model = torchvision_model(name, images[0], BACKGROUND[name], min_size=256, max_size=426)
+    counts = compare(name, model, state_dict_bytes(model), images, 256, 426)
+    assert max(counts) >= 10
+
+
+@pytest.mark.parametrize("name", sorted(BACKGROUND))
+def test_real_images_at_full_size_give_torchvisions_detections(
+    name: str,
+    torchvision_model: Callable[..., nn.Module],
+    state_dict_bytes: Callable[[nn.Module], bytes],
+    shared_data: Path,
+) -> None:
+    files = sorted((shared_data / "coco_mini" / "val2017").glob("*.jpg"))[:2]
+    images = [decode_image(str(file), ImageReadMode.RGB) for file in files]
+    model = torchvision_model(name, images[0], BACKGROUND[name])
+    counts = compare(name, model, state_dict_bytes(model), images, 800, 1333)
+    assert max(counts) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "builder"),
+    [("maskrcnn_resnet50_fpn", maskrcnn_resnet50_fpn), ("keypointrcnn_resnet50_fpn", keypointrcnn_resnet50_fpn)],
+)
+def test_every_weight_finds_its_place(name: str, builder: Callable[..., nn.Module]) -> None:
+    theirs = rename(builder(weights=None, weights_backbone=None).state_dict())
+    ours = create_model(name).network.state_dict()
+    assert {key: tensor.shape for key, tensor in theirs.items()} == {key: tensor.shape for key, tensor in ours.items()}
+
+
+def test_key_names_of_the_oldest_files_are_understood() -> None:
+    assert our_name("roi_heads.mask_head.mask_fcn1.weight") == our_name("roi_heads.mask_head.0.0.weight")
+    assert our_name("rpn.head.conv.weight") == our_name("rpn.head.conv.0.0.weight")
+    assert our_name("backbone.fpn.inner_blocks.2.bias") == our_name("backbone.fpn.inner_blocks.2.0.bias")
+
+
+def test_a_state_dict_of_another_model_is_refused_with_the_first_keys(state_dict_bytes: Callable[[nn.Module], bytes]) -> None:
+    with pytest.raises(CheckpointError, match=r"another architecture.*it lacks backbone\.body.*the model has no 0\.bias"):
+        create_model("maskrcnn_resnet50_fpn", weights=state_dict_bytes(nn.Sequential(nn.Linear(2, 2))))
+
+
+def test_the_eps_of_an_unknown_file_is_torchs_and_a_configuration_overrides_it(
+    state_dict_bytes: Callable[[nn.Module], bytes],
+) -> None:
+    weights = state_dict_bytes(maskrcnn_resnet50_fpn(weights=None, weights_backbone=None))
+    assert norm_eps_of_file(weights) == 1e-5
+    preset = PRESETS["maskrcnn_resnet50_fpn"]
+    assert create_model("maskrcnn_resnet50_fpn", weights=weights).config.backbone.norm_eps == 1e-5
+    exact = preset.model_copy(update={"backbone": preset.backbone.model_copy(update={"norm_eps": 0.0})})
+    assert create_model(exact, weights=weights).config.backbone.norm_eps == 0.0
+
+
+def test_weights_by_torchvisions_name_are_asked_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: model.state_dict())
+    ours = create_model("keypointrcnn_resnet50_fpn", weights="KeypointRCNN_ResNet50_FPN_Weights.COCO_V1")
+    assert ours.config.backbone.norm_eps == 0.0
+    legacy = create_model("keypointrcnn_resnet50_fpn", weights="KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY")
+    assert legacy.config.backbone.norm_eps == 1e-5
+
+
+def test_unknown_names_and_failed_downloads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="no weights called"):
+        create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V9")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(CheckpointError, match=r"cannot download.*no route to host"):
+        create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
