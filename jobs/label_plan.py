@@ -130,14 +130,14 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
 def failed_share(statuses: Mapping[str, int]) -> float:
     """The share of images that did not end ok; 0 for a run without images."""
     images = sum(statuses.values())
-    return 1 - statuses.get(Status.OK, 0) / images if images else 0.0
+    return (images - statuses.get(Status.OK, 0)) / images if images else 0.0
 
 
 def check_failures(statuses: Mapping[str, int], max_failed: float) -> None:
     """TooManyFailuresError when more images failed than the share that was allowed."""
     share = failed_share(statuses)
     if share > max_failed:
-        failed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()) if status != Status.OK)
+        failed = ", ".join(f"{count} {name}" for name, count in sorted(statuses.items()) if count and name != Status.OK)
         raise TooManyFailuresError(
             f"{share:.1%} of the images failed ({failed}), --max-failed allows {max_failed:.1%}; "
             "the table holds every one of them with its status and error: see the view current_images"

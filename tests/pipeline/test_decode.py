@@ -19,7 +19,6 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 from pipeline.decode import DecodeLimits, decode, read_header
 from pipeline.schema import Status
 
-
 # pytest puts its own filters over the one that `decode` sets for its process.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
