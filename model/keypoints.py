@@ -1,28 +1,225 @@
 """Keypoints from heat maps (Mask R-CNN, section 3, "Mask R-CNN for Human Pose Estimation").
 
-Shape letters: N people, K keypoints, S heat map side.
+A keypoint is where its heat map, resized to the person's box by bicubic interpolation, is largest. The maps are never
+resized: between four neighbouring values the interpolation is one cubic patch, a patch stays below its Bezier control
+points, and only the few patches that could hold the maximum are evaluated at the box's pixels.
+
+Shape letters: N people, K keypoints, S heat map side, M = N * K maps, c patches.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+CUBIC = -0.75  # torch's bicubic coefficient
+MAX_SIDE = 1 << 14  # positions sampled along a box's side; only larger boxes are sampled more coarsely than every pixel
+MAPS_PER_CHUNK = 512  # bounds the memory for control points to some 200 MB where every patch is a candidate
+SMALL_SIDE = 64  # pixels of a box's sides up to which resizing costs less than the search: its pixels are the coarser grid
+VALUES_PER_CHUNK = 1 << 20  # pixels evaluated at once
+
+_OVERSHOOT = -CUBIC / 4  # the two outer neighbours' weights are negative and sum to this at most
+_TANGENT = np.float32(-CUBIC / 3)  # distance of the inner Bezier control points, in differences of neighbours
+
+Floats = NDArray[np.float32]
+Longs = NDArray[np.int64]
 
 
 def decode_heatmaps(logits: Tensor, boxes: Tensor) -> Tensor:
     """The best position of every keypoint after its heat map is resized to its box (bicubic, torchvision's convention).
 
-    logits: float32 (N, K, S, S). boxes: float32 (N, 4), xyxy in pixels. Returns float32 (N, K, 3): x and y in the boxes'
-    pixels and the resized map's logit there. Sides below one pixel count as one.
+    logits: float32 (N, K, S, S). boxes: float32 (N, 4), xyxy in pixels. Returns float32 (N, K, 3) on the host: x and y in
+    the boxes' pixels and the resized map's logit there. Sides below one pixel, or not finite, count as one.
     """
-    points = logits.new_zeros((len(logits), logits.shape[1], 3), dtype=torch.float32)
-    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    for number, (maps, box, side) in enumerate(zip(logits.float(), boxes, sides, strict=True)):
-        columns, rows = side.ceil().int().tolist()
-        resized = F.interpolate(maps[:, None], size=(rows, columns), mode="bicubic", align_corners=False)
-        score, at = resized.flatten(1).max(dim=1)
-        points[number, :, 0] = (at % columns + 0.5) * (side[0] / columns) + box[0]
-        points[number, :, 1] = (at // columns + 0.5) * (side[1] / rows) + box[1]
-        points[number, :, 2] = score
-    return points
+    people, keypoints, side, _ = logits.shape
+    maps = logits.detach().float().cpu().reshape(-1, side, side).numpy()
+    corners = boxes.detach().float().cpu().numpy()
+    sizes = corners[:, 2:] - corners[:, :2]
+    sizes = np.maximum(np.where(np.isfinite(sizes), sizes, np.float32(1)), np.float32(1))
+    counts = np.minimum(np.ceil(sizes), MAX_SIDE).astype(np.int64)
+    pixels = np.repeat(counts, keypoints, axis=0)
+    at, scores = np.zeros((len(maps), 2), np.int64), np.zeros(len(maps), np.float32)
+    small = (pixels <= SMALL_SIDE).all(1)
+    for chosen, argmax in ((np.flatnonzero(small), _argmax_resized), (np.flatnonzero(~small), _argmax)):
+        for start in range(0, len(chosen), MAPS_PER_CHUNK):
+            part = chosen[start : start + MAPS_PER_CHUNK]
+            at[part], scores[part] = argmax(maps[part], pixels[part])
+    offsets = (at.reshape(people, keypoints, 2) + np.float32(0.5)) * (sizes / counts.astype(np.float32))[:, None]
+    points = offsets.astype(np.float32) + corners[:, None, :2]
+    return torch.from_numpy(np.concatenate((points, scores.reshape(people, keypoints, 1)), axis=2))
+
+
+def _argmax(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
+    """Best pixel (M, 2) as column, row and its value (M,) of maps (M, S, S) resized to ``pixels`` (M, 2) columns, rows."""
+    side = maps.shape[-1]
+    at, reached = _pixel_at_peak(maps, pixels)
+    lowest, highest = maps.min((1, 2)), maps.max((1, 2))
+    wanted = reached - 1e-5 * (highest - lowest)  # a margin that rounding cannot cross
+    owner, cell = _candidates(maps, _least_neighbour(wanted, lowest, highest))
+    patches = _patches(maps, owner, cell)
+    hopeful = np.flatnonzero(_bounds(patches) >= wanted[owner])
+    owner, cell, patches = owner[hopeful], cell[hopeful], patches[:, :, hopeful]
+    first, last = _pixels_of(cell, pixels[owner], side)
+    holds = np.flatnonzero((last > first).all(1))
+    holds = holds[np.argsort((last - first)[holds].prod(1), kind="stable")]
+    best = _Best(at, reached, pixels)
+    for some in _split(holds, (last - first).prod(1)):
+        values = _evaluate(patches[:, :, some], cell[some], first[some], last[some], pixels[owner[some]], side)
+        best.offer(owner[some], first[some], values)
+    return best.at, best.value
+
+
+def _argmax_resized(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
+    """The same as `_argmax` by resizing the maps to the few pixels of small boxes: two matrix products for all of them."""
+    count, side, _ = maps.shape
+    columns, rows = pixels.max(0).tolist()
+    along_x, along_y = (_resizing_matrix(pixels[:, axis], n, side) for axis, n in ((0, columns), (1, rows)))
+    resized = torch.bmm(torch.bmm(along_y, torch.from_numpy(maps)), along_x.transpose(1, 2)).numpy()
+    outside_x, outside_y = (np.arange(n) >= pixels[:, axis, None] for axis, n in ((0, columns), (1, rows)))
+    resized[outside_y[:, :, None] | outside_x[:, None, :]] = -np.inf
+    flat = resized.reshape(count, -1)
+    place = flat.argmax(1)
+    return np.stack((place % columns, place // columns), axis=1), flat[np.arange(count), place]
+
+
+def _resizing_matrix(pixels: Longs, rows: int, side: int) -> Tensor:
+    """Matrices (M, rows, S) that resize S values to ``pixels`` (M,); rows behind them are meaningless."""
+    sizes, which = np.unique(pixels, return_inverse=True)  # the keypoints of a person share one
+    source = _source(np.arange(rows), sizes[:, None], side)
+    cell = np.floor(source).astype(np.int64)
+    near = np.clip(cell[:, :, None] + np.arange(-1, 3), 0, side - 1)
+    weights = _weights(source - cell.astype(np.float32))
+    matrix = torch.zeros(len(sizes), rows, side).scatter_add_(2, torch.from_numpy(near), torch.from_numpy(weights))
+    return matrix[torch.from_numpy(which)]
+
+
+class _Best:
+    """The best pixel of every map so far; among equal values the first in row order wins, as in an argmax."""
+
+    def __init__(self, at: Longs, value: Floats, pixels: Longs) -> None:
+        self.at, self.value, self.columns = at, value, pixels[:, 0]
+        self.number = np.full(len(at), np.iinfo(np.int64).max)
+
+    def offer(self, owner: Longs, first: Longs, values: Floats) -> None:
+        """Take up the best of some patches: values (c, rows, columns), whose pixels begin at ``first`` (c, 2)."""
+        flat = values.reshape(len(values), -1)
+        place = flat.argmax(1)
+        value = flat[np.arange(len(flat)), place]
+        row, column = np.divmod(place, values.shape[2])
+        column, row = column + first[:, 0], row + first[:, 1]
+        number = row * self.columns[owner] + column
+        order = np.lexsort((number, -value, owner))
+        chosen = order[np.flatnonzero(np.diff(owner[order], prepend=-1))]
+        owner, column, row, value, number = (v[chosen] for v in (owner, column, row, value, number))
+        unset = self.number[owner] == np.iinfo(np.int64).max
+        better = unset | (value > self.value[owner]) | ((value == self.value[owner]) & (number < self.number[owner]))
+        owner = owner[better]
+        self.at[owner] = np.stack((column, row), axis=1)[better]
+        self.value[owner], self.number[owner] = value[better], number[better]
+
+
+def _pixel_at_peak(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
+    """The pixel nearest to each map's largest value: (M, 2) as column, row; and what the resized map has there (M,)."""
+    side = maps.shape[-1]
+    row, column = np.divmod(maps.reshape(len(maps), -1).argmax(1), side)
+    nearest = np.rint((np.stack((column, row), axis=1) + 0.5) * pixels / side - 0.5).astype(np.int64)
+    pixel = np.clip(nearest, 0, pixels - 1)
+    source = _source(pixel, pixels, side)
+    cell = np.floor(source).astype(np.int64)
+    weights = _weights(source - cell)
+    values = np.einsum("rcm,mr,mc->m", _patches(maps, np.arange(len(maps)), cell), weights[:, 1], weights[:, 0])
+    return pixel, values
+
+
+def _least_neighbour(wanted: Floats, lowest: Floats, highest: Floats) -> Floats:
+    """What the largest of a patch's four inner values must reach (M,) so that the patch can reach ``wanted`` (M,).
+
+    Along one axis a value is at most p + o (p - q), for the largest inner value p, the smallest outer value q and the
+    overshoot o; twice that, with the map's extremes for the outer values, is solved here for p.
+    """
+    o = _OVERSHOOT
+    return (wanted + 2 * o * (1 + o) * lowest - o * o * (highest - lowest)) / (1 + o) ** 2
+
+
+def _candidates(maps: Floats, least: Floats) -> tuple[Longs, Longs]:
+    """Patches with an inner value of at least ``least`` (M,): their map (c,), and cell (c, 2) as column, row in -1..S-1."""
+    side = maps.shape[-1]
+    owner, place = np.divmod(np.flatnonzero(maps >= least[:, None, None]), side * side)
+    row, column = np.divmod(place, side)
+    cells = side + 1
+    number = (owner * cells + row) * cells + column
+    marked = np.zeros(len(maps) * cells * cells, dtype=bool)
+    for offset in (0, 1, cells, cells + 1):  # the four patches that have this value inside
+        marked[number + offset] = True
+    owner, place = np.divmod(np.flatnonzero(marked), cells * cells)
+    row, column = np.divmod(place, cells)
+    return owner, np.stack((column, row), axis=1) - 1
+
+
+def _patches(maps: Floats, owner: Longs, cell: Longs) -> Floats:
+    """The values (4, 4, c) around each cell, rows first, the map's border repeated outside."""
+    side = maps.shape[-1]
+    columns, rows = (np.clip(cell[:, axis] + np.arange(-1, 3)[:, None], 0, side - 1) for axis in (0, 1))
+    return maps.ravel()[((owner * side + rows) * side)[:, None] + columns]
+
+
+def _bounds(patches: Floats) -> Floats:
+    """The largest Bezier control point (c,) of each patch (4, 4, c): the patch lies below it."""
+    control = [_control_points(row) for row in patches]
+    return np.max([np.max(_control_points(column), axis=0) for column in zip(*control, strict=True)], axis=0)
+
+
+def _control_points(neighbours: Any) -> tuple[Floats, Floats, Floats, Floats]:
+    """The cubic between p1 and p2 in Bezier form, from its four neighbours p0, p1, p2, p3."""
+    p0, p1, p2, p3 = neighbours
+    return p1, p1 + _TANGENT * (p2 - p0), p2 - _TANGENT * (p3 - p1), p2
+
+
+def _pixels_of(cell: Longs, pixels: Longs, side: int) -> tuple[Longs, Longs]:
+    """First and behind-last pixel (c, 2) whose centre lies in each cell (c, 2)."""
+    first, last = (np.ceil((cell + offset) * (pixels / side) - 0.5).astype(np.int64) for offset in (0.5, 1.5))
+    return np.clip(first, 0, pixels), np.clip(last, 0, pixels)
+
+
+def _split(order: Longs, areas: Longs) -> list[Longs]:
+    """Patches in order of their pixels, cut so that each part stays small even when all are as large as its largest."""
+    parts, start = [], 0
+    while start < len(order):
+        sizes = areas[order[start:]] * np.arange(1, len(order) - start + 1)
+        length = max(1, int(np.searchsorted(sizes, VALUES_PER_CHUNK)))
+        parts.append(order[start : start + length])
+        start += length
+    return parts
+
+
+def _evaluate(patches: Floats, cell: Longs, first: Longs, last: Longs, pixels: Longs, side: int) -> Floats:
+    """The patches at their pixels: (c, rows, columns), minus infinity behind a patch's last pixel."""
+    columns, rows = (last - first).max(0).tolist()
+    weights: list[Any] = []
+    for axis, count in ((0, columns), (1, rows)):
+        pixel = first[:, axis, None] + np.arange(count)
+        t = _source(pixel, pixels[:, axis, None], side) - cell[:, axis, None].astype(np.float32)
+        weights.append(_weights(np.clip(t, 0, 1)))
+    along_x = np.matmul(patches.transpose(2, 0, 1), weights[0].transpose(0, 2, 1))
+    values = np.matmul(weights[1], along_x)
+    outside_x = np.arange(columns) >= (last - first)[:, 0, None]
+    outside_y = np.arange(rows) >= (last - first)[:, 1, None]
+    values[outside_y[:, :, None] | outside_x[:, None, :]] = -np.inf
+    return values
+
+
+def _source(pixel: Longs, pixels: Longs, side: int) -> Floats:
+    """Where a pixel's centre lies in the heat map, in float32 as torch has it."""
+    scale = np.float32(side) / pixels.astype(np.float32)
+    return scale * (pixel.astype(np.float32) + np.float32(0.5)) - np.float32(0.5)
+
+
+def _weights(t: Floats) -> Floats:
+    """Weights (..., 4) of the neighbours p0..p3 at ``t`` in 0..1 between p1 and p2."""
+    u = 1 - t
+    near = [((CUBIC + 2) * s - (CUBIC + 3)) * s * s + 1 for s in (t, u)]
+    return np.stack((CUBIC * t * u * u, near[0], near[1], CUBIC * u * t * t), axis=-1).astype(np.float32)
