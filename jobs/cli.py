@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
@@ -163,12 +164,112 @@ def label(
         workers=workers,
         address=address,
     )
-    report = command.run(options, say=lambda line: typer.echo(line, err=True))
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
+        report = command.run(options, say=lambda line: typer.echo(line, err=True))
     if as_json:
         print_json(report.model_dump())
     else:
         typer.echo(command.describe(report))
     check_failures(report.statuses, max_failed)
+
+
+@app.command()
+def train(
+    train_json: Annotated[str | None, typer.Argument(metavar="TRAIN", help="COCO JSON to learn from, local or s3://.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder or prefix that holds runs.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; the same name goes on where it stopped.")] = None,
+    config: Annotated[str | None, typer.Option(help="TOML file of options (docs/training.md); those given here win.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the images; default: `images` beside the JSON.")] = None,
+    val: Annotated[str | None, typer.Option(help="COCO JSON to score on.")] = None,
+    val_images: Annotated[str | None, typer.Option(help="Folder of its images; default: `images` beside it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Model preset; default: tiny.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of box,mask,keypoint; default: what preset and data have.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint, or name of torchvision weights, to start from.")] = None,
+    reset_predictors: Annotated[
+        bool | None, typer.Option("--reset-predictors", help="The weights are of other categories: start new last layers.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; default: 1.", min=1)] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Default: GPUs where there are any.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images; default: the recipe's.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step on one worker; default: the recipe's.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Greatest rate; default: the recipe's.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Train on random windows of this many pixels a side.", min=32)] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Epochs between evaluations; 0: after the last.", min=0)] = None,
+    keep: Annotated[Literal["last", "best"] | None, typer.Option(help="The epoch whose model is exported.")] = None,
+    allow_missing: Annotated[
+        bool | None, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; default: 0.", min=0)] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a detector on COCO data; write a checkpoint, its AP and its curves.
+
+    The same command goes on after the last complete epoch, and says so when the run is complete.
+    """
+    from jobs import train as command
+
+    options = command.read_options(
+        config,
+        {
+            "train": train_json,
+            "output": output,
+            "name": name,
+            "images": images,
+            "val": val,
+            "val_images": val_images,
+            "preset": preset,
+            "tasks": None if tasks is None else [task.strip() for task in tasks.split(",")],
+            "weights": weights,
+            "reset_predictors": reset_predictors,
+            "workers": workers,
+            "device": device,
+            "recipe": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+            "augmentation": {"crop": crop},
+            "evaluate_every": evaluate_every,
+            "keep": keep,
+            "allow_missing": allow_missing,
+            "seed": seed,
+            "address": address,
+            "storage": {"endpoint_url": endpoint},
+        },
+    )
+    report = command.run(options)
+    if as_json:
+        print_json(report.model_dump())
+    else:
+        typer.echo(command.describe(report))
+
+
+@app.command()
+def evaluate(
+    table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
+    truth: Annotated[str, typer.Option(help="COCO JSON of the true instances, local or s3://.")],
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the truth's images; default: match the ends of the table's URIs.")
+    ] = None,
+    labelling_run: Annotated[
+        str | None, typer.Option("--run", help="One labelling run; default: each image's newest row.")
+    ] = None,
+    max_dets: Annotated[
+        list[int] | None, typer.Option(help="Detections an image that count; repeat for several. Default: 1, 10, 100.", min=1)
+    ] = None,
+    iou_score: Annotated[float, typer.Option(help="Least score of a detection in the mean IoU.", min=0, max=1)] = 0.5,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the report as JSON here.")] = None,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a table's labels: COCO AP of boxes, masks and keypoints, and the foreground's mean IoU."""
+    from jobs import evaluate as command
+    from pipeline.storage import Storage, StorageOptions
+
+    storage = Storage(StorageOptions(endpoint_url=endpoint))
+    report = command.run(storage, table, truth, images, labelling_run, max_dets or (1, 10, 100), iou_score, output)
+    if as_json:
+        print_json(report.model_dump())
+    else:
+        typer.echo(command.describe(report))
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from model.presets import preset as preset_config
 from pipeline.coco import CocoDataset, read_coco, with_files
 from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
+from pipeline.evaluation import KIND_NAMES, IouType
 from pipeline.recipe import Recipe, recipe_of
 from pipeline.sample_stream import SampleStream
 from pipeline.storage import Storage, StorageOptions, canonical, parent
@@ -96,7 +97,7 @@ class TrainReport(BaseModel):
     resumed_from: int = Field(description="Epochs that were done before this start.")
     device: str
     seconds: float = Field(description="Of training steps, over all starts.")
-    scores: dict[str, dict[str, Any]]
+    scores: dict[IouType, dict[str, Any]]
 
 
 def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions:
@@ -159,18 +160,18 @@ def _folder(given: str | None, annotations: str) -> str:
 def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoDataset, Validation | None]:
     """Checked training and validation data, each announced in a line."""
     data = with_files(storage, read_coco(storage, options.train), _folder(options.images, options.train), options.allow_missing)
-    say(f"training on {describe(data)}")
+    say(f"training on {describe_data(data)}")
     if options.val is None:
         return data, None
     folder = _folder(options.val_images, options.val)
     truth = with_files(storage, read_coco(storage, options.val), folder, options.allow_missing)
     if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
         raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
-    say(f"scoring on {describe(truth)}")
+    say(f"scoring on {describe_data(truth)}")
     return data, Validation(truth, folder, options.max_dets)
 
 
-def describe(data: CocoDataset) -> str:
+def describe_data(data: CocoDataset) -> str:
     """One line: how much there is, and what was left out."""
     left_out = "".join(f"; left out: {count} {reason}" for reason, count in data.dropped.items())
     return (
@@ -410,3 +411,16 @@ def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:
         seconds=metrics["seconds"],
         scores=metrics["scores"],
     )
+
+
+def describe(report: TrainReport) -> str:
+    """The report for people: what the run reached, and where everything lies."""
+    lines = [
+        f"run '{report.name}': {report.model_id} after {report.epochs} epochs "
+        f"({report.device}, {report.seconds:.0f} s of training)"
+    ]
+    for kind, score in report.scores.items():
+        ap, ap50 = ("-" if value is None else f"{100 * value:.1f}" for value in (score["ap"], score["ap50"]))
+        lines.append(f"  {KIND_NAMES[kind]:9} AP {ap}, AP50 {ap50}")
+    lines += [f"  checkpoint  {report.checkpoint}", f"  metrics     {report.metrics}", f"  curves      {report.curves}"]
+    return "\n".join(lines)

@@ -30,10 +30,9 @@ from model.config import PredictOptions
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
 from pipeline.coco import CocoDataset
-from pipeline.curves import TOTAL
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import InputNotFoundError, TrainingError
-from pipeline.evaluation import IouType, Score, coco_metrics, result_rows
+from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, result_rows
 from pipeline.fetch import fetch
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from pipeline.storage import Storage, relative_to
@@ -41,6 +40,9 @@ from pipeline.training_data import SampleSpec, to_training
 
 LATEST, MODEL, METRICS = "latest.json", "model.safetensors", "metrics.json"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
+
+TOTAL = "loss"
+"""The sum of all losses, among their names."""
 
 LINES_PER_EPOCH = 5
 """Progress lines, and looks at whether the loss is still finite."""
@@ -162,20 +164,21 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     total_steps = job.epochs * job.steps_per_epoch
     peak = peak_rate(job.recipe, job.recipe.batch_size * world)
     state.model.train()
-    sums, steps, start, rate = _Losses(), 0, time.perf_counter(), 0.0
-    for number in range(job.steps_per_epoch):
-        batch = next(batches, None)
-        if batch is None:  # images were left out as unusable; every worker has equally many batches all the same
-            break
+    sums, steps, rate = _Losses(), 0, 0.0
+    batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
+    start = time.perf_counter()
+    while batch is not None and steps < job.steps_per_epoch:
         images, targets = to_training(batch, job.spec)
-        rate = peak * rate_factor(job.recipe, state.epoch * job.steps_per_epoch + number, total_steps)
+        rate = peak * rate_factor(job.recipe, state.epoch * job.steps_per_epoch + steps, total_steps)
         set_rate(state.optimizer, rate)
         sums.add(_step(replica, images, targets, state.optimizer, job.recipe))
         steps += 1
-        if steps % max(1, job.steps_per_epoch // LINES_PER_EPOCH) == 0 or number + 1 == job.steps_per_epoch:
+        # Where images were left out as unusable the stream ends early, on every worker at the same step.
+        batch = next(batches, None) if steps < job.steps_per_epoch else None
+        if batch is None or steps % max(1, job.steps_per_epoch // LINES_PER_EPOCH) == 0:
             means = sums.recent()
-            _check_finite(means, state.epoch + 1, number + 1, rate)
-            _say_step(job, state.epoch, number + 1, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
+            _check_finite(means, state.epoch + 1, steps, rate)
+            _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)
     return {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
@@ -275,8 +278,7 @@ def _evaluate(job: TrainingJob, validation: Validation, state: State, rank: int,
 
 def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
     """The two numbers that a curve shows."""
-    name = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
-    return {f"{name} AP": score.ap, f"{name} AP50": score.ap50}
+    return {f"{KIND_NAMES[kind]} AP": score.ap, f"{KIND_NAMES[kind]} AP50": score.ap50}
 
 
 def describe_scores(scores: Mapping[IouType, Score]) -> str:

@@ -23,6 +23,9 @@ from pipeline.coco import CocoDataset, CocoImage, to_document, to_rle
 
 IouType = Literal["bbox", "segm", "keypoints"]
 
+KIND_NAMES: Mapping[IouType, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+"""What people call COCO's kinds of result."""
+
 KEYPOINT_MAX_DETS = (20,)
 """COCO scores keypoints on the 20 best detections of an image."""
 

@@ -1,0 +1,131 @@
+"""`masklake evaluate`: a table's labels against a COCO file.
+
+Every image of the truth counts: one that the table has not, or could not read, has no detections, and the report says how many.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.coco import read_coco
+from pipeline.errors import InputNotFoundError
+from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
+from pipeline.matching import COLUMNS, ImageNames, check_sizes, collect
+from pipeline.query import stream
+from pipeline.storage import Storage
+
+
+class EvaluateReport(BaseModel):
+    """Scores are 0 to 1; None where the truth has nothing of the kind."""
+
+    model_config = ConfigDict(frozen=True)
+
+    table: str
+    truth: str
+    images: int = Field(description="Of the truth, all of which count.")
+    labelled: int = Field(description="Of these, images with an ok row in the table.")
+    failed: int = Field(description="Of these, images whose row says that they could not be labelled.")
+    missing: int = Field(description="Of these, images without a row.")
+    strangers: int = Field(description="Images of the table that the truth does not list: ignored.")
+    instances: int = Field(description="Of the truth, without crowds.")
+    detections: int
+    dropped: dict[str, int] = Field(description="What the truth's reader left out, by reason.")
+    notes: list[str]
+    scores: dict[IouType, dict[str, Any]]
+    mean_iou: float | None = Field(description="Of the foreground; None without masks.")
+    iou_score: float = Field(description="Least score of a detection in mean_iou.")
+
+
+def run(
+    storage: Storage,
+    table: str,
+    truth: str,
+    images: str | None = None,
+    labelling_run: str | None = None,
+    max_dets: Sequence[int] = (1, 10, 100),
+    iou_score: float = 0.5,
+    output: str | None = None,
+) -> EvaluateReport:
+    """Scores the table's current rows, or those of one labelling run; writes the report as JSON to `output`.
+
+    images: the folder that the truth's file names are in; without it they are matched by the end of the table's URIs.
+    Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError.
+    """
+    data = read_coco(storage, truth)
+    source = "current_images" if labelling_run is None else "images WHERE run = $run"
+    sql = f"SELECT {', '.join(COLUMNS)} FROM {source}"  # noqa: S608 - constants of this program; the run is a parameter
+    with stream(storage, table, sql, None if labelling_run is None else {"run": labelling_run}) as batches:
+        found = collect(batches, ImageNames(data, images))
+    if not found.labelled and not found.failed:
+        raise InputNotFoundError(
+            f"{table}: none of its {found.strangers} images is one of the {len(data.images)} of {truth}. "
+            "Check the truth, or name the folder of its images with --images."
+        )
+    check_sizes(found, data)
+    scores = coco_metrics(data, found.rows, max_dets=max_dets)
+    report = EvaluateReport(
+        table=table,
+        truth=truth,
+        images=len(data.images),
+        labelled=found.labelled,
+        failed=found.failed,
+        missing=len(data.images) - found.labelled - found.failed,
+        strangers=found.strangers,
+        instances=data.instance_count(),
+        detections=len(found.rows),
+        dropped=dict(data.dropped),
+        notes=_notes({c.id: c.name for c in data.categories}, found.names),
+        scores={kind: vars(score) for kind, score in scores.items()},
+        mean_iou=mean_iou(data, found.rows, iou_score) if "segm" in scores else None,
+        iou_score=iou_score,
+    )
+    if output is not None:
+        storage.write_bytes(output, json.dumps(report.model_dump(mode="json"), indent=1).encode())
+    return report
+
+
+def _notes(truth: Mapping[int, str], table: Mapping[int, str]) -> list[str]:
+    """What makes scores look wrong: ids that mean something else on the two sides."""
+    notes = [
+        f"category {number} is '{table[number]}' in the table and '{truth[number]}' in the truth"
+        for number in sorted(table.keys() & truth.keys())
+        if table[number] != truth[number]
+    ]
+    if unknown := sorted(table.keys() - truth.keys()):
+        names = ", ".join(table[number] for number in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        notes.append(f"the truth has no category of these detections, which do not count: {names}")
+    return notes
+
+
+def describe(report: EvaluateReport) -> str:
+    """The report for people: what was compared, then one line a number, in percent as papers write them."""
+    lines = [
+        f"{report.table} against {report.truth}",
+        f"  {report.images} images with {report.instances} instances: {report.labelled} labelled, {report.failed} failed, "
+        f"{report.missing} not in the table (these two count as images without detections)",
+    ]
+    if report.strangers:
+        lines.append(f"  {report.strangers} images of the table are not in the truth and do not count")
+    lines += [f"  the truth's reader left out {count} {reason}" for reason, count in report.dropped.items()]
+    lines += [f"  note: {note}" for note in report.notes]
+    lines += ["", f"  {'':10}{'detections':>11}{'AP':>8}{'AP50':>8}{'AR':>8}"]
+    for kind, score in report.scores.items():
+        for count, row in score["by_max_dets"].items():
+            values = "".join(f"{percent(row[name]):>8}" for name in ("ap", "ap50", "ar"))
+            lines.append(f"  {KIND_NAMES[kind]:10}{f'<= {count}':>11}{values}")
+    lines += ["", f"  {'':10}{'AP75':>8}{'small':>8}{'medium':>8}{'large':>8}"]
+    for kind, score in report.scores.items():
+        sizes = (score["ap_by_area"].get(area) for area in ("small", "medium", "large"))
+        lines.append(f"  {KIND_NAMES[kind]:10}" + "".join(f"{percent(value):>8}" for value in (score["ap75"], *sizes)))
+    if report.mean_iou is not None:
+        lines += ["", f"  mean IoU of the foreground, detections of score >= {report.iou_score:g}: {percent(report.mean_iou)}"]
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    """One decimal; "-" where the truth has nothing of the kind."""
+    return "-" if value is None else f"{100 * value:.1f}"
