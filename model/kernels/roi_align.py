@@ -1,21 +1,25 @@
-"""RoIAlign's one dispatch point: Triton on CUDA, an embedding bag on the CPU, the reference for what neither supports."""
+"""RoIAlign's one dispatch point: Triton on CUDA, an embedding bag on the CPU, and what works for everything else.
+
+The operator is registered with torch (``torch.ops.masklake.roi_align``), so that autograd, torch.compile and export treat
+it as one of their own.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from model.kernels.roi_align_cpu import roi_align_cpu
+from model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled
+from model.kernels.roi_align_cpu import roi_align_cpu, roi_align_cpu_backward
 from model.kernels.roi_align_reference import roi_align_reference
 
 PoolMode = Literal["avg", "max"]
-
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Path = Literal["triton", "bag", "reference"]
 
 
 def roi_align(
@@ -37,24 +41,116 @@ def roi_align(
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 
-    Returns (R, C, P, P) in the features' dtype. RoIs that are not finite give zeros, as do samples farther than a pixel
-    outside the map. Differentiable in the features. Raises ValueError for shapes that do not fit together.
+    Returns (R, C, P, P) in the features' dtype, in channels_last memory on the CPU and for channels_last features. RoIs
+    that are not finite give zeros, as do samples farther than a pixel outside the map. Differentiable in the features;
+    gradients repeat bit for bit on the CPU, and on CUDA under `torch.use_deterministic_algorithms`. Raises ValueError for
+    arguments that do not fit together.
     """
     _validate(features, rois, levels, scales, output_size, sampling_ratio, mode)
-    implementation = _implementation(features[0])
-    return implementation(features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
+    # Autocast changes nothing here: coordinates in half precision would be wrong by pixels, features keep their dtype.
+    pooled: Tensor = _roi_align(
+        list(features), rois.detach(), levels, [float(s) for s in scales], output_size, sampling_ratio, aligned, mode
+    )
+    return pooled
 
 
-def _implementation(feature: Tensor) -> Callable[..., Tensor]:
-    if feature.device.type == "cpu" and feature.dtype in _CPU_DTYPES:
-        return roi_align_cpu
-    _warn_once(feature.device.type, feature.dtype)
-    return roi_align_reference
+@torch.library.custom_op("masklake::roi_align", mutates_args=())
+def _roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    mode: str,
+) -> Tensor:
+    forward = _forward(choose_path(features[0].device.type, features[0].dtype, len(features)))
+    pooled = forward(features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
+    expected = empty_pooled(features, len(rois), output_size)
+    return pooled if pooled.stride() == expected.stride() else expected.copy_(pooled)
+
+
+@_roi_align.register_fake
+def _(features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], output_size: int, *_: Any) -> Tensor:
+    return empty_pooled(features, rois.shape[0], output_size)
+
+
+@torch.library.custom_op("masklake::roi_align_backward", mutates_args=())
+def _roi_align_backward(
+    grad: Tensor,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    mode: str,
+) -> list[Tensor]:
+    path = choose_path(features[0].device.type, features[0].dtype, len(features))
+    if torch.are_deterministic_algorithms_enabled() and path == "triton":
+        path = "bag"  # runs on every device without atomics
+    return _backward(path)(grad, features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
+
+
+@_roi_align_backward.register_fake
+def _(grad: Tensor, features: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [empty_gradient(f, f.dtype) for f in features]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, rois, levels, scales, *options = inputs
+    ctx.save_for_backward(rois, levels, *features)
+    ctx.scales, ctx.options = scales, options
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rois, levels, *features = ctx.saved_tensors
+    grads = _roi_align_backward(grad, features, rois, levels, ctx.scales, *ctx.options)
+    return (grads, *[None] * 7)
+
+
+_roi_align.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
+    """Which implementation pools features of this device and dtype; warns once where it is not the fast one."""
+    if device == "cpu" and dtype in BAG_DTYPES:
+        return "bag"
+    if device == "cuda" and dtype in TRITON_DTYPES and levels <= TRITON_LEVELS:
+        return "triton"
+    path: Path = "bag" if dtype in BAG_DTYPES else "reference"
+    _warn_once(f"no fast RoIAlign for {levels} levels of {dtype} on {device}: falling back to the slower {path}")
+    return path
 
 
 @cache
-def _warn_once(device: str, dtype: torch.dtype) -> None:
-    warnings.warn(f"no fast RoIAlign for {dtype} on {device}: falling back to the slow reference", stacklevel=4)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _forward(path: Path) -> Callable[..., Tensor]:
+    if path == "triton":
+        # Imported where it runs: Triton exists on Linux only.
+        from model.kernels.roi_align_triton import roi_align_triton
+
+        return roi_align_triton
+    return roi_align_cpu if path == "bag" else roi_align_reference
+
+
+def _backward(path: Path) -> Callable[..., list[Tensor]]:
+    if path == "triton":
+        from model.kernels.roi_align_triton import roi_align_triton_backward
+
+        return roi_align_triton_backward
+    return roi_align_cpu_backward if path == "bag" else _reference_backward
+
+
+def _reference_backward(grad: Tensor, features: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """Gradients in dtypes that only float32 arithmetic can serve."""
+    grads = roi_align_cpu_backward(grad.float(), [f.float() for f in features], *arguments)
+    return [g.to(f.dtype) for g, f in zip(grads, features, strict=True)]
 
 
 def _validate(
@@ -72,8 +168,8 @@ def _validate(
     for feature in features:
         if feature.dim() != 4 or feature.shape[:2] != first.shape[:2]:
             raise ValueError(f"features must be (B, C, H, W) with equal B and C, got {[tuple(f.shape) for f in features]}")
-        if feature.dtype != first.dtype or feature.device != first.device:
-            raise ValueError("features must share one dtype and one device")
+        if feature.dtype != first.dtype or feature.device != first.device or not feature.is_floating_point():
+            raise ValueError(f"features must share one floating dtype and one device, got {feature.dtype} on {feature.device}")
     if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
         raise ValueError(f"rois must be (R, 5) and levels (R,), got {tuple(rois.shape)} and {tuple(levels.shape)}")
     if output_size < 1 or sampling_ratio < 0:

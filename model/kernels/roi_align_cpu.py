@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,64 +46,70 @@ def roi_align_cpu(
 
     Returns (R, C, P, P) in the features' dtype and channels_last memory (the order in which bins are computed).
     Channels-last features are read in place, others are copied to that order first. Indices and weights are computed in
-    float32 (float64 for float64 features), sums in float32 at least.
+    float32 (float64 for float64 features), sums in float32 at least. Not differentiable by itself.
     """
     sampling = Sampling(output_size, sampling_ratio, aligned)
-    rois = rois.detach().to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    if mode == "max":
-        return _max_pool(features, rois, levels, scales, sampling)
-    pooled: Tensor = _AveragePool.apply(rois, levels, tuple(scales), sampling, *features)
-    return pooled
-
-
-class _AveragePool(torch.autograd.Function):
-    """Average pooling of all RoIs; indices are computed again in the backward pass, they cost less than their memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rois: Tensor, levels: Tensor, scales: tuple[float, ...], sampling: Sampling, *features: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rois, levels)
-        ctx.scales, ctx.sampling, ctx.shapes = scales, sampling, [f.shape for f in features]
-        channels, bins = features[0].shape[1], sampling.output_size**2
-        pooled = features[0].new_zeros((len(rois), bins, channels))
-        tables = [_table(f) for f in features]
-        for group in _groups(rois, levels, scales, ctx.shapes, sampling):
-            pooled[group.members] = _bag(tables[group.level], *group.average()).view(-1, bins, channels)
-        return _as_map(pooled, sampling)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rois, levels = ctx.saved_tensors
-        sampling, shapes = ctx.sampling, ctx.shapes
-        bins, channels = sampling.output_size**2, grad.shape[1]
-        grad_table = grad.permute(0, 2, 3, 1).reshape(-1, channels)
-        bin_ids = torch.arange(bins)
-        entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in shapes]
-        for group in _groups(rois, levels, ctx.scales, shapes, sampling):
-            rows, weights = group.average()
-            outputs = (group.members[:, None] * bins + bin_ids).view(-1, 1).expand_as(rows)
-            entries[group.level].append((rows.reshape(-1), outputs.reshape(-1), weights.reshape(-1)))
-        grads = [
-            _transposed_bag(grad_table, level_entries, shape) if ctx.needs_input_grad[4 + level] else None
-            for level, (level_entries, shape) in enumerate(zip(entries, shapes, strict=True))
-        ]
-        return (None, None, None, None, *grads)
-
-
-def _max_pool(features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], sampling: Sampling) -> Tensor:
-    """Largest sample of every bin and channel; one bag per sample, gradients through torch's own operators."""
-    channels, bins = features[0].shape[1], sampling.output_size**2
-    tables = [_table(f) for f in features]
-    members, parts = [], []
-    for group in _groups(rois, levels, scales, [f.shape for f in features], sampling):
-        samples = _bag(tables[group.level], *group.samples()).view(len(group.members) * bins, -1, channels)
-        parts.append(samples.amax(1).view(-1, bins, channels))
-        members.append(group.members)
+    bins, channels = output_size**2, features[0].shape[1]
     pooled = features[0].new_zeros((len(rois), bins, channels))
-    if parts:
-        pooled = pooled.index_copy(0, torch.cat(members), torch.cat(parts))
-    return _as_map(pooled, sampling)
+    tables = [_table(f) for f in features]
+    for group in _groups(_exact(rois, features), levels, scales, [f.shape for f in features], sampling):
+        table = tables[group.level]
+        if mode == "max":
+            values = _bag(table, *group.samples()).view(len(group.members) * bins, -1, channels).amax(1)
+        else:
+            values = _bag(table, *group.average())
+        pooled[group.members] = values.view(-1, bins, channels)
+    return pooled.view(len(rois), output_size, output_size, channels).permute(0, 3, 1, 2)
+
+
+def roi_align_cpu_backward(
+    grad: Tensor,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    mode: str = "avg",
+) -> list[Tensor]:
+    """Gradients of the levels for ``grad`` (R, C, P, P), in channels_last memory; deterministic on every device.
+
+    Indices and weights are computed again: that costs less than the memory to keep them.
+    """
+    sampling = Sampling(output_size, sampling_ratio, aligned)
+    grad_table = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+    groups = _groups(_exact(rois, features), levels, scales, [f.shape for f in features], sampling)
+    if mode == "max":
+        return _max_backward(grad_table, features, groups, output_size**2)
+    return _average_backward(grad_table, features, groups, output_size**2)
+
+
+def _average_backward(grad_table: Tensor, features: Sequence[Tensor], groups: Iterator[_Group], bins: int) -> list[Tensor]:
+    """The bag transposed: every row of a level sums the bins that read it."""
+    entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in features]
+    for group in groups:
+        rows, weights = group.average()
+        outputs = _outputs(group, bins).view(-1, 1).expand_as(rows)
+        entries[group.level].append((rows.reshape(-1), outputs.reshape(-1), weights.reshape(-1)))
+    return [_transposed_bag(grad_table, e, f.shape) for e, f in zip(entries, features, strict=True)]
+
+
+def _max_backward(grad_table: Tensor, features: Sequence[Tensor], groups: Iterator[_Group], bins: int) -> list[Tensor]:
+    """Each bin's gradient goes to the sample that was largest, and from there to its four corners."""
+    tables = [_table(f) for f in features]
+    sum_dtype = torch.float64 if grad_table.dtype == torch.float64 else torch.float32
+    sums = [torch.zeros_like(t, dtype=sum_dtype) for t in tables]
+    for group in groups:
+        rows, weights = group.samples()
+        samples = _bag(tables[group.level], rows, weights).view(len(group.members) * bins, -1, grad_table.shape[1])
+        winners = samples.argmax(1, keepdim=True)
+        flow = torch.zeros_like(samples, dtype=sum_dtype)
+        flow.scatter_(1, winners, grad_table[_outputs(group, bins)].to(sum_dtype)[:, None])
+        flow = flow.view(-1, grad_table.shape[1])
+        for corner in range(4):
+            sums[group.level].index_add_(0, rows[:, corner].long(), flow * weights[:, corner, None])
+    return [_as_level(s.to(f.dtype), f.shape) for s, f in zip(sums, features, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def _geometry(boxes: Tensor, scale: float, sampling: Sampling) -> tuple[Tensor, 
 def _same_grid(bin_sizes: Tensor, sampling: Sampling) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """(samples along y, along x) of a bin and the RoIs that have it, as positions in ``bin_sizes``."""
     if sampling.sampling_ratio > 0:
-        yield (sampling.sampling_ratio, sampling.sampling_ratio), torch.arange(len(bin_sizes))
+        yield (sampling.sampling_ratio, sampling.sampling_ratio), torch.arange(len(bin_sizes), device=bin_sizes.device)
         return
     grids, inverse = torch.unique(bin_sizes.ceil().long(), dim=0, return_inverse=True)
     for number, (grid_w, grid_h) in enumerate(grids.tolist()):
@@ -203,8 +208,8 @@ def _corners(start: Tensor, bin_size: Tensor, grid: int, size: int, bins: int, d
 
     Lines farther than one pixel outside the map weigh nothing; up to there the border's value holds.
     """
-    bin_index = torch.arange(bins, dtype=start.dtype).view(1, -1, 1)
-    sample = torch.arange(grid, dtype=start.dtype) + 0.5
+    bin_index = torch.arange(bins, dtype=start.dtype, device=start.device).view(1, -1, 1)
+    sample = torch.arange(grid, dtype=start.dtype, device=start.device) + 0.5
     at = start.view(-1, 1, 1) + bin_index * bin_size.view(-1, 1, 1) + sample * bin_size.view(-1, 1, 1) / grid
     inside = ((at >= -1.0) & (at <= size)).to(start.dtype)
     at = at.clamp(0, size - 1)
@@ -219,10 +224,20 @@ def _table(feature: Tensor) -> Tensor:
     return feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1])
 
 
-def _as_map(pooled: Tensor, sampling: Sampling) -> Tensor:
-    """(R, P*P, C) as (R, C, P, P) in channels_last memory."""
-    bins = sampling.output_size
-    return pooled.unflatten(1, (bins, bins)).permute(0, 3, 1, 2)
+def _as_level(table: Tensor, shape: torch.Size) -> Tensor:
+    """(B*H*W, C) as (B, C, H, W) in channels_last memory."""
+    batch, channels, height, width = shape
+    return table.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _exact(rois: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """RoIs in the precision of indices and weights."""
+    return rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
+
+
+def _outputs(group: _Group, bins: int) -> Tensor:
+    """Row numbers int64 (r * P * P,) of a group's bins in the pooled table."""
+    return (group.members[:, None] * bins + torch.arange(bins, device=group.members.device)).view(-1)
 
 
 def _bag(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -232,14 +247,11 @@ def _bag(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, Tensor]], shape: torch.Size) -> Tensor:
     """Gradient (B, C, H, W) of a level: every table row sums the bins that read it, found by sorting the entries by row."""
-    batch, channels, height, width = shape
+    table_rows = shape[0] * shape[2] * shape[3]
     if not entries:
-        return grad_table.new_zeros((batch, height, width, channels)).permute(0, 3, 1, 2)
+        return _as_level(grad_table.new_zeros((table_rows, shape[1])), shape)
     rows, outputs, weights = (torch.cat(parts) for parts in zip(*entries, strict=True))
     rows, order = rows.sort(stable=True)
-    table_rows = batch * height * width
-    starts = torch.searchsorted(rows, torch.arange(table_rows, dtype=rows.dtype))
-    grad = F.embedding_bag(
-        outputs[order], grad_table, starts, per_sample_weights=weights[order].to(grad_table.dtype), mode="sum"
-    )
-    return grad.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    starts = torch.searchsorted(rows, torch.arange(table_rows, dtype=rows.dtype, device=rows.device))
+    weights = weights[order].to(grad_table.dtype)
+    return _as_level(F.embedding_bag(outputs[order], grad_table, starts, per_sample_weights=weights, mode="sum"), shape)

@@ -1,0 +1,26 @@
+"""What the implementations of RoIAlign agree on: the dtypes and level counts each serves, and how results lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_LEVELS = 5  # P2 to P6: each is a pointer argument of the kernels
+
+
+def empty_pooled(features: Sequence[Tensor], rois: int, output_size: int) -> Tensor:
+    """An uninitialised (R, C, P, P): channels_last on the CPU, elsewhere in the features' own order of memory."""
+    channels = features[0].shape[1]
+    if features[0].device.type == "cpu" or features[0].stride(1) == 1:
+        return features[0].new_empty((rois, output_size, output_size, channels)).permute(0, 3, 1, 2)
+    return features[0].new_empty((rois, channels, output_size, output_size))
+
+
+def empty_gradient(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised gradient of a level, in channels_last memory whatever the level's own order is."""
+    batch, channels, height, width = feature.shape
+    return feature.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
