@@ -37,4 +37,6 @@ def _convert(part: nn.Module, dtype: torch.dtype) -> None:
 
 def fingerprint(network: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes whenever a weight does: in place, by loading, or by moving to another device."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in [*network.parameters(), *network.buffers()])
+    tensors = [*network.parameters(), *network.buffers()]
+    # Tensors made in inference mode count no versions: they cannot be trained either.
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)

@@ -101,7 +101,7 @@ def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
     try:
         weights = get_weight(weight_name)
         state = weights.get_state_dict(progress=False, check_hash=True)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"torchvision has no weights called {weight_name!r}: {error}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot download torchvision's weights {weight_name}: {error}") from error

@@ -70,7 +70,7 @@ def trained(tiny_config: ModelConfig) -> tuple[MaskRCNN, list[tuple[Tensor, Targ
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return model.eval(), pictures, losses
 
 
@@ -159,6 +159,21 @@ def test_results_do_not_depend_on_batch_mates(
         together = model.predict(images, LOOSE.model_copy(update={"batch_size": batch_size}))
         for left, right in zip(alone, together, strict=True):
             assert_same(left, right)
+
+
+def test_a_batch_finds_what_its_images_give_alone(
+    trained: tuple[MaskRCNN, list[tuple[Tensor, Target]], list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batched path that a GPU takes, on this device: equal up to the order of sums."""
+    model, pictures, _ = trained
+    images = [image for image, _ in pictures]
+    options = PredictOptions(score_threshold=0.5)
+    alone = model.predict(images, options)
+    monkeypatch.setattr(MaskRCNN, "_batch_size", lambda self, options: 4)
+    for left, right in zip(alone, model.predict(images, options), strict=True):
+        assert left.labels.tolist() == right.labels.tolist()
+        np.testing.assert_allclose(left.boxes, right.boxes, atol=1e-2)
+        np.testing.assert_allclose(left.keypoints, right.keypoints, atol=0.5)
 
 
 def test_answers_are_in_the_data_sets_terms(model: MaskRCNN, picture: Callable[..., Tensor]) -> None:
