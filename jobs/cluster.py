@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.errors import ConfigError
+from pipeline.errors import ClusterTooSmallError
 
 RESERVED_CPUS = 2
 """Logical CPUs beside the workers': one for Ray Data's small tasks, one for the filter that a resumed run puts before them.
@@ -61,13 +62,18 @@ def _start(address: str) -> None:
     own: dict[str, Any] = {}
     if address == "local":
         own = {"num_cpus": cores() + RESERVED_CPUS, "resources": {EMBEDDED: 1}, "include_dashboard": False}
-    # Ray's C++ prints advice for its own developers; what this variable leaves of it goes to the session's log files.
+    # Ray's C++ prints advice for its own developers; what these variables leave of it goes to the session's log files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cores())))  # it warns of 8 processes on 2 cores
     try:
         with _stderr_held_back():  # ... apart from a line that says that the variable was read
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, TimeoutError) as error:
         raise ConfigError(f"no Ray cluster answers at {address} ({error}); check --address or RAY_ADDRESS") from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray raises the bare class when its own processes do not come up in time
+            raise
+        raise ClusterTooSmallError(f"Ray could not start on this machine ({error}). It may be too busy: try again") from error
 
 
 @contextmanager
