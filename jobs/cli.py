@@ -272,6 +272,22 @@ def evaluate(
         typer.echo(command.describe(report))
 
 
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="The folder for everything it makes.")] = "out/demo",
+    train_images: Annotated[int, typer.Option(help="Images drawn to learn from.", min=8)] = 400,
+    unseen_images: Annotated[int, typer.Option(help="Images drawn to label.", min=12)] = 500,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.", min=1)] = 12,
+    as_json: AsJson = False,
+) -> None:
+    """See the whole product at work on drawn shapes: train, label, score, query."""
+    from jobs import demo as command
+
+    report = command.run(output, train_images, unseen_images, epochs, say=lambda line: typer.echo(line, err=as_json))
+    if as_json:
+        print_json(report.model_dump())
+
+
 def main() -> None:
     """Entry point of the `masklake` script."""
     try:
@@ -279,9 +295,10 @@ def main() -> None:
     except MaskLakeError as error:
         sys.stderr.write(f"masklake: error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("masklake: interrupted. The same command goes on where this one stopped.\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer ends on Ctrl-C, without a word
+            sys.stderr.write("masklake: interrupted. The same command goes on where this one stopped.\n")
+        raise
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def _stream_and_complete(run: _Run, files: list[run_output.Finished], say: Say) 
 
 def _write_crashed(run: _Run, image_ids: Any) -> None:
     rows = run_output.manifest_rows(run.table, run.plan.run_id, image_ids).to_pylist()
-    reason = "the worker's process ended while it worked on this image alone"
+    reason = "the worker's process ended whenever it worked on this image, also on this image alone"
     outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in rows]
     crashed = to_table(outcomes, model_id=run.spec.model_id, label_id=run.spec.label_id, category_names={})
     run_output.write_rows(run.table, run.plan.run_id, crashed)
@@ -283,7 +283,7 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, counter: Any) -> Any:
         ),
         num_cpus=workers.cpus_each,
         num_gpus=workers.gpus_each or None,
-        max_task_retries=2,  # without a limit Ray starts a worker anew for ever when an image kills it
+        max_task_retries=step.retries,  # without a limit Ray starts a worker anew for ever when an image kills it
     )
 
 

@@ -45,12 +45,13 @@ class Round:
     """One pass of Ray Data over what is not labelled yet.
 
     rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
-    max_lost: blocks that may be lost before the round stops.
+    max_lost: blocks that may be lost before the round stops. retries: how often a block is tried again after its worker died.
     """
 
     rows: int
     alone: bool
     max_lost: int
+    retries: int = 1
 
 
 def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits: DecodeLimits) -> str:
@@ -121,7 +122,7 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
     The first round stops when more than a twentieth of its blocks is lost: then it is not a few images that kill workers.
     """
     rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
-    yield Round(rows, alone=False, max_lost=max(8, math.ceil(images / rows) // 20))
+    yield Round(rows, alone=False, max_lost=max(8, math.ceil(images / rows) // 20), retries=2)
     if rows > RETRY_ROWS:
         yield Round(RETRY_ROWS, alone=True, max_lost=images)
     yield Round(1, alone=True, max_lost=images)

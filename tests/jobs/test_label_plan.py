@@ -86,7 +86,7 @@ def test_a_plan_that_does_not_fit_is_refused(capacity: Capacity, requested: int 
 
 def test_rounds_end_with_each_image_alone() -> None:
     assert list(rounds(images=79, workers=2)) == [
-        Round(rows=10, alone=False, max_lost=8),
+        Round(rows=10, alone=False, max_lost=8, retries=2),
         Round(rows=RETRY_ROWS, alone=True, max_lost=79),
         Round(rows=1, alone=True, max_lost=79),
     ]
