@@ -13,11 +13,8 @@ TRITON_LEVELS = 5  # P2 to P6: each is a pointer argument of the kernels
 
 
 def empty_pooled(features: Sequence[Tensor], rois: int, output_size: int) -> Tensor:
-    """An uninitialised (R, C, P, P): channels_last on the CPU, elsewhere in the features' own order of memory."""
-    channels = features[0].shape[1]
-    if features[0].device.type == "cpu" or features[0].stride(1) == 1:
-        return features[0].new_empty((rois, output_size, output_size, channels)).permute(0, 3, 1, 2)
-    return features[0].new_empty((rois, channels, output_size, output_size))
+    """An uninitialised (R, C, P, P) in channels_last memory, whatever the features' own order is."""
+    return features[0].new_empty((rois, output_size, output_size, features[0].shape[1])).permute(0, 3, 1, 2)
 
 
 def empty_gradient(feature: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,10 +41,9 @@ def roi_align(
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 
-    Returns (R, C, P, P) in the features' dtype, in channels_last memory on the CPU and for channels_last features. RoIs
-    that are not finite give zeros, as do samples farther than a pixel outside the map. Differentiable in the features;
-    gradients repeat bit for bit on the CPU, and on CUDA under `torch.use_deterministic_algorithms`. Raises ValueError for
-    arguments that do not fit together.
+    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite give zeros, as do samples
+    farther than a pixel outside the map. Differentiable in the features; gradients repeat bit for bit on the CPU, and on
+    CUDA under `torch.use_deterministic_algorithms`. Raises ValueError for arguments that do not fit together.
     """
     _validate(features, rois, levels, scales, output_size, sampling_ratio, mode)
     # Autocast changes nothing here: coordinates in half precision would be wrong by pixels, features keep their dtype.

@@ -160,7 +160,7 @@ def _forward_kernel(
     pooled = tl.full((P2, BLOCK_C), float("-inf") if MAX else 0.0, tl.float32)
     for iy in range(grid_h):
         # One y for all bins, but as a block: the interpreter loses the type of a scalar comparison when it is broadcast.
-        y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.zeros((P2,), tl.float32)
+        y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.full((P2,), 0.0, tl.float32)
         for ix in range(grid_w):
             x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
             value = _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x)
@@ -234,7 +234,7 @@ def _backward_kernel(
         feature = feature + (channel * tl.load(geometry + level * 6 + 3))[None, :]
         pooled = tl.full((P2, BLOCK_C), float("-inf"), tl.float32)
         for iy in range(grid_h):
-            y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.zeros((P2,), tl.float32)
+            y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.full((P2,), 0.0, tl.float32)
             for ix in range(grid_w):
                 x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
                 sample = _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x)
@@ -248,7 +248,7 @@ def _backward_kernel(
     gradient = _level_pointer(g0, g1, g2, g3, g4, level) + image * tl.load(gradient_geometry + level * 6 + 2)
     gradient = gradient + (channel * tl.load(gradient_geometry + level * 6 + 3))[None, :]
     for iy in range(grid_h):
-        y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.zeros((P2,), tl.float32)
+        y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.full((P2,), 0.0, tl.float32)
         for ix in range(grid_w):
             x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
             chosen = wanted
@@ -270,7 +270,7 @@ def roi_align_triton(
     """Pool every RoI from its level in one launch; see `roi_align` for the arguments.
 
     Features: at most TRITON_LEVELS levels of one of TRITON_DTYPES, any strides. Returns (R, C, P, P) in the features' dtype and
-    order of memory. Not differentiable by itself.
+    channels_last memory. Not differentiable by itself.
     """
     out = empty_pooled(features, len(rois), output_size)
     if out.numel() == 0:
