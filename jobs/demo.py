@@ -1,0 +1,199 @@
+"""`masklake demo`: the whole product on drawn shapes, in minutes, with the same code as a cluster and a bucket.
+
+Draws images, trains `tiny` with two Ray Train workers, labels unseen images into a table, scores the labels against the truth,
+asks the table three questions and draws a contact sheet. Each step goes on where an interrupted demo stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from jobs import evaluate, label, train
+from jobs.query import write_table
+from jobs.shapes import CATEGORIES, generate
+from pipeline.decode import decode
+from pipeline.draw import contact_sheet, draw_instances
+from pipeline.evaluation import IouType
+from pipeline.query import query, stream
+from pipeline.storage import Storage
+
+Say = Callable[[str], None]
+
+SIZE = 160
+"""Pixels of an image's longer side."""
+TRAIN_SEED, VAL_SEED, UNSEEN_SEED = 1, 2, 3
+SHEET_IMAGES, SHEET_MIN_SCORE = 12, 0.5
+
+QUESTIONS = (
+    (
+        "How many shapes of each kind are there?",
+        "SELECT category, count(*) AS instances, round(avg(area)) AS mean_pixels\n"
+        "FROM current_detections WHERE score > 0.5 GROUP BY category ORDER BY instances DESC",
+    ),
+    (
+        "Which images are the most crowded?",
+        "SELECT parse_filename(uri) AS image, count(*) AS shapes, round(sum(area) / any_value(width * height), 2) AS covered\n"
+        "FROM current_detections WHERE score > 0.5 GROUP BY uri ORDER BY shapes DESC, image LIMIT 5",
+    ),
+    (
+        "Which way do the arrows point? (keypoint 1 is the tip, 4 the tail)",
+        "SELECT CASE WHEN keypoints[1].x > keypoints[4].x THEN 'right' ELSE 'left' END AS direction, count(*) AS arrows\n"
+        "FROM current_detections WHERE category = 'arrow' AND score > 0.5 GROUP BY direction ORDER BY direction",
+    ),
+)
+
+
+class DemoReport(BaseModel):
+    """What the demo made and measured. Scores are COCO's, 0 to 1, on the unseen images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    images_labelled: int
+    images_per_s: float
+    scores: dict[IouType, dict[str, Any]]
+    seconds: float
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demo keeps what; all below one folder."""
+
+    root: Path
+
+    @property
+    def training(self) -> Path:
+        """Runs of `masklake train`."""
+        return self.root / "training"
+
+    @property
+    def table(self) -> Path:
+        """The table of labels."""
+        return self.root / "table"
+
+    @property
+    def scores(self) -> Path:
+        """The report of `masklake evaluate`."""
+        return self.root / "scores.json"
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet."""
+        return self.root / "contact-sheet.png"
+
+    def images(self, name: str) -> Path:
+        """A generated data set: images/ and instances.json."""
+        return self.root / "shapes" / name
+
+
+def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Say) -> DemoReport:
+    """The six steps. Raises what `train`, `label` and `evaluate` raise."""
+    started = time.perf_counter()
+    # The steps speak for themselves; what libraries log on the way is for people who look for a fault.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    places = Places(Path(output).resolve())
+    storage = Storage()
+    say(f"[1/6] Drawing {train_images} images of shapes to learn from and {unseen_images} others to label")
+    learning = generate(places.images("train"), train_images, SIZE, TRAIN_SEED)
+    checking = generate(places.images("val"), max(20, train_images // 20), SIZE, VAL_SEED)
+    unseen = generate(places.images("unseen"), unseen_images, SIZE, UNSEEN_SEED)
+
+    say(f"[2/6] Training the model `tiny` from random weights with two Ray Train workers, {epochs} epochs")
+    trained = train.run(train_options(places, learning, checking, epochs))
+
+    say(f"[3/6] Labelling the {unseen_images} unseen images with two model replicas, through Ray Data into a Parquet table")
+    inputs = {"uri": str(unseen.parent / "images")}
+    labelled = label.run(label.options(input=inputs, table=str(places.table), weights=trained.checkpoint), say=say)
+    say(label.describe(labelled))
+
+    say("[4/6] Scoring the labels against the truth with COCO's average precision (AP)")
+    scored = evaluate.run(storage, str(places.table), str(unseen), output=str(places.scores))
+    say(evaluate.describe(scored))
+
+    say("[5/6] Asking the table three questions in SQL")
+    for question, sql in QUESTIONS:
+        say(f"\n{question}\n{indented(sql)}\n{indented(answer(storage, places.table, sql))}")
+
+    say("\n[6/6] Drawing a contact sheet of labelled images")
+    draw_sheet(storage, places)
+
+    outputs = {
+        "contact sheet": str(places.sheet),
+        "table": str(places.table),
+        "scores": str(places.scores),
+        "checkpoint": trained.checkpoint,
+        "training curves": trained.curves,
+        "images": str(places.root / "shapes"),
+    }
+    say("\nDone. Look at:")
+    for name, place in outputs.items():
+        say(f"  {name:16} {place}")
+    say(f"Ask more:  masklake query {places.table} 'FROM current_detections LIMIT 5'")
+    return DemoReport(
+        images_labelled=labelled.images,
+        images_per_s=labelled.images_per_s,
+        scores=scored.scores,
+        seconds=round(time.perf_counter() - started, 1),
+        outputs=outputs,
+    )
+
+
+def train_options(places: Places, learning: Path, checking: Path, epochs: int) -> train.TrainOptions:
+    """The demo's training run."""
+    return train.TrainOptions(
+        train=str(learning),
+        val=str(checking),
+        output=str(places.training),
+        name="shapes",
+        preset="tiny",
+        workers=2,
+        recipe={"epochs": epochs, "batch_size": 2},
+    )
+
+
+def answer(storage: Storage, table: Path, sql: str) -> str:
+    """The answer to `sql` as a text table."""
+    text = io.StringIO()
+    with stream(storage, str(table), sql) as batches:
+        write_table(batches, text)
+    return text.getvalue().rstrip()
+
+
+def indented(text: str) -> str:
+    """The lines, two spaces further in."""
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def draw_sheet(storage: Storage, places: Places) -> None:
+    """A dozen labelled images with their masks, boxes and keypoints, as one PNG."""
+    sql = "SELECT uri FROM current_images WHERE status = 'ok' ORDER BY uri LIMIT $count"
+    images = query(storage, str(places.table), sql, {"count": SHEET_IMAGES})
+    uris = images.column("uri").to_pylist()
+    rows = query(
+        storage,
+        str(places.table),
+        "SELECT * FROM current_detections WHERE score >= $score AND list_contains($uris, uri)",
+        {"score": SHEET_MIN_SCORE, "uris": uris},
+    ).to_pylist()
+    skeletons = {
+        category["name"]: [(start - 1, end - 1) for start, end in category["skeleton"]]
+        for category in CATEGORIES
+        if "skeleton" in category
+    }
+    pictures = []
+    for uri in uris:
+        image = decode(storage.read_bytes(uri)).image
+        if image is not None:
+            pixels = image.permute(1, 2, 0).contiguous().numpy()
+            pictures.append(draw_instances(pixels, [row for row in rows if row["uri"] == uri], skeletons))
+    columns = math.ceil(math.sqrt(len(pictures)))
+    contact_sheet(pictures, [Path(uri).name for uri in uris], columns=columns).save(places.sheet)
