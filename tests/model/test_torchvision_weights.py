@@ -33,7 +33,7 @@ def same_order(expected: dict[str, Tensor], found: Instances) -> np.ndarray:
 
 
 def assert_equal(expected: dict[str, Tensor], found: Instances) -> None:
-    """Within 0.01 pixels, 1e-4 of a score, 0.05 pixels of a keypoint; 99% of the masks byte by byte."""
+    """Within 0.01 pixels, 1e-4 of a score, 0.05 pixels of a keypoint; masks byte by byte, but for 1%."""
     assert len(found) == len(expected["boxes"])
     if not len(found):
         return
@@ -43,7 +43,8 @@ def assert_equal(expected: dict[str, Tensor], found: Instances) -> None:
     if "masks" in expected:
         pasted = (expected["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
         rles = [pycocotools.mask.encode(np.asfortranarray(mask))["counts"] for mask in pasted]
-        assert np.mean([found.rles[ours] == theirs for ours, theirs in zip(order, rles, strict=True)]) >= 0.99
+        different = sum(found.rles[ours] != theirs for ours, theirs in zip(order, rles, strict=True))
+        assert different <= max(1, 0.01 * len(rles))  # one pixel at 0.5 may fall to either side in any one mask
         np.testing.assert_allclose(found.areas[order], pasted.sum(axis=(1, 2)), atol=2)
     if "keypoints" in expected:
         keypoints = found.keypoints[order]
