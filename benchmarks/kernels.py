@@ -1,0 +1,233 @@
+"""RoIAlign, keypoint decoding and (on a GPU) their CUDA peers: ours against torchvision, at the FPN inference shape.
+
+    python -m benchmarks.kernels [--repeats 7]
+
+Prints the tables, appends to results/kernels.csv and writes a dated report. On a CPU: 1000 RoIs x 256 channels x 7 x 7,
+sampling 2, on P2 to P5 of an 800 x 1333 image, building of indices included. On CUDA: the same with a batch of 8 images
+and 8000 RoIs in bfloat16 channels_last, with the bandwidth of a plain copy beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
+from torchvision.ops import roi_align as torchvision_roi_align
+
+from benchmarks.record import Timing, record, report, side_by_side, table
+from benchmarks.rle import detections, paste_and_encode
+from model.kernels.roi_align import roi_align
+from model.keypoints import decode_heatmaps
+from model.rle import encode_boxed_masks
+
+STRIDES = (4, 8, 16, 32)
+SCALES = tuple(1 / stride for stride in STRIDES)
+CANVAS = (800, 1344)  # an 800 x 1333 image on its canvas
+CHANNELS = 256
+BINS = 7
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Feature levels, RoIs (R, 5) and their levels (R,)."""
+
+    features: list[torch.Tensor]
+    rois: torch.Tensor
+    levels: torch.Tensor
+
+    def cast(self, dtype: torch.dtype, channels_last: bool) -> Scene:
+        """The same with features of another dtype and order of memory, as leaves that take gradients."""
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        features = [f.detach().to(dtype).contiguous(memory_format=order).requires_grad_() for f in self.features]
+        return Scene(features, self.rois, self.levels)
+
+
+def proposals(images: int, each: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoIs like an RPN's and their levels: scales spread evenly in their logarithm from 16 to 800 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    count = images * each
+    uniform = torch.rand(4, count, generator=generator)
+    scale = torch.exp(math.log(16) + uniform[0] * math.log(50))
+    aspect = torch.exp((uniform[1] * 2 - 1) * math.log(2))
+    box_w, box_h = (scale * aspect.sqrt()).clamp(max=CANVAS[1]), (scale / aspect.sqrt()).clamp(max=CANVAS[0])
+    x, y = uniform[2] * (CANVAS[1] - box_w), uniform[3] * (CANVAS[0] - box_h)
+    image = torch.arange(images).repeat_interleave(each).float()
+    levels = (4 + torch.log2((box_w * box_h).sqrt() / 224 + 1e-6)).floor().clamp(2, 5).long() - 2
+    return torch.stack((image, x, y, x + box_w, y + box_h), dim=1), levels
+
+
+def scene(images: int, each: int, device: str, finest_only: bool = False) -> Scene:
+    """Random features of all levels, and proposals; ``finest_only`` puts all RoIs on P2, the worst case for caches."""
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(images, CHANNELS, CANVAS[0] // s, CANVAS[1] // s, generator=generator).to(device) for s in STRIDES]
+    rois, levels = proposals(images, each)
+    return Scene(features, rois.to(device), (levels * (not finest_only)).to(device))
+
+
+def ours(inputs: Scene) -> torch.Tensor:
+    """All levels in one call."""
+    return roi_align(inputs.features, inputs.rois, inputs.levels, SCALES, BINS)
+
+
+def peers(inputs: Scene) -> torch.Tensor:
+    """torchvision's operator level by level, gathered as its MultiScaleRoIAlign does."""
+    feature = inputs.features[0]
+    pooled = feature.new_zeros((len(inputs.rois), CHANNELS, BINS, BINS))
+    for level, scale in enumerate(SCALES):
+        chosen = torch.where(inputs.levels == level)[0]
+        rois = inputs.rois[chosen].to(feature.dtype)
+        pooled[chosen] = torchvision_roi_align(inputs.features[level], rois, BINS, scale, 2)
+    return pooled
+
+
+def with_backward(run: Callable[[Scene], torch.Tensor], inputs: Scene) -> Callable[[], None]:
+    """Forward and backward, gradients discarded."""
+
+    def both() -> None:
+        pooled = run(inputs)
+        torch.autograd.grad(pooled, [f for f in inputs.features if f.requires_grad], torch.ones_like(pooled), allow_unused=True)
+
+    return both
+
+
+def inference(run: Callable[[Scene], torch.Tensor], inputs: Scene) -> Callable[[], None]:
+    """Forward alone."""
+
+    def forward() -> None:
+        with torch.inference_mode():
+            run(inputs)
+
+    return forward
+
+
+def row(name: str, mine: Timing, peer: Timing, **extra: object) -> dict[str, object]:
+    """One line of the table."""
+    return {
+        "case": name,
+        "ours_ms": f"{mine.median * 1e3:.2f}",
+        "ours_spread": f"{mine.spread:.0%}",
+        "torchvision_ms": f"{peer.median * 1e3:.2f}",
+        "peer_spread": f"{peer.spread:.0%}",
+        "ratio": f"{peer.median / mine.median:.1f}",
+        **extra,
+    }
+
+
+def roi_align_on_cpu(repeats: int) -> list[dict[str, object]]:
+    """Our float32 and bfloat16 against torchvision's float32 in its own best order of memory (NCHW)."""
+    rows = []
+    for where, finest_only in (("P2-P5", False), ("P2 alone", True)):
+        base = scene(1, 1000, "cpu", finest_only)
+        plain, last, half = base.cast(torch.float32, False), base.cast(torch.float32, True), base.cast(torch.bfloat16, True)
+        times = side_by_side(
+            {
+                "peer": inference(peers, plain),
+                "fp32": inference(ours, last),
+                "fp32 NCHW": inference(ours, plain),
+                "bf16": inference(ours, half),
+                "peer both": with_backward(peers, plain),
+                "fp32 both": with_backward(ours, last),
+                "bf16 both": with_backward(ours, half),
+            },
+            repeats,
+        )
+        rows += [
+            row(f"RoIAlign {where}, fp32 channels_last", times["fp32"], times["peer"]),
+            row(f"RoIAlign {where}, fp32 NCHW", times["fp32 NCHW"], times["peer"]),
+            row(f"RoIAlign {where}, bf16 channels_last", times["bf16"], times["peer"]),
+            row(f"RoIAlign {where}, fp32 forward + backward", times["fp32 both"], times["peer both"]),
+            row(f"RoIAlign {where}, bf16 forward + backward", times["bf16 both"], times["peer both"]),
+        ]
+    return rows
+
+
+def keypoints(repeats: int) -> list[dict[str, object]]:
+    """100 people of 55 to 660 pixels' height, 17 keypoints: peaks with lower ones beside them, as a trained head's."""
+    generator = torch.Generator().manual_seed(2)
+    axis = torch.arange(56.0)
+    maps = torch.full((100, 17, 56, 56), -4.0)
+    for height, width in ((12.0, 2.5), (8.0, 2.5), (5.0, 4.0)):
+        at = torch.rand(100, 17, 2, 1, generator=generator) * 54
+        gauss = torch.exp(-((axis - at) ** 2) / (2 * width**2))
+        maps += height * gauss[:, :, 0, :, None] * gauss[:, :, 1, None, :]
+    box_h = torch.exp(4 + torch.rand(100, generator=generator) * 2.5)
+    box_w = box_h * (0.3 + 0.5 * torch.rand(100, generator=generator))
+    corner = torch.rand(100, 2, generator=generator) * 300
+    boxes = torch.cat((corner, corner + torch.stack((box_w, box_h), dim=1)), dim=1)
+    runs = {"ours": lambda: decode_heatmaps(maps, boxes), "peer": lambda: heatmaps_to_keypoints(maps, boxes)}
+    times = side_by_side(runs, repeats)
+    return [row("keypoint decoding, 100 people", times["ours"], times["peer"])]
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second that a plain copy of 1 GiB moves, reading and writing."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / side_by_side({"copy": lambda: target.copy_(source)}, repeats)["copy"].median
+
+
+def touched_bytes(inputs: Scene) -> int:
+    """Unique feature bytes that the RoIs read, plus the bytes they write: what no implementation can avoid."""
+    marks = Scene(
+        [torch.zeros_like(f[:, :1], dtype=torch.float32).requires_grad_() for f in inputs.features], inputs.rois, inputs.levels
+    )
+    pooled = roi_align(marks.features, marks.rois, marks.levels, SCALES, BINS)
+    pixels = sum(int((g != 0).sum()) for g in torch.autograd.grad(pooled.sum(), marks.features))
+    return (pixels + len(inputs.rois) * BINS * BINS) * CHANNELS * inputs.features[0].element_size()
+
+
+def roi_align_on_cuda(repeats: int) -> list[dict[str, object]]:
+    """bfloat16 channels_last, batch 8 x 1000 RoIs, against torchvision's CUDA operator in its best order of memory."""
+    base = scene(8, 1000, "cuda")
+    half, plain = base.cast(torch.bfloat16, True), base.cast(torch.bfloat16, False)
+    bandwidth = copy_bandwidth(repeats)
+    times = side_by_side(
+        {
+            "ours": inference(ours, half),
+            "peer": inference(peers, plain),
+            "ours both": with_backward(ours, half),
+            "peer both": with_backward(peers, plain),
+        },
+        repeats,
+    )
+    reached = touched_bytes(half) / times["ours"].median / bandwidth
+    return [
+        row("RoIAlign CUDA bf16 forward, 8 x 1000", times["ours"], times["peer"], of_copy_bandwidth=f"{reached:.0%}"),
+        row("RoIAlign CUDA bf16 forward + backward", times["ours both"], times["peer both"]),
+    ]
+
+
+def masks_on_cuda(repeats: int) -> list[dict[str, object]]:
+    """100 masks from the device to RLE on the host; the peer pastes on the device."""
+    size = (800, 1333)
+    probs, boxes = (t.cuda() for t in detections(size))
+
+    def peer() -> None:
+        paste_and_encode(probs, boxes, size)
+
+    times = side_by_side({"ours": lambda: encode_boxed_masks(probs, boxes, size), "peer": peer}, repeats)
+    return [row("masks to RLE from the GPU, 100 at 800x1333", times["ours"], times["peer"])]
+
+
+def main() -> None:
+    """Measure what this machine can run, print, record and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="measured runs of each side")
+    repeats = parser.parse_args().repeats
+    parts: Sequence[Callable[[int], list[dict[str, object]]]] = (roi_align_on_cpu, keypoints)
+    if torch.cuda.is_available():
+        parts = (roi_align_on_cuda, masks_on_cuda)
+    rows = [line for part in parts for line in part(repeats)]
+    print(table(rows))
+    for line in rows:
+        record("kernels", line)
+    name = "kernels-gpu" if torch.cuda.is_available() else "kernels-cpu"
+    print(f"report: {report(name, 'Kernels against torchvision', rows).name}")
+
+
+if __name__ == "__main__":
+    main()
