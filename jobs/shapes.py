@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,10 @@ CATEGORIES: list[dict[str, Any]] = [
     },
 ]
 
-MIN_VISIBLE = 0.3
-"""A shape covered beyond this share is not annotated: nobody could tell what it was."""
+MIN_VISIBLE = 0.6
+"""Shapes overlap, but this share of each stays visible: nobody could tell what a sliver was."""
+PLACEMENTS = 20
+"""Tries to place a shape without hiding another one."""
 
 ASPECTS = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))
 """Width and height of an image, in units of the longer side."""
@@ -76,13 +77,28 @@ def draw(random: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], lis
     share_x, share_y = ASPECTS[random.integers(len(ASPECTS))]
     width, height = round(size * share_x), round(size * share_y)
     canvas, ground = background(random, width, height)
-    shapes = [random_shape(random, width, height) for _ in range(random.integers(3, 8))]
-    masks = [rasterise(shape, width, height) for shape in shapes]
-    for mask in masks:
+    shapes: list[Shape] = []
+    visible: list[NDArray[np.bool_]] = []
+    for _ in range(random.integers(3, 8)):
+        shape, mask = place(random, shapes, visible, width, height)
         canvas[mask] = contrasting_colour(random, ground)
+        shapes, visible = [*shapes, shape], [*(part & ~mask for part in visible), mask]
     picture = canvas + random.normal(0, 6, canvas.shape)
-    instances = list(annotate(shapes, masks))
+    instances = [annotation(shape, part) for shape, part in zip(shapes, visible, strict=True) if part.any()]
     return np.clip(picture, 0, 255).astype(np.uint8), instances
+
+
+def place(
+    random: np.random.Generator, shapes: list[Shape], visible: list[NDArray[np.bool_]], width: int, height: int
+) -> tuple[Shape, NDArray[np.bool_]]:
+    """A shape on top of the others, and its pixels; after PLACEMENTS tries it may hide more of them than it should."""
+    for _ in range(PLACEMENTS):
+        shape = random_shape(random, width, height)
+        mask = rasterise(shape, width, height)
+        areas = [rasterise(other, width, height).sum() for other in shapes]
+        if all((part & ~mask).sum() >= MIN_VISIBLE * area for part, area in zip(visible, areas, strict=True)):
+            break
+    return shape, mask
 
 
 def background(random: np.random.Generator, width: int, height: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -102,8 +118,8 @@ def contrasting_colour(random: np.random.Generator, ground: NDArray[np.float64])
 
 
 def random_shape(random: np.random.Generator, width: int, height: int) -> Shape:
-    """A shape of random category, place, size (14 to 40 % of the longer side) and angle."""
-    radius = max(width, height) * random.uniform(0.07, 0.2)
+    """A shape of random category, place, size (16 to 40 % of the longer side) and angle."""
+    radius = max(width, height) * random.uniform(0.08, 0.2)
     centre = random.uniform((radius * 0.6,) * 2, (width - radius * 0.6, height - radius * 0.6))
     angle = random.uniform(0, 2 * math.pi)
     category_id = int(random.integers(DISK, ARROW + 1))
@@ -134,16 +150,6 @@ def rasterise(shape: Shape, width: int, height: int) -> NDArray[np.bool_]:
     bitmap = Image.new("1", (width, height))
     ImageDraw.Draw(bitmap).polygon([tuple(point) for point in shape.outline], fill=1)
     return np.array(bitmap)
-
-
-def annotate(shapes: list[Shape], masks: list[NDArray[np.bool_]]) -> Iterator[dict[str, Any]]:
-    """COCO annotations of what is visible: a later shape hides the earlier ones beneath it."""
-    hidden = np.zeros_like(masks[0])
-    for shape, mask in zip(reversed(shapes), reversed(masks), strict=True):
-        visible = mask & ~hidden
-        if visible.sum() > max(20, MIN_VISIBLE * mask.sum()):
-            yield annotation(shape, visible)
-        hidden |= mask
 
 
 def annotation(shape: Shape, visible: NDArray[np.bool_]) -> dict[str, Any]:
