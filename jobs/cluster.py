@@ -100,9 +100,13 @@ def cores() -> int:
 
 
 def _quiet() -> None:
-    """Keep Ray Data's messages in its log file; what matters of them stands in our own report."""
+    """Keep Ray's messages in its log files; what matters of them stands in our own report and errors."""
+    import ray._private.worker
     import ray.data  # configures the logger when imported
 
+    # The raylet's notices reach the terminal past `log_to_driver=False`, a page for every worker that dies; this switch of
+    # Ray's debugger is the only one for them.
+    ray._private.worker._worker_logs_enabled = False
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +44,51 @@ def pictures(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+class Command:
+    """A `masklake` command as a user starts it, in a process of its own."""
+
+    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+
+    def wait_until(self, ready: Callable[[], bool], limit_s: float = 400) -> None:
+        """Return as soon as `ready` holds; fail when the command ends before, or the limit is over."""
+        deadline = time.monotonic() + limit_s
+        while not ready():
+            if self.process.poll() is not None:
+                pytest.fail(f"the command ended before its moment: {self.process.communicate()}")
+            assert time.monotonic() < deadline, "the moment never came"
+            time.sleep(0.02)
+
+    def stop(self, signal_number: int) -> tuple[int, str]:
+        """Send a signal; exit code and stderr."""
+        self.process.send_signal(signal_number)
+        return self.finish()[0::2]
+
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the end; exit code, stdout, stderr."""
+        out, err = self.process.communicate(timeout=600)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Command]]:
+    """Start `masklake` commands; those that a failed test leaves behind are ended."""
+    commands: list[Command] = []
+
+    def begin(*arguments: object, environment: Mapping[str, str] | None = None) -> Command:
+        commands.append(Command(*arguments, environment=environment))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        if command.process.poll() is None:
+            command.process.kill()
+            command.process.communicate()

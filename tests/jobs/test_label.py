@@ -1,0 +1,173 @@
+"""Labelling a folder, in this process: what is new, changed, broken or deadly, each ends as the table promises."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from jobs import label
+from jobs.cluster import connect
+from jobs.label import LabelOptions, LabelReport, describe
+from model import load_checkpoint
+from model.errors import CheckpointError, ConfigError
+from pipeline.decode import Decoded, DecodeLimits
+from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TableError
+from pipeline.labeller import Labeller, LabellingActor, LabelSpec
+from pipeline.manifest import read_manifest
+from pipeline.storage import Storage
+from pipeline.table import open_table
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> None:
+    """One embedded Ray for all runs of this file: what a caller of `label.run` in a loop has."""
+    connect()
+
+
+def options(source: Path | str, table: Path | str, weights: Path | str, **more: Any) -> LabelOptions:
+    predict = {"score_threshold": 0.0, "max_detections": 20}
+    values = {"input": {"uri": str(source)}, "table": str(table), "weights": str(weights), "predict": predict}
+    return label.options(**(values | {"progress": False} | more))
+
+
+def rows_of(table: Path | str, *columns: str) -> list[dict[str, Any]]:
+    names = list(columns) or ["uri", "status", "error", "run", "width", "height", "instances", "rles"]
+    return open_table(Storage(), str(table)).dataset().to_table(columns=names).sort_by("uri").to_pylist()
+
+
+def counts(report: LabelReport) -> dict[str, int]:
+    return {status: count for status, count in report.statuses.items() if count}
+
+
+def test_each_image_is_labelled_once_and_again_when_it_changes(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path]
+) -> None:
+    folder, table = pictures(22), tmp_path / "table"
+    (folder / "cut.jpg").write_bytes((folder / "000.jpg").read_bytes()[:300])
+    (folder / "notes.jpg").write_text("not an image")
+    job = options(folder, table, tiny_checkpoint)
+
+    first = label.run(job)
+    assert counts(first) == {"ok": 22, "decode_error": 2}
+    assert (first.images, first.labelled_now, first.resumed) == (24, 24, False)
+    assert first.failed_share == pytest.approx(2 / 24)
+    rows = rows_of(table)
+    assert [Path(row["uri"]).name for row in rows] == [f"{n:03d}.jpg" for n in range(22)] + ["cut.jpg", "notes.jpg"]
+    assert sum(first.categories.values()) == sum(len(row["instances"]) for row in rows) > 22
+    assert all(len(row["rles"]) == len(row["instances"]) for row in rows)
+    assert [row["error"] is None for row in rows] == [row["status"] == "ok" for row in rows]
+    assert first.model_id.startswith("tiny-")
+    assert "22 ok, 2 decode_error" in describe(first)
+
+    nothing = label.run(job)
+    assert (nothing.run_id, nothing.images) == (None, 0)
+    assert rows_of(table) == rows
+
+    os.utime(folder / "003.jpg", ns=(1, 1))  # a new version by its time stamp
+    pictures(2, first=50)
+    later = label.run(job.model_copy(update={"retry_failed": True, "block_rows": 2}))
+    assert counts(later) == {"ok": 3, "decode_error": 2}
+    assert [Path(row["uri"]).name for row in rows_of(table) if row["run"] == later.run_id] == [
+        "003.jpg",
+        "050.jpg",
+        "051.jpg",
+        "cut.jpg",
+        "notes.jpg",
+    ]
+
+
+def test_labels_do_not_depend_on_blocks_or_workers(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path]
+) -> None:
+    folder, table = pictures(12), tmp_path / "table"
+    job = options(folder, table, tiny_checkpoint, block_rows=5)
+    report = label.run(job)
+    model = load_checkpoint(tiny_checkpoint)
+    spec = LabelSpec(Storage(), model.model_id, report.label_id, job.predict)
+    manifest = read_manifest(Storage(), open_table(Storage(), str(table)).manifest_uri(report.run_id or ""))
+    in_one_block = Labeller(spec, model)(manifest).to_pylist()
+    for found, expected in zip(rows_of(table), in_one_block, strict=True):
+        assert (found["uri"], found["status"], found["rles"]) == (expected["uri"], expected["status"], expected["rles"])
+        for a, b in zip(found["instances"], expected["instances"], strict=True):
+            assert a["score"] == pytest.approx(b["score"], abs=1e-6)
+            assert list(a["box"].values()) == pytest.approx(list(b["box"].values()), abs=1e-4)
+
+
+POISON = b"this image kills its worker"
+
+
+class DeadlyActor(LabellingActor):
+    """A labeller whose process dies, as in a decoder's memory fault, when it meets a certain file."""
+
+    def __init__(self, *arguments: Any) -> None:
+        import pipeline.labeller
+
+        real = pipeline.labeller.decode
+
+        def decode(data: bytes, limits: DecodeLimits) -> Decoded:
+            if data.endswith(POISON):
+                os._exit(7)
+            return real(data, limits)
+
+        pipeline.labeller.decode = decode
+        super().__init__(*arguments)
+
+
+def test_an_image_that_kills_its_worker_is_crashed_and_no_other(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures(16)
+    with (folder / "005.jpg").open("ab") as file:
+        file.write(POISON)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a test's module is not importable on a worker
+    monkeypatch.setattr(label, "LabellingActor", DeadlyActor)
+    said: list[str] = []
+    report = label.run(options(folder, tmp_path / "table", tiny_checkpoint, block_rows=8), said.append)
+    assert counts(report) == {"ok": 15, "crashed": 1}
+    crashed = [row for row in rows_of(tmp_path / "table") if row["status"] == "crashed"]
+    assert [Path(row["uri"]).name for row in crashed] == ["005.jpg"]
+    assert "worker's process ended" in crashed[0]["error"]
+    assert any("1 at a time" in line for line in said)
+
+    assert label.run(options(folder, tmp_path / "table", tiny_checkpoint)).run_id is None  # final: not tried again
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_the_start(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path]
+) -> None:
+    with pytest.raises(ClusterTooSmallError, match="64 workers need 64 CPUs"):
+        label.run(options(pictures(3), tmp_path / "table", tiny_checkpoint, workers=64))
+    assert not list(tmp_path.glob("table/run=*"))
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path]) -> None:
+    empty, table = tmp_path / "empty", tmp_path / "table"
+    empty.mkdir()
+    with pytest.raises(EmptyInputError, match="holds no image"):
+        label.run(options(empty, table, tiny_checkpoint))
+    with pytest.raises(InputNotFoundError, match="absent"):
+        label.run(options(tmp_path / "absent", table, tiny_checkpoint))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        label.run(options(empty, table, tmp_path / "absent.safetensors"))
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"junk" * 100)
+    with pytest.raises(CheckpointError, match=r"junk\.safetensors.*not a MaskLake checkpoint"):
+        label.run(options(empty, table, junk))
+    with pytest.raises(TableError, match="is a file"):
+        label.run(options(pictures(1), junk, tiny_checkpoint))
+    assert not table.exists()
+
+
+def test_bad_options_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"predict\.tasks.*box"):
+        label.options(input={"uri": "a"}, table="t", weights="w", predict={"tasks": ["boxes"]})
+    with pytest.raises(ConfigError, match=r"workers: .*greater than 0"):
+        label.options(input={"uri": "a"}, table="t", weights="w", workers=0)
