@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.boxes import encode_boxes
 from model.config import ModelConfig
+from model.layers import ConvNorm, head_norm
 
 
 class BoxHead(nn.Module):
-    """Two hidden layers, then class logits and one box for each class.
+    """Hidden layers (convolutions, if any, then fully connected ones), class logits, and one box for each class.
 
     The two predictors may be of a higher precision than the rest: scores and boxes come straight from them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc6 = nn.Linear(config.fpn_channels * config.box_pool**2, config.box_hidden)
-        self.fc7 = nn.Linear(config.box_hidden, config.box_hidden)
+        channels = (config.fpn_channels, *config.box_channels)
+        self.convs = nn.ModuleList(
+            ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
+        )
+        widths = (channels[-1] * config.box_pool**2, *[config.box_hidden] * config.box_layers)
+        self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
         self.cls_score = nn.Linear(config.box_hidden, config.num_classes)
         self.bbox_pred = nn.Linear(config.box_hidden, config.num_classes * 4)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> class logits (R, classes) and deltas (R, classes, 4)."""
-        hidden = functional.relu(self.fc6(regions.flatten(1)), inplace=True)
-        hidden = functional.relu(self.fc7(hidden), inplace=True).to(self.cls_score.weight.dtype)
+        for conv in self.convs:
+            regions = functional.relu(conv(regions), inplace=True)
+        hidden = regions.flatten(1)
+        for layer in self.hidden:
+            hidden = functional.relu(layer(hidden), inplace=True)
+        hidden = hidden.to(self.cls_score.weight.dtype)
         return self.cls_score(hidden), self.bbox_pred(hidden).unflatten(1, (-1, 4))
 
     @property

@@ -69,6 +69,8 @@ class ModelConfig(_Frozen):
     """Has a keypoint branch (section 5), provided that some category has keypoints."""
     backbone: BackboneConfig = BackboneConfig()
     fpn_channels: int = Field(default=256, gt=0)
+    head_norm: NormKind = "none"
+    """Behind the convolutions of the pyramid and of the branches; `group` helps training from scratch (He et al. 2019)."""
 
     # The canvas (section 3.1).
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -130,7 +132,12 @@ class ModelConfig(_Frozen):
 
     # Heads (figure 4, right; section 5).
     box_pool: int = Field(default=7, gt=0)
+    box_channels: tuple[int, ...] = ()
+    """Of the 3x3 convolutions before the fully connected layers (none in the paper; four of 256 in torchvision's V2)."""
+    box_layers: int = Field(default=2, gt=0)
+    """Fully connected layers before the predictors."""
     box_hidden: int = Field(default=1024, gt=0)
+    """Their width."""
     box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     smooth_l1_beta: float = Field(default=1 / 9, gt=0)
     """Where the box losses turn from quadratic to linear."""
@@ -140,6 +147,9 @@ class ModelConfig(_Frozen):
     keypoint_pool: int = Field(default=14, gt=0)
     """Bins; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[int, ...] = Field(default=(512,) * 8, min_length=1)
+
+    keypoint_loss_weight: float = Field(default=1.0, ge=0)
+    """Factor of the keypoint loss in the objective: it starts at log(56 * 56) = 8, ten times the others."""
 
     # What is reported (section 3.1, Inference).
     score_threshold: float = Field(default=0.05, ge=0, le=1)

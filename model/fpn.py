@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ModelConfig
-from model.layers import init_bias
+from model.layers import ConvNorm, Norm, head_norm
 from model.resnet import ResNet
 
 
 class FeaturePyramid(nn.Module):
     """C2..C5 to P2..P5: a 1x1 lateral convolution, the nearest upsampled level above, and a 3x3 convolution."""
 
-    def __init__(self, channels_in: Sequence[int], channels: int) -> None:
+    def __init__(self, channels_in: Sequence[int], channels: int, norm: Norm) -> None:
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(c_in, channels, 1) for c_in in channels_in)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in channels_in)
-        for conv in [*self.lateral, *self.output]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            init_bias(conv)
+        self.lateral = nn.ModuleList(ConvNorm(c_in, channels, 1, 1, norm) for c_in in channels_in)
+        self.output = nn.ModuleList(ConvNorm(channels, channels, 3, 1, norm) for _ in channels_in)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):  # no ReLU follows
+                nn.init.kaiming_uniform_(part.weight, a=1)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four maps (B, c_in, H / s, W / s) -> four maps (B, channels, H / s, W / s)."""
@@ -38,7 +38,7 @@ class ResNetFPN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.body = ResNet(config.backbone)
-        self.fpn = FeaturePyramid(self.body.channels, config.fpn_channels)
+        self.fpn = FeaturePyramid(self.body.channels, config.fpn_channels, head_norm(config))
 
     def forward(self, canvas: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> P2..P6. P6 is P5 at every second place; proposals use it, regions of interest do not."""

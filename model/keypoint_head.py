@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ModelConfig
-from model.layers import init_relu_conv
+from model.layers import ConvNorm, head_norm, init_relu_conv
 
 
 class KeypointHead(nn.Module):
@@ -17,12 +17,11 @@ class KeypointHead(nn.Module):
         super().__init__()
         channels = config.keypoint_channels
         self.convs = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, padding=1)
+            ConvNorm(c_in, c_out, 3, 1, head_norm(config))
             for c_in, c_out in zip((config.fpn_channels, *channels[:-1]), channels, strict=True)
         )
         self.deconv = nn.ConvTranspose2d(channels[-1], config.num_keypoints, 4, stride=2, padding=1)
-        for layer in (*self.convs, self.deconv):
-            init_relu_conv(layer)
+        init_relu_conv(self.deconv)
 
     def forward(self, regions: Tensor) -> Tensor:
         """(R, C, 14, 14) -> float32 logits (R, K, 56, 56)."""

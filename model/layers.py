@@ -6,11 +6,13 @@ interest, N detections, G ground-truth instances, K keypoints, m mask side.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.config import NormKind
+from model.config import BackboneConfig, ModelConfig, NormKind
 
 
 class FrozenBatchNorm(nn.Module):
@@ -36,15 +38,48 @@ class FrozenBatchNorm(nn.Module):
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
-def make_norm(kind: NormKind, channels: int, eps: float, groups: int) -> nn.Module:
-    """The normalisation layer of that kind."""
-    if kind == "frozen":
-        return FrozenBatchNorm(channels, eps)
-    if kind == "batch":
-        return nn.BatchNorm2d(channels, eps=eps)
-    if kind == "group":
-        return nn.GroupNorm(groups, channels, eps=eps)
+class Norm(NamedTuple):
+    """What normalises a layer: its kind, what is added to the variance, and the groups of a group norm."""
+
+    kind: NormKind
+    eps: float
+    groups: int
+
+
+def make_norm(norm: Norm, channels: int) -> nn.Module:
+    """The normalisation layer for that many channels."""
+    if norm.kind == "frozen":
+        return FrozenBatchNorm(channels, norm.eps)
+    if norm.kind == "batch":
+        return nn.BatchNorm2d(channels, eps=norm.eps)
+    if norm.kind == "group":
+        return nn.GroupNorm(norm.groups, channels, eps=norm.eps)
     return nn.Identity()
+
+
+def backbone_norm(config: BackboneConfig) -> Norm:
+    """The norm behind the backbone's convolutions."""
+    return Norm(config.norm, config.norm_eps, config.norm_groups)
+
+
+def head_norm(config: ModelConfig) -> Norm:
+    """The norm behind the convolutions of the pyramid and the branches."""
+    return Norm(config.head_norm, 1e-5, config.backbone.norm_groups)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution `0`, then normalisation `1`; (B, C, H, W) in and out. The convolution has a bias where there is no norm."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, norm: Norm) -> None:
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=norm.kind == "none")
+        init_relu_conv(conv)
+        super().__init__(conv, make_norm(norm, c_out))
+
+    def fold(self) -> None:
+        """Merge the normalisation into the convolution, in place, where that is exact (inference only)."""
+        conv, norm = self[0], self[1]
+        if isinstance(conv, nn.Conv2d) and (folded := fold_batch_norm(conv, norm)) is not None:
+            self[0], self[1] = folded, nn.Identity()
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ModelConfig
 from model.kernels.roi_align import roi_align
-from model.layers import init_relu_conv
+from model.layers import ConvNorm, head_norm, init_relu_conv
 
 
 class MaskHead(nn.Module):
@@ -20,28 +18,20 @@ class MaskHead(nn.Module):
         super().__init__()
         channels = config.mask_channels
         self.convs = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, padding=1)
+            ConvNorm(c_in, c_out, 3, 1, head_norm(config))
             for c_in, c_out in zip((config.fpn_channels, *channels[:-1]), channels, strict=True)
         )
         self.deconv = nn.ConvTranspose2d(channels[-1], channels[-1], 2, stride=2)
         self.logits = nn.Conv2d(channels[-1], config.num_classes, 1)
-        for layer in (*self.convs, self.deconv, self.logits):
+        for layer in (self.deconv, self.logits):
             init_relu_conv(layer)
 
     def forward(self, regions: Tensor, labels: Tensor) -> Tensor:
-        """(R, C, 14, 14) and classes int64 (R,) -> logits of each region's own class, (R, 28, 28).
-
-        Only the class in question is computed: each region meets one row of the last 1x1 convolution, not all of them.
-        """
+        """(R, C, 14, 14) and classes int64 (R,) -> logits of each region's own class, (R, 28, 28)."""
         for conv in self.convs:
             regions = functional.relu(conv(regions), inplace=True)
         hidden = functional.relu(self.deconv(regions), inplace=True)
-        count, _, side, _ = hidden.shape
-        pixels = hidden.permute(0, 2, 3, 1).flatten(1, 2)
-        own = self.logits.weight.flatten(1)[labels]
-        bias = cast(Tensor, self.logits.bias)[labels, None]
-        logits = torch.bmm(pixels, own[:, :, None]).squeeze(2) + bias
-        return logits.view(count, side, side)
+        return self.logits(hidden)[torch.arange(len(labels), device=labels.device), labels]
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:

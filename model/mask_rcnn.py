@@ -76,7 +76,7 @@ class MaskRCNN(nn.Module):
             losses["mask"] = self._mask_loss(features, samples.positives(), truths)
         if "keypoint" in config.tasks:
             with_keypoints = samples.positives(network.keypoint_counts[samples.labels] > 0)
-            losses["keypoint"] = self._keypoint_loss(features, with_keypoints, truths)
+            losses["keypoint"] = config.keypoint_loss_weight * self._keypoint_loss(features, with_keypoints, truths)
         return losses
 
     def _mask_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.box_head import BoxHead
 from model.config import Precision
-from model.resnet import ConvNorm
+from model.layers import ConvNorm
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

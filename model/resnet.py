@@ -6,22 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import BackboneConfig
-from model.layers import fold_batch_norm, init_relu_conv, make_norm
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution `0`, then normalisation `1`; (B, C, H, W) in and out."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, config: BackboneConfig) -> None:
-        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-        init_relu_conv(conv)
-        super().__init__(conv, make_norm(config.norm, c_out, config.norm_eps, config.norm_groups))
-
-    def fold(self) -> None:
-        """Merge the normalisation into the convolution, in place, where that is exact (inference only)."""
-        conv, norm = self[0], self[1]
-        if isinstance(conv, nn.Conv2d) and (folded := fold_batch_norm(conv, norm)) is not None:
-            self[0], self[1] = folded, nn.Identity()
+from model.layers import ConvNorm, Norm, backbone_norm
 
 
 class Bottleneck(nn.Module):
@@ -29,13 +14,13 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, c_in: int, width: int, stride: int, config: BackboneConfig) -> None:
+    def __init__(self, c_in: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
         c_out = width * self.expansion
-        self.reduce = ConvNorm(c_in, width, 1, 1, config)
-        self.spatial = ConvNorm(width, width, 3, stride, config)
-        self.expand = ConvNorm(width, c_out, 1, 1, config)
-        self.shortcut = ConvNorm(c_in, c_out, 1, stride, config) if stride > 1 or c_in != c_out else None
+        self.reduce = ConvNorm(c_in, width, 1, 1, norm)
+        self.spatial = ConvNorm(width, width, 3, stride, norm)
+        self.expand = ConvNorm(width, c_out, 1, 1, norm)
+        self.shortcut = ConvNorm(c_in, c_out, 1, stride, norm) if stride > 1 or c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, 4 width, H / stride, W / stride)."""
@@ -50,11 +35,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, c_in: int, width: int, stride: int, config: BackboneConfig) -> None:
+    def __init__(self, c_in: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.first = ConvNorm(c_in, width, 3, stride, config)
-        self.second = ConvNorm(width, width, 3, 1, config)
-        self.shortcut = ConvNorm(c_in, width, 1, stride, config) if stride > 1 or c_in != width else None
+        self.first = ConvNorm(c_in, width, 3, stride, norm)
+        self.second = ConvNorm(width, width, 3, 1, norm)
+        self.shortcut = ConvNorm(c_in, width, 1, stride, norm) if stride > 1 or c_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, width, H / stride, W / stride)."""
@@ -69,7 +54,8 @@ class ResNet(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         block = Bottleneck if config.block == "bottleneck" else BasicBlock
-        self.stem = ConvNorm(3, config.stem_channels, config.stem_kernel, 2, config)
+        norm = backbone_norm(config)
+        self.stem = ConvNorm(3, config.stem_channels, config.stem_kernel, 2, norm)
         self.stages = nn.ModuleList()
         self.channels: list[int] = []
         c_in = config.stem_channels
@@ -77,7 +63,7 @@ class ResNet(nn.Module):
             stage = nn.Sequential()
             for position in range(depth):
                 stride = 2 if index > 0 and position == 0 else 1
-                stage.append(block(c_in, width, stride, config))
+                stage.append(block(c_in, width, stride, norm))
                 c_in = width * block.expansion
             self.stages.append(stage)
             self.channels.append(c_in)

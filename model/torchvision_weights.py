@@ -33,14 +33,15 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, name in (
         (r"backbone\.body\.conv1\.", "backbone.body.stem.0."),
         (r"backbone\.body\.bn1\.", "backbone.body.stem.1."),
-        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.lateral.\1."),
-        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.output.\1."),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.lateral.\1.0."),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.output.\1.0."),
         (r"rpn\.head\.conv\.(?:0\.0\.)?(?=weight|bias)", "rpn.head.conv."),
         (r"rpn\.head\.cls_logits\.", "rpn.head.objectness."),
         (r"rpn\.head\.bbox_pred\.", "rpn.head.deltas."),
-        (r"roi_heads\.box_head\.(fc[67])\.", r"box_head.\1."),
+        (r"roi_heads\.box_head\.fc6\.", "box_head.hidden.0."),
+        (r"roi_heads\.box_head\.fc7\.", "box_head.hidden.1."),
         (r"roi_heads\.box_predictor\.", "box_head."),
-        (r"roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1."),
+        (r"roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1.0."),
         (r"roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
         (r"roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
         (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.deconv."),
@@ -57,9 +58,9 @@ def our_name(key: str) -> str:
         stage, block, part = match.groups()
         return f"backbone.body.stages.{int(stage) - 1}.{block}.{_BLOCK_PARTS[part]}.{key[match.end() :]}"
     if match := _OLD_MASK_CONV.match(key):
-        return f"mask_head.convs.{int(match[1]) - 1}.{key[match.end() :]}"
+        return f"mask_head.convs.{int(match[1]) - 1}.0.{key[match.end() :]}"
     if match := _KEYPOINT_CONV.match(key):
-        return f"keypoint_head.convs.{int(match[1]) // 2}.{key[match.end() :]}"
+        return f"keypoint_head.convs.{int(match[1]) // 2}.0.{key[match.end() :]}"
     for pattern, name in _RULES:
         if pattern.match(key):
             return pattern.sub(name, key, count=1)

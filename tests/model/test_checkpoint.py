@@ -55,7 +55,7 @@ def test_the_model_id_names_preset_configuration_and_weights(model: MaskRCNN, ti
     assert other_threshold.model_id != model.model_id
     with torch.no_grad():
         other_weights = create_model(tiny_config, weights=dumps(model))
-        other_weights.network.box_head.fc6.bias[0] += 1e-6
+        other_weights.network.box_head.hidden[0].bias[0] += 1e-6
     assert other_weights.model_id != model.model_id
 
 
@@ -142,7 +142,7 @@ def test_predictors_can_be_reset_for_other_categories(model: MaskRCNN, saved: Pa
         reset_predictors=True,
     )
     assert tuned.config.num_classes == 3
-    assert torch.equal(tuned.network.box_head.fc6.weight, model.network.box_head.fc6.weight)
+    assert torch.equal(tuned.network.box_head.hidden[0].weight, model.network.box_head.hidden[0].weight)
 
 
 def test_a_configuration_of_another_version_is_refused(model: MaskRCNN, tmp_path: Path) -> None:
