@@ -1,0 +1,57 @@
+"""A driver that dies at any moment, a second driver, Ctrl-C: the same command ends with every image exactly once."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.storage import Storage
+from pipeline.table import open_table
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+IMAGES = 60
+
+
+def written_blocks(table: Path) -> int:
+    return sum(not path.name.endswith(".pending.parquet") for path in table.glob("_masklake/*/checkpoint/*.parquet"))
+
+
+def test_killed_twice_and_refused_once_every_image_is_there_once(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
+) -> None:
+    folder, table = pictures(IMAGES), tmp_path / "table"
+    command = ("label", folder, table, "--weights", tiny_checkpoint, "--json")
+
+    first = start(*command)
+    first.wait_until(lambda: written_blocks(table) >= 1)
+    code, _ = first.stop(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    survived = written_blocks(table)
+    assert survived < 8
+
+    second = start(*command)  # at once: on this host nobody waits for the dead driver's lease
+    rival = start(*command)
+    code, out, err = rival.finish()
+    if second.process.poll() is None and "is being written by" not in err:  # the rival was first to take the lease
+        pytest.fail(f"two drivers at once: {code} {out} {err}")
+    assert code == 31
+    assert f"(process {second.process.pid})" in err
+    second.wait_until(lambda: written_blocks(table) > survived)
+    second.stop(signal.SIGKILL)
+
+    third = start(*command)
+    code, out, err = third.finish()
+    assert code == 0, err
+    assert "continues" in err
+    report = json.loads(out)
+    assert (report["images"], report["resumed"]) == (IMAGES, True)
+    assert report["labelled_now"] < IMAGES
+    rows = open_table(Storage(), str(table)).dataset().to_table(columns=["uri", "status"]).to_pylist()
+    assert sorted(row["uri"] for row in rows) == sorted(str(path) for path in folder.iterdir())
+    assert {row["status"] for row in rows} == {"ok"}
