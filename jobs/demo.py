@@ -28,7 +28,7 @@ from pipeline.storage import Storage
 
 Say = Callable[[str], None]
 
-SIZE = 160
+SIZE = 128
 """Pixels of an image's longer side."""
 TRAIN_SEED, VAL_SEED, UNSEEN_SEED = 1, 2, 3
 SHEET_IMAGES, SHEET_MIN_SCORE = 12, 0.5
