@@ -1,13 +1,17 @@
 """RoIAlign as an embedding bag: the CPU path.
 
 A channels-last feature map is a table of B*H*W rows and C columns. Every bin of every RoI is a weighted sum of rows:
-sampling_ratio^2 points with four bilinear corners each. `torch.nn.functional.embedding_bag` computes such sums with
-vectorised, threaded code in float32 and bfloat16, where the usual operator walks the channels one by one.
+samples with four bilinear corners each. `torch.nn.functional.embedding_bag` computes such sums with vectorised, threaded
+code in float32 and bfloat16, where the usual operator walks the channels one by one.
+
+Rows and weights of a bin are the outer product of those along y and x. Adaptive samples lie so close that they share
+neighbours: there an axis keeps each neighbour once, with the sum of its weights.
 
 The backward pass is the same operation transposed: a row of the table's gradient is a weighted sum of output bins, so it
 is deterministic and needs no atomics.
 
-Shape letters: R RoIs, B images, C channels, H x W a level's map, P bins a side, G samples along a bin's side.
+Shape letters: R RoIs, r RoIs of one group, B images, C channels, H x W a level's map, P bins a side, G samples along a
+bin's side, K neighbours of a bin along an axis.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from torch import Tensor
 
 # Rows gathered by one bag call: bounds the memory for indices and keeps a chunk's output in the cache while it is copied.
 ROWS_PER_CHUNK = 1 << 16
+# RoIs whose neighbours are worked out at once. Their samples along an axis are padded to the largest number among them.
+ROIS_PER_CHUNK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,18 @@ def roi_align_cpu(
     Channels-last features are read in place, others are copied to that order first. Indices and weights are computed in
     float32 (float64 for float64 features), sums in float32 at least. Not differentiable by itself.
     """
-    sampling = Sampling(output_size, sampling_ratio, aligned)
     bins, channels = output_size**2, features[0].shape[1]
-    pooled = features[0].new_zeros((len(rois), bins, channels))
+    pooled = features[0].new_empty((len(rois), bins, channels))
+    missing = torch.ones(len(rois), dtype=torch.bool, device=rois.device)
     tables = [_table(f) for f in features]
-    for group in _groups(_exact(rois, features), levels, scales, [f.shape for f in features], sampling):
-        table = tables[group.level]
+    for bags in _bags(features, rois, levels, scales, Sampling(output_size, sampling_ratio, aligned), mode):
+        values = _sum_bags(tables[bags.level], bags.rows, bags.weights)
         if mode == "max":
-            values = _bag(table, *group.samples()).view(len(group.members) * bins, -1, channels).amax(1)
-        else:
-            values = _bag(table, *group.average())
-        pooled[group.members] = values.view(-1, bins, channels)
+            values = values.view(len(bags.members) * bins, -1, channels).amax(1)
+        _copy_rows(pooled, bags.members, values)
+        missing[bags.members] = False
+    if bool(missing.any()):
+        pooled[missing] = 0
     return pooled.view(len(rois), output_size, output_size, channels).permute(0, 3, 1, 2)
 
 
@@ -77,146 +84,189 @@ def roi_align_cpu_backward(
 
     Indices and weights are computed again: that costs less than the memory to keep them.
     """
-    sampling = Sampling(output_size, sampling_ratio, aligned)
     grad_table = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-    groups = _groups(_exact(rois, features), levels, scales, [f.shape for f in features], sampling)
-    if mode == "max":
-        return _max_backward(grad_table, features, groups, output_size**2)
-    return _average_backward(grad_table, features, groups, output_size**2)
-
-
-def _average_backward(grad_table: Tensor, features: Sequence[Tensor], groups: Iterator[_Group], bins: int) -> list[Tensor]:
-    """The bag transposed: every row of a level sums the bins that read it."""
-    entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in features]
-    for group in groups:
-        rows, weights = group.average()
-        outputs = _outputs(group, bins).view(-1, 1).expand_as(rows)
-        entries[group.level].append((rows.reshape(-1), outputs.reshape(-1), weights.reshape(-1)))
-    return [_transposed_bag(grad_table, e, f.shape) for e, f in zip(entries, features, strict=True)]
-
-
-def _max_backward(grad_table: Tensor, features: Sequence[Tensor], groups: Iterator[_Group], bins: int) -> list[Tensor]:
-    """Each bin's gradient goes to the sample that was largest, and from there to its four corners."""
-    tables = [_table(f) for f in features]
-    sum_dtype = torch.float64 if grad_table.dtype == torch.float64 else torch.float32
-    sums = [torch.zeros_like(t, dtype=sum_dtype) for t in tables]
-    for group in groups:
-        rows, weights = group.samples()
-        samples = _bag(tables[group.level], rows, weights).view(len(group.members) * bins, -1, grad_table.shape[1])
-        winners = samples.argmax(1, keepdim=True)
-        flow = torch.zeros_like(samples, dtype=sum_dtype)
-        flow.scatter_(1, winners, grad_table[_outputs(group, bins)].to(sum_dtype)[:, None])
-        flow = flow.view(-1, grad_table.shape[1])
-        for corner in range(4):
-            sums[group.level].index_add_(0, rows[:, corner].long(), flow * weights[:, corner, None])
-    return [_as_level(s.to(f.dtype), f.shape) for s, f in zip(sums, features, strict=True)]
+    bags = _bags(features, rois, levels, scales, Sampling(output_size, sampling_ratio, aligned), mode)
+    backward = _max_backward if mode == "max" else _average_backward
+    return backward(grad_table, features, bags, output_size**2)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """RoIs of one level that have the same number of samples in a bin, with the corners of their sampling lines.
+class _Bags:
+    """Weighted sums of table rows that one call computes, in the order of their RoIs and bins (and, for max, samples).
 
-    members: int64 (r,), positions among all RoIs. rows / cols: (r, P, G, 2), row numbers (times the map's width, plus the
-    image's first row) and column numbers of the two neighbours. row_weights / col_weights: their bilinear weights.
+    members: int64 (r,), ascending positions among all RoIs. rows, weights: (n, k) for n sums of k rows each.
     """
 
     level: int
     members: Tensor
     rows: Tensor
-    row_weights: Tensor
-    cols: Tensor
-    col_weights: Tensor
-
-    def average(self) -> tuple[Tensor, Tensor]:
-        """Table rows and weights of every bin, (r*P*P, 4*G*G), weighted for the mean of the samples."""
-        count, bins, grid_h, _ = self.rows.shape
-        grid_w = self.cols.shape[2]
-        rows = self.rows.view(count, bins, 1, -1, 1) + self.cols.view(count, 1, bins, 1, -1)
-        scaled = self.row_weights / (grid_h * grid_w)
-        weights = scaled.view(count, bins, 1, -1, 1) * self.col_weights.view(count, 1, bins, 1, -1)
-        return rows.view(count * bins * bins, -1), weights.view(count * bins * bins, -1)
-
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """Table rows and weights of every sample, (r*P*P*G*G, 4)."""
-        count, bins, grid_h, _ = self.rows.shape
-        grid_w = self.cols.shape[2]
-        y_shape, x_shape = (count, bins, 1, grid_h, 1, 2, 1), (count, 1, bins, 1, grid_w, 1, 2)
-        rows = self.rows.view(y_shape) + self.cols.view(x_shape)
-        weights = self.row_weights.view(y_shape) * self.col_weights.view(x_shape)
-        return rows.reshape(-1, 4), weights.reshape(-1, 4)
+    weights: Tensor
 
 
-def _groups(
-    rois: Tensor, levels: Tensor, scales: Sequence[float], shapes: Sequence[torch.Size], sampling: Sampling
-) -> Iterator[_Group]:
-    """Chunks of RoIs that one bag call can pool. RoIs that are not finite, or have no samples, are in none."""
-    finite = torch.isfinite(rois).all(1)
-    for level, (scale, shape) in enumerate(zip(scales, shapes, strict=True)):
+@dataclass(frozen=True)
+class _Axis:
+    """Where the sampling lines of some RoIs lie along one axis of a map.
+
+    near: int64 (r, P, G, 2), both neighbours of each line. weights: theirs, zero for lines that do not count.
+    grid: int64 (r,), how many of the G lines of a bin exist. uniform: all of them, in every RoI.
+    """
+
+    near: Tensor
+    weights: Tensor
+    grid: Tensor
+    uniform: bool
+
+    def __getitem__(self, chosen: Tensor) -> _Axis:
+        return _Axis(self.near[chosen], self.weights[chosen], self.grid[chosen], self.uniform)
+
+    def spans(self) -> Tensor:
+        """int64 (r,): how many neighbours lie between the first and the last of a bin, at most."""
+        return (self.near.amax((2, 3)) - self.near.amin((2, 3))).amax(1) + 1
+
+    def merged(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """Neighbours and mean weights (r, P, K) of bins that span at most ``count``, each neighbour once."""
+        first = self.near.amin((2, 3))[..., None]
+        weights = self.weights.new_zeros((*first.shape[:2], count))
+        weights.scatter_add_(2, (self.near.flatten(2) - first), self._mean_weights())
+        return (first + torch.arange(count, device=first.device)).clamp(max=size - 1), weights
+
+    def separate(self) -> tuple[Tensor, Tensor]:
+        """Neighbours and mean weights (r, P, K) of bins, two for each line."""
+        return self.near.flatten(2), self._mean_weights()
+
+    def _mean_weights(self) -> Tensor:
+        return self.weights.flatten(2) / self.grid.view(-1, 1, 1)
+
+
+def _bags(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], sampling: Sampling, mode: str
+) -> Iterator[_Bags]:
+    """Everything to sum, level by level. RoIs that are not finite, or have no samples, are in no bag."""
+    exact = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
+    finite = torch.isfinite(exact).all(1)
+    split = _sample_bags if mode == "max" else _average_bags
+    for level, (scale, feature) in enumerate(zip(scales, features, strict=True)):
         of_level = torch.nonzero((levels == level) & finite).flatten()
-        if not len(of_level):
-            continue
-        starts, bin_sizes = _geometry(rois[of_level, 1:], scale, sampling)
-        for grid, chosen in _same_grid(bin_sizes, sampling):
-            step = max(1, ROWS_PER_CHUNK // (4 * grid[0] * grid[1] * sampling.output_size**2))
-            for chunk in torch.split(chosen, step):
-                members = of_level[chunk]
-                yield _group(level, members, rois[members, 0], starts[chunk], bin_sizes[chunk], grid, shape, sampling)
+        for members in torch.split(of_level, ROIS_PER_CHUNK) if len(of_level) else ():
+            y, x = _axes(exact[members, 1:], scale, feature.shape, sampling)
+            if not sampling.sampling_ratio:  # boxes without an extent have no samples
+                some = torch.nonzero((y.grid > 0) & (x.grid > 0)).flatten()
+                members, y, x = members[some], y[some], x[some]
+            yield from split(level, members, exact[members, 0].long(), y, x, feature.shape)
 
 
-def _geometry(boxes: Tensor, scale: float, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """First corner and bin size, both (r, 2) as x, y in feature pixels, in the operator's own order of arithmetic."""
+def _axes(boxes: Tensor, scale: float, shape: torch.Size, sampling: Sampling) -> tuple[_Axis, _Axis]:
+    """The sampling lines along y and x of boxes (r, 4), in the original operator's order of arithmetic."""
     scaled = boxes * scale - (0.5 if sampling.aligned else 0.0)
     sizes = scaled[:, 2:] - scaled[:, :2]
     if not sampling.aligned:
         sizes = sizes.clamp(min=1.0)
-    return scaled[:, :2], sizes / sampling.output_size
+    bin_sizes = sizes / sampling.output_size
+    y, x = (_axis(scaled[:, i], bin_sizes[:, i], shape[3 - i], sampling) for i in (1, 0))
+    return y, x
 
 
-def _same_grid(bin_sizes: Tensor, sampling: Sampling) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """(samples along y, along x) of a bin and the RoIs that have it, as positions in ``bin_sizes``."""
-    if sampling.sampling_ratio > 0:
-        yield (sampling.sampling_ratio, sampling.sampling_ratio), torch.arange(len(bin_sizes), device=bin_sizes.device)
-        return
-    grids, inverse = torch.unique(bin_sizes.ceil().long(), dim=0, return_inverse=True)
-    for number, (grid_w, grid_h) in enumerate(grids.tolist()):
-        if grid_w > 0 and grid_h > 0:
-            yield (grid_h, grid_w), torch.nonzero(inverse == number).flatten()
-
-
-def _group(
-    level: int,
-    members: Tensor,
-    images: Tensor,
-    starts: Tensor,
-    bin_sizes: Tensor,
-    grid: tuple[int, int],
-    shape: torch.Size,
-    sampling: Sampling,
-) -> _Group:
-    """Corner numbers and weights along both axes for RoIs of one grid."""
-    batch, _, height, width = shape
-    # 32-bit numbers halve the traffic; the table's rows rarely need more.
-    dtype = torch.int32 if batch * height * width < 2**31 else torch.int64
-    y, y_weights = _corners(starts[:, 1], bin_sizes[:, 1], grid[0], height, sampling.output_size, dtype)
-    x, x_weights = _corners(starts[:, 0], bin_sizes[:, 0], grid[1], width, sampling.output_size, dtype)
-    rows = (y + (images.to(dtype) * height).view(-1, 1, 1, 1)) * width
-    return _Group(level, members, rows, y_weights, x, x_weights)
-
-
-def _corners(start: Tensor, bin_size: Tensor, grid: int, size: int, bins: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Neighbours and bilinear weights of each sampling line along one axis: two tensors (r, P, G, 2).
+def _axis(start: Tensor, bin_size: Tensor, size: int, sampling: Sampling) -> _Axis:
+    """Lines that begin at ``start`` (r,) in bins of ``bin_size`` (r,) on an axis of ``size`` pixels.
 
     Lines farther than one pixel outside the map weigh nothing; up to there the border's value holds.
     """
-    bin_index = torch.arange(bins, dtype=start.dtype, device=start.device).view(1, -1, 1)
-    sample = torch.arange(grid, dtype=start.dtype, device=start.device) + 0.5
-    at = start.view(-1, 1, 1) + bin_index * bin_size.view(-1, 1, 1) + sample * bin_size.view(-1, 1, 1) / grid
-    inside = ((at >= -1.0) & (at <= size)).to(start.dtype)
+    fixed = sampling.sampling_ratio
+    grid = torch.full_like(start, fixed) if fixed else bin_size.ceil().clamp(min=0)
+    lines = fixed or max(1, int(grid.max()) if len(grid) else 1)
+    bin_index = torch.arange(sampling.output_size, dtype=start.dtype, device=start.device).view(1, -1, 1)
+    line = torch.arange(lines, dtype=start.dtype, device=start.device)
+    # Lines that do not exist repeat the last one that does, and weigh nothing.
+    repeated = line if fixed else torch.minimum(line, (grid[:, None, None] - 1).clamp(min=0))
+    step = (repeated + 0.5) * bin_size.view(-1, 1, 1) / (fixed or grid.clamp(min=1).view(-1, 1, 1))
+    at = start.view(-1, 1, 1) + bin_index * bin_size.view(-1, 1, 1) + step
+    counts = (at >= -1.0) & (at <= size)
+    if not fixed:
+        counts &= line < grid[:, None, None]
     at = at.clamp(0, size - 1)
     low = at.floor()
-    high = (low + 1).clamp(max=size - 1)
-    upper = (at - low) * inside
-    return torch.stack((low, high), -1).to(dtype), torch.stack((inside - upper, upper), -1)
+    kept = counts.to(start.dtype)
+    upper = (at - low) * kept
+    near = torch.stack((low, (low + 1).clamp(max=size - 1)), -1).long()
+    return _Axis(near, torch.stack((kept - upper, upper), -1), grid.long(), uniform=fixed > 0)
+
+
+def _average_bags(level: int, members: Tensor, images: Tensor, y: _Axis, x: _Axis, shape: torch.Size) -> Iterator[_Bags]:
+    """One sum a bin: the mean of its samples."""
+    for chosen, (rows, row_weights), (columns, column_weights) in _outer_factors(y, x, shape):
+        rows = rows + (images[chosen] * shape[2]).view(-1, 1, 1)
+        factors = (members[chosen], _numbers(rows * shape[3], shape), row_weights, _numbers(columns, shape), column_weights)
+        count = max(1, ROWS_PER_CHUNK // (rows.shape[1] ** 2 * rows.shape[2] * columns.shape[2]))
+        for some, at_y, weight_y, at_x, weight_x in zip(*(torch.split(f, count) for f in factors), strict=True):
+            table_rows = at_y[:, :, None, :, None] + at_x[:, None, :, None, :]
+            weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
+            yield _Bags(level, some, table_rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2))
+
+
+def _outer_factors(
+    y: _Axis, x: _Axis, shape: torch.Size
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """RoIs that have equally many neighbours along y and along x, with these and their weights (r, P, K)."""
+    if y.uniform and x.uniform:
+        yield torch.arange(len(y.grid), device=y.grid.device), y.separate(), x.separate()
+        return
+    # Samples are at most a pixel apart here. Even numbers of neighbours, so that there are few different ones.
+    counts = (torch.stack((y.spans(), x.spans()), dim=1) + 1) // 2 * 2
+    for count_y, count_x in torch.unique(counts, dim=0).tolist():
+        chosen = torch.nonzero((counts == counts.new_tensor((count_y, count_x))).all(1)).flatten()
+        yield chosen, y[chosen].merged(count_y, shape[2]), x[chosen].merged(count_x, shape[3])
+
+
+def _sample_bags(level: int, members: Tensor, images: Tensor, y: _Axis, x: _Axis, shape: torch.Size) -> Iterator[_Bags]:
+    """One sum a sample, for RoIs that have equally many: four corners each."""
+    grids = torch.stack((y.grid, x.grid), dim=1)
+    for lines_y, lines_x in torch.unique(grids, dim=0).tolist():
+        same = torch.nonzero((grids == grids.new_tensor((lines_y, lines_x))).all(1)).flatten()
+        bins = y.near.shape[1]
+        for chosen in torch.split(same, max(1, ROWS_PER_CHUNK // (4 * bins**2 * lines_y * lines_x))):
+            rows = (y.near[chosen, :, :lines_y] + (images[chosen] * shape[2]).view(-1, 1, 1, 1)) * shape[3]
+            y_shape, x_shape = (len(chosen), bins, 1, lines_y, 1, 2, 1), (len(chosen), 1, bins, 1, lines_x, 1, 2)
+            table_rows = _numbers(rows, shape).view(y_shape) + _numbers(x.near[chosen, :, :lines_x], shape).reshape(x_shape)
+            weights = y.weights[chosen, :, :lines_y].reshape(y_shape) * x.weights[chosen, :, :lines_x].reshape(x_shape)
+            yield _Bags(level, members[chosen], table_rows.reshape(-1, 4), weights.reshape(-1, 4))
+
+
+def _average_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iterator[_Bags], bins: int) -> list[Tensor]:
+    """The bag transposed: every row of a level sums the bins that read it."""
+    entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in features]
+    for some in bags:
+        outputs = _outputs(some, bins).to(some.rows.dtype)[:, None].expand_as(some.rows)
+        entries[some.level].append((some.rows.flatten(), outputs.flatten(), some.weights.flatten()))
+    return [_transposed_bag(grad_table, e, f.shape) for e, f in zip(entries, features, strict=True)]
+
+
+def _max_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iterator[_Bags], bins: int) -> list[Tensor]:
+    """Each bin's gradient goes to the sample that was largest, and from there to its four corners."""
+    tables = [_table(f) for f in features]
+    sum_dtype = torch.float64 if grad_table.dtype == torch.float64 else torch.float32
+    sums = [torch.zeros_like(t, dtype=sum_dtype) for t in tables]
+    for some in bags:
+        values = _sum_bags(tables[some.level], some.rows, some.weights)
+        samples = values.view(len(some.members) * bins, -1, grad_table.shape[1])
+        winners = samples.argmax(1, keepdim=True)
+        flow = torch.zeros_like(samples, dtype=sum_dtype)
+        flow.scatter_(1, winners, grad_table[_outputs(some, bins)].to(sum_dtype)[:, None])
+        flow = flow.view(-1, grad_table.shape[1])
+        for corner in range(4):
+            sums[some.level].index_add_(0, some.rows[:, corner].long(), flow * some.weights[:, corner, None])
+    return [_as_level(s.to(f.dtype), f.shape) for s, f in zip(sums, features, strict=True)]
+
+
+def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    """Gradient (B, C, H, W) of a level: every table row sums the bins that read it, found by sorting the entries by row."""
+    table_rows = shape[0] * shape[2] * shape[3]
+    if not entries:
+        return _as_level(grad_table.new_zeros((table_rows, shape[1])), shape)
+    rows, outputs, weights = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    rows, order = rows.sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(table_rows, dtype=rows.dtype, device=rows.device)).to(outputs.dtype)
+    weights = weights[order].to(grad_table.dtype)
+    return _as_level(F.embedding_bag(outputs[order], grad_table, starts, per_sample_weights=weights, mode="sum"), shape)
 
 
 def _table(feature: Tensor) -> Tensor:
@@ -230,28 +280,26 @@ def _as_level(table: Tensor, shape: torch.Size) -> Tensor:
     return table.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _exact(rois: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """RoIs in the precision of indices and weights."""
-    return rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-
-
-def _outputs(group: _Group, bins: int) -> Tensor:
-    """Row numbers int64 (r * P * P,) of a group's bins in the pooled table."""
-    return (group.members[:, None] * bins + torch.arange(bins, device=group.members.device)).view(-1)
-
-
-def _bag(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of table rows: (n, C) for ``rows`` and ``weights`` of (n, k)."""
     return F.embedding_bag(rows, table, per_sample_weights=weights.to(table.dtype), mode="sum")
 
 
-def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """Gradient (B, C, H, W) of a level: every table row sums the bins that read it, found by sorting the entries by row."""
-    table_rows = shape[0] * shape[2] * shape[3]
-    if not entries:
-        return _as_level(grad_table.new_zeros((table_rows, shape[1])), shape)
-    rows, outputs, weights = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    rows, order = rows.sort(stable=True)
-    starts = torch.searchsorted(rows, torch.arange(table_rows, dtype=rows.dtype, device=rows.device))
-    weights = weights[order].to(grad_table.dtype)
-    return _as_level(F.embedding_bag(outputs[order], grad_table, starts, per_sample_weights=weights, mode="sum"), shape)
+def _outputs(bags: _Bags, bins: int) -> Tensor:
+    """Row numbers int64 (r * P * P,) of the RoIs' bins in the pooled table."""
+    return (bags.members[:, None] * bins + torch.arange(bins, device=bags.members.device)).view(-1)
+
+
+def _numbers(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Row numbers of a level's table in 32 bits where they fit: half the traffic."""
+    return rows.to(torch.int32) if shape[0] * shape[2] * shape[3] < 2**31 else rows
+
+
+def _copy_rows(target: Tensor, members: Tensor, values: Tensor) -> None:
+    """Copy ``values`` to the RoIs ``members`` of ``target`` (R, ...), in elements as wide as fit: indexing costs by element."""
+    rows, source = target.view(len(target), -1), values.view(len(members), -1)
+    for wide in (torch.complex128, torch.int64):
+        if rows.shape[1] * rows.element_size() % wide.itemsize == 0:
+            rows, source = rows.view(wide), source.view(wide)
+            break
+    rows[members] = source
