@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, nms
+
+from model.torchvision_ops import batched_nms, box_iou, nms
 
 __all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "suppress", "top_per_image", "wide_enough"]
 

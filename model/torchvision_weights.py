@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models import get_weight
 
 from model.errors import CheckpointError
 
@@ -99,6 +98,8 @@ def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
 
     Raises CheckpointError where the name does not exist or the download fails.
     """
+    from torchvision.models import get_weight  # here, because importing the package takes longer than importing torch
+
     try:
         weights = get_weight(weight_name)
         state = weights.get_state_dict(progress=False, check_hash=True)
