@@ -99,6 +99,8 @@ def train(config: Mapping[str, Any]) -> None:
         return
     try:
         _train(job)
+    except TrainingError as error:  # raised by all workers at the same step: none waits for another, none needs a restart
+        ray.get(job.board.fail.remote(error))
     except Exception as error:
         if (cause := user_error(error)) is not None:
             ray.get(job.board.fail.remote(cause))

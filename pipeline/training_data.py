@@ -33,6 +33,7 @@ from pipeline.storage import Storage, relative_to
 SAMPLE_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
+        ("error", pa.string()),  # why the image cannot be used; then the rest is empty
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),  # uint8 (3, H, W)
@@ -108,7 +109,7 @@ def training_rows(dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empt
 class Loader:
     """What a loading task needs: the rows of `training_rows`, how to reach their images, and what to make of them.
 
-    skip_bad: leave an image out that cannot be used, instead of raising.
+    skip_bad: leave an image out that cannot be used.
     """
 
     rows: pa.Table
@@ -127,11 +128,12 @@ def load_samples(
 ) -> pa.Table:
     """SAMPLE_SCHEMA rows of `training_rows` rows, each augmented by its own seed.
 
-    An image that cannot be used is an AnnotationError that names it, or left out with `skip_bad`.
+    An image that cannot be used is left out with `skip_bad`, else a row that says why: an exception would reach the trainer as
+    Ray's, with its traceback for a message.
     """
     limits = DecodeLimits()
     fetched = fetch(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)
-    samples = []
+    samples: list[tuple[int, Sample | str]] = []
     for row, got, seed in zip(rows.to_pylist(), fetched, seeds, strict=True):
         decoded = decode(got.data, limits) if got.data is not None else None
         reason = got.error if decoded is None else decoded.error
@@ -140,7 +142,7 @@ def load_samples(
             if reason is None:
                 samples.append((seed[2], make_sample(decoded.image, json.loads(row["annotations"]), spec, seed)))
         if reason is not None and not skip_bad:
-            raise AnnotationError(f"{row['uri']}: {reason}. Mend or remove it, or leave such images out with --allow-missing.")
+            samples.append((seed[2], f"{row['uri']}: {reason}"))
     return _to_table(samples)
 
 
@@ -290,24 +292,31 @@ def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleS
 # -- across the object store -------------------------------------------------------------------------------------------
 
 
-def _to_table(samples: Sequence[tuple[int, Sample]]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [] for name in SAMPLE_SCHEMA.names}
-    for row, sample in samples:
-        columns["row"].append(row)
-        columns["height"].append(sample.image.shape[1])
-        columns["width"].append(sample.image.shape[2])
-        columns["pixels"].append(sample.image.numpy().tobytes())
-        columns["boxes"].append(sample.boxes.ravel())
-        columns["labels"].append(sample.labels)
-        columns["rles"].append(sample.rles or [])
-        columns["keypoints"].append(sample.keypoints.ravel())
-    return pa.table(columns, schema=SAMPLE_SCHEMA)
+def _to_table(samples: Sequence[tuple[int, Sample | str]]) -> pa.Table:
+    return pa.Table.from_pylist([_to_row(row, sample) for row, sample in samples], schema=SAMPLE_SCHEMA)
+
+
+def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
+    if isinstance(sample, str):
+        return {"row": row, "error": sample}
+    return {
+        "row": row,
+        "height": sample.image.shape[1],
+        "width": sample.image.shape[2],
+        "pixels": sample.image.numpy().tobytes(),
+        "boxes": sample.boxes.ravel(),
+        "labels": sample.labels,
+        "rles": sample.rles or [],
+        "keypoints": sample.keypoints.ravel(),
+    }
 
 
 def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], list[Target]]:
-    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows."""
+    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows. Raises AnnotationError for an image that cannot be used."""
     images, targets = [], []
     for row in batch.to_pylist():
+        if row["error"] is not None:
+            raise AnnotationError(f"{row['error']}. Mend or remove it, or leave such images out with --allow-missing.")
         height, width, count = row["height"], row["width"], len(row["labels"])
         images.append(torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).reshape(3, height, width))
         keypoints = torch.tensor(row["keypoints"], dtype=torch.float32).reshape(count, spec.keypoints, 3)

@@ -1,0 +1,242 @@
+"""Training from COCO files to a checkpoint with its scores: plans are checked before anything starts, runs resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from jobs.cluster import Capacity
+from jobs.shapes import CATEGORIES, generate
+from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
+from jobs.train_worker import _check_finite, _is_best, _Losses, user_error
+from model.build import create_model
+from model.checkpoint import dumps, load_checkpoint
+from model.errors import CheckpointError, ConfigError, UnknownPresetError
+from pipeline.coco import parse_coco
+from pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
+from pipeline.storage import Storage
+
+
+def options(**changes: Any) -> TrainOptions:
+    return TrainOptions.model_validate({"train": "train.json", "output": "runs", "name": "r", **changes})
+
+
+def shapes(keypoints: bool = True) -> Any:
+    categories = CATEGORIES if keypoints else CATEGORIES[:2]
+    square = {"image_id": 1, "category_id": 1, "bbox": [2, 2, 9, 9], "segmentation": [[2, 2, 11, 2, 11, 11, 2, 11]]}
+    images = [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}]
+    return parse_coco({"images": images, "annotations": [square], "categories": categories}, "shapes.json")
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('train = "a.json"\noutput = "o"\nname = "n"\nseed = 3\n[recipe]\nepochs = 9\nbatch_size = 3\n')
+    read = read_options(str(config), {"name": "m", "seed": None, "recipe": {"epochs": 2, "batch_size": None}})
+    assert (read.name, read.seed, read.recipe) == ("m", 3, {"epochs": 2, "batch_size": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train = 'a'\noutput = 'o'\nname = 'n'\nworker = 2", "worker: extra inputs"),
+        ("train = 'a'\noutput = 'o'\nname = '../n'", "name: string should match"),
+        ("output = 'o'\nname = 'n'", "train: field required"),
+        ("train = ", "is not TOML"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_options(str(tmp_path / "run.toml"), {})
+    with pytest.raises(InputNotFoundError, match="--config"):
+        read_options(str(tmp_path / "none.toml"), {})
+
+
+def test_wrong_recipes_and_models_are_named() -> None:
+    with pytest.raises(ConfigError, match="recipe: epoch: extra inputs"):
+        run(options(recipe={"epoch": 3}))
+    with pytest.raises(ConfigError, match="model: min_sizs: extra inputs"):
+        build_model(options(model={"min_sizs": [3]}), shapes(), Storage())
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_that_is_too_small_is_refused_before_the_start() -> None:
+    with pytest.raises(ClusterTooSmallError, match=r"4 workers need a CPU each .* has 4 CPUs .* at most 3 --workers"):
+        plan_workers(options(workers=4), Capacity(cpus=4, gpus=0, memory=1e9))
+    with pytest.raises(ClusterTooSmallError, match="at most 2 --workers"):
+        plan_workers(options(workers=3), Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
+    with pytest.raises(ClusterTooSmallError, match="2 workers need 2 GPUs, the cluster has 1"):
+        plan_workers(options(workers=2, device="cuda"), Capacity(cpus=16, gpus=1, memory=1e9))
+    assert plan_workers(options(workers=2), Capacity(cpus=16, gpus=2, memory=1e9))
+    assert not plan_workers(options(workers=2), Capacity(cpus=16, gpus=1, memory=1e9))
+
+
+def test_the_model_learns_what_preset_and_data_have() -> None:
+    assert build_model(options(), shapes(), Storage()).config.tasks == {"box", "mask", "keypoint"}
+    assert build_model(options(), shapes(keypoints=False), Storage()).config.tasks == {"box", "mask"}
+    assert build_model(options(tasks={"box"}), shapes(), Storage()).config.tasks == {"box"}
+    with pytest.raises(ConfigError, match="nothing to learn keypoint from"):
+        build_model(options(tasks={"box", "keypoint"}), shapes(keypoints=False), Storage())
+
+
+def test_single_fields_of_a_presets_tables_can_be_changed() -> None:
+    config = build_model(options(model={"max_size": 300, "backbone": {"stem_channels": 16}}), shapes(), Storage()).config
+    assert (config.max_size, config.backbone.stem_channels, config.backbone.block) == (300, 16, "basic")
+
+
+def test_frozen_norms_need_weights() -> None:
+    with pytest.raises(ConfigError, match="cannot be trained from random weights: give --weights"):
+        build_model(options(preset="maskrcnn_resnet50_fpn"), shapes(), Storage())
+    with pytest.raises(UnknownPresetError, match="known presets"):
+        build_model(options(preset="maskrcnn"), shapes(), Storage())
+
+
+def test_weights_of_other_categories_need_new_predictors(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(dumps(create_model("tiny")))
+    weights = {"weights": str(tmp_path / "w.safetensors")}
+    with pytest.raises(CheckpointError, match="reset_predictors"):
+        build_model(options(**weights), shapes(), Storage())
+    model = build_model(options(**weights, reset_predictors=True), shapes(), Storage())
+    assert [category.name for category in model.config.categories] == ["disk", "triangle", "arrow"]
+    assert torch.equal(
+        next(model.network.backbone.parameters()),
+        next(load_checkpoint(tmp_path / "w.safetensors").network.backbone.parameters()),
+    )
+
+
+# -- the worker's parts ------------------------------------------------------------------------------------------------
+
+
+def test_losses_average_over_the_steps_since_the_last_look() -> None:
+    losses = _Losses()
+    for value in (1.0, 3.0):
+        losses.add({"loss": torch.tensor(value), "mask": torch.tensor(2 * value)})
+    assert losses.recent() == {"loss": 2.0, "mask": 4.0}
+    losses.add({"loss": torch.tensor(8.0), "mask": torch.tensor(0.0)})
+    assert losses.recent() == {"loss": 8.0, "mask": 0.0}
+    assert losses.means() == pytest.approx({"loss": 4.0, "mask": 8 / 3})
+
+
+def test_a_loss_that_is_no_number_ends_training() -> None:
+    _check_finite({"loss": 1e9}, 1, 5, 0.1)
+    with pytest.raises(TrainingError, match=r"diverged in epoch 1 by step 5: loss is not finite at learning rate 0\.1"):
+        _check_finite({"loss": float("nan"), "mask": 1.0}, 1, 5, 0.1)
+
+
+def test_the_best_epoch_goes_by_masks_then_boxes() -> None:
+    assert _is_best([{"ap": {"mask AP": 0.3, "box AP": 0.9}}, {"ap": {"mask AP": 0.4, "box AP": 0.1}}])
+    assert not _is_best([{"ap": {"box AP": 0.3}}, {"ap": {"box AP": 0.2}}])
+    assert not _is_best([{"ap": {"box AP": 0.3}}, {}])
+
+
+def test_our_error_is_found_behind_others() -> None:
+    inner = AnnotationError("a.png")
+    outer = RuntimeError("task failed")
+    outer.__cause__ = inner
+    assert user_error(outer) is inner
+    assert user_error(RuntimeError("x")) is None
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    generate(folder / "train", 17, 96, seed=1)
+    generate(folder / "val", 5, 96, seed=2)
+    return folder
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    """`run` starts a cluster in this process; the next test must not find it."""
+    import ray
+
+    yield
+    ray.shutdown()
+
+
+def small_run(data: Path, output: str, **changes: Any) -> TrainOptions:
+    values = {"train": str(data / "train" / "instances.json"), "output": output, "name": "small", "threads": 1}
+    recipe = {"epochs": 1, "batch_size": 2, **changes.pop("recipe", {})}
+    return options(**{**values, "recipe": recipe, **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_two_workers_train_score_and_resume(data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    values = {"val": str(data / "val" / "instances.json"), "workers": 2}
+    first = run(small_run(data, str(tmp_path), **values), lines.append)
+    assert (first.epochs, first.resumed_from, first.device) == (1, 0, "cpu")
+    assert set(first.scores) == {"bbox", "segm", "keypoints"}
+    assert any("17 images with" in line for line in lines)
+    assert any(line.startswith("epoch 1/1, step 4/4: loss ") for line in lines), lines
+
+    model = load_checkpoint(first.checkpoint)
+    assert model.model_id == first.model_id
+    assert Image.open(first.curves).size == (1200, 480)
+
+    lines.clear()
+    again = run(small_run(data, str(tmp_path), **values), lines.append)
+    assert lines == [f"run 'small' is complete: 1 epochs. Its results are in {tmp_path / 'small'}."]
+    assert again.model_id == first.model_id
+
+    longer = run(small_run(data, str(tmp_path), **values, recipe={"epochs": 2}), lines.append)
+    assert (longer.epochs, longer.resumed_from) == (2, 1)
+    assert any("goes on after epoch 1 of 2" in line for line in lines)
+    assert not any(line.startswith("epoch 1/") for line in lines)
+    history = json.loads(Path(longer.metrics).read_text())["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+
+    with pytest.raises(ConfigError, match="started with another seed"):
+        run(small_run(data, str(tmp_path), **values, seed=5, recipe={"epochs": 3}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_what_ends_a_run_is_said_once_and_not_tried_again(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"training diverged in epoch 1 .*Lower --learning-rate"):
+        run(small_run(data, str(tmp_path), name="hot", recipe={"learning_rate": 1e30, "clip_norm": None, "optimizer": "sgd"}))
+    victim = break_an_image(data, tmp_path)
+    with pytest.raises(AnnotationError, match=rf"^\S*{victim}: .*--allow-missing\.$"):
+        run(small_run(data, str(tmp_path), name="broken", train=str(tmp_path / "instances.json"), max_failures=0))
+
+
+def break_an_image(data: Path, folder: Path) -> str:
+    """A copy of the training data with one image cut short; its name."""
+    shutil.copytree(data / "train", folder, dirs_exist_ok=True)
+    victim = sorted((folder / "images").iterdir())[3]
+    victim.write_bytes(victim.read_bytes()[:300])
+    return victim.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_data_and_runs_live_on_s3_and_bad_images_can_be_left_out(data: Path, tmp_path: Path, s3: Any) -> None:
+    break_an_image(data, tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        s3.client.put_object(Bucket=s3.bucket, Key=f"in/{path.relative_to(tmp_path)}", Body=path.read_bytes())
+    source = {"train": f"s3://{s3.bucket}/in/instances.json", "val": f"s3://{s3.bucket}/in/instances.json"}
+    report = run(small_run(data, f"s3://{s3.bucket}/runs", **source, keep="best", allow_missing=True))
+    assert report.checkpoint == f"s3://{s3.bucket}/runs/small/model.safetensors"
+    storage = Storage()
+    assert load_checkpoint(storage.read_bytes(report.checkpoint)).model_id == report.model_id
+    assert Image.open(io.BytesIO(storage.read_bytes(report.curves))).size == (1200, 480)

@@ -1,0 +1,29 @@
+"""Curves are a PNG with a line for each loss and score, whatever the run measured."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.curves import training_curves
+
+HISTORY = [
+    {"epoch": 1, "losses": {"loss": 3.0, "mask": 1.0}},
+    {"epoch": 2, "losses": {"loss": 2.0, "mask": 0.5}, "ap": {"mask AP": 0.3, "keypoint AP": None}},
+]
+
+
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], []])
+def test_a_png_of_the_stated_size(history: list[dict[str, object]]) -> None:
+    image = Image.open(io.BytesIO(training_curves(history, "run")))
+    assert (image.format, image.size) == ("PNG", (1200, 480))
+
+
+def test_more_history_draws_more() -> None:
+    def ink(history: list[dict[str, object]]) -> int:
+        return int((np.asarray(Image.open(io.BytesIO(training_curves(history, "run"))).convert("L")) < 200).sum())
+
+    assert ink(HISTORY) > ink([]) + 500
