@@ -1,0 +1,187 @@
+"""A table against its truth: which image is which, what counts, and the same AP as the rows scored directly."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from jobs import evaluate
+from jobs.cli import app
+from jobs.shapes import generate
+from model.errors import ConfigError
+from pipeline.coco import parse_coco, read_coco, to_rle
+from pipeline.errors import AnnotationError, InputNotFoundError, TableError
+from pipeline.evaluation import coco_metrics, mean_iou
+from pipeline.matching import ImageNames
+from pipeline.schema import FILE_SCHEMA
+from pipeline.storage import Storage
+from pipeline.table import open_table
+
+
+def write_table(uri: str, rows: list[dict[str, Any]], run: str = "run") -> None:
+    table = open_table(Storage(), uri)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=FILE_SCHEMA), sink)
+    table.storage.write_bytes(table.storage.join(table.run_folder(run), "part.parquet"), sink.getvalue().to_pybytes())
+    assert table.commit_run(run)
+
+
+def labelled(truth_json: Path, folder: str, skip: int = 0, failed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a labeller that sees almost everything right: moved boxes, a few missed, one too many."""
+    truth = read_coco(Storage(), str(truth_json))
+    names = {category.id: category.name for category in truth.categories}
+    random = np.random.default_rng(0)
+    rows = []
+    for n, image in enumerate(truth.images[skip:]):
+        ok = n >= failed
+        found = [a for a in truth.annotations.get(image.id, ()) if random.random() < 0.8] if ok else []
+        moved = [np.round(np.array(a.bbox) + random.uniform(-1, 1, 4), 2) for a in found]
+        rows.append(
+            {
+                "image_id": n,
+                "uri": f"{folder}/{image.file_name}",
+                "width": image.width,
+                "height": image.height,
+                "status": "ok" if ok else "decode_error",
+                "error": None if ok else "cut off",
+                "labelled_at": datetime.now(UTC),
+                "instances": [
+                    {
+                        "category_id": a.category_id,
+                        "category": names[a.category_id],
+                        "score": float(random.random()),
+                        "box": {"x1": x, "y1": y, "x2": x + w, "y2": y + h},
+                        "area": 1,
+                    }
+                    for a, (x, y, w, h) in zip(found, moved, strict=True)
+                ],
+                "rles": [to_rle(a.segmentation, image.height, image.width)["counts"] for a in found],
+                "keypoints": [
+                    [{"x": x + 1, "y": y, "score": 1.0} for x, y, _ in np.reshape(a.keypoints, (-1, 3)).tolist()] for a in found
+                ],
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(tmp_path_factory.mktemp("shapes"), 12, 96, seed=5)
+
+
+def test_a_table_scores_as_its_rows_do(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "s3://somewhere/else/images")
+    stranger = {**rows[0], "image_id": 99, "uri": "s3://somewhere/else/other.jpg"}
+    write_table(str(tmp_path / "table"), [*rows, stranger])
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), output=str(tmp_path / "report.json"))
+
+    truth = read_coco(Storage(), str(shapes))
+    direct = []
+    for row, image in zip(rows, truth.images, strict=True):
+        for n, instance in enumerate(row["instances"]):
+            x1, y1, x2, y2 = (float(np.float32(instance["box"][side])) for side in ("x1", "y1", "x2", "y2"))
+            result = {"image_id": image.id, "category_id": instance["category_id"], "score": instance["score"]}
+            result |= {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+            result |= {"segmentation": {"size": [image.height, image.width], "counts": row["rles"][n]}}
+            if row["keypoints"][n]:
+                result["keypoints"] = [v for p in row["keypoints"][n] for v in (p["x"], p["y"], p["score"])]
+            direct.append(result)
+    expected = coco_metrics(truth, direct)
+    assert set(report.scores) == {"bbox", "segm", "keypoints"}
+    for kind, score in expected.items():
+        assert report.scores[kind]["ap"] == pytest.approx(score.ap, abs=1e-6)
+    assert expected["segm"].ap is not None
+    assert expected["segm"].ap > 0.5
+    assert report.mean_iou == pytest.approx(mean_iou(truth, direct), abs=1e-9)
+    assert (report.images, report.labelled, report.failed, report.missing, report.strangers) == (12, 12, 0, 0, 1)
+    assert json.loads((tmp_path / "report.json").read_text())["scores"]["bbox"]["ap"] == report.scores["bbox"]["ap"]
+
+
+def test_images_that_failed_or_are_absent_count_as_empty(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos", skip=3, failed=2))
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
+    assert (report.images, report.labelled, report.failed, report.missing) == (12, 7, 2, 3)
+    text = evaluate.describe(report)
+    assert "7 labelled, 2 failed, 3 not in the table (these two count as images without detections)" in text
+    assert re.search(r"mask +<= 100 +\d+\.\d +\d+\.\d +\d+\.\d", text)
+
+
+def test_one_run_can_be_scored(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos"), "night-1")
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos", failed=12), "night-2")
+    assert evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), labelling_run="night-2").labelled == 0
+    assert evaluate.run(Storage(), str(tmp_path / "table"), str(shapes)).labelled == 12
+
+
+def test_what_looks_wrong_is_noted(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    for row in rows:
+        for instance in row["instances"]:
+            instance["category"] = instance["category"].replace("disk", "person")
+            if instance["category"] == "triangle":
+                instance |= {"category_id": 77, "category": "cat"}
+    write_table(str(tmp_path / "table"), rows)
+    assert evaluate.run(Storage(), str(tmp_path / "table"), str(shapes)).notes == [
+        "category 1 is 'person' in the table and 'disk' in the truth",
+        "the truth has no category of these detections, which do not count: cat",
+    ]
+
+
+def test_bad_input_is_named(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(TableError):
+        evaluate.run(Storage(), str(tmp_path / "none"), str(shapes))
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos"))
+    with pytest.raises(InputNotFoundError, match=r"none of its 12 images is one of the 12 of .*--images"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), images="/elsewhere")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(AnnotationError, match="no list 'images'"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "bad.json"))
+    document = json.loads(shapes.read_text())
+    for image in document["images"]:
+        image["width"], image["height"] = 300, 300
+    for row in document["annotations"]:
+        row["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    (tmp_path / "turned.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="is 300 x 300 pixels; it was labelled as"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "turned.json"))
+
+
+def names_of(*file_names: str, folder: str | None = None) -> ImageNames:
+    images = [{"id": n, "file_name": name, "width": 9, "height": 9} for n, name in enumerate(file_names)]
+    return ImageNames(parse_coco({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "t"), folder)
+
+
+def test_images_are_found_by_the_end_of_their_uri() -> None:
+    assert names_of("a.jpg", "b.jpg").find("s3://bucket/val/b.jpg") == 1
+    assert names_of("x/a.jpg", "y/a.jpg").find("/data/y/a.jpg") == 1
+    assert names_of("x/a.jpg", "y/a.jpg").find("/data/a.jpg") is None  # could be either
+    assert names_of("val2017/a.jpg").find("/photos/a.jpg") == 0
+    assert names_of("a.jpg").find("/photos/ba.jpg") is None
+    names = names_of("a.jpg")
+    names.find("/one/a.jpg")
+    with pytest.raises(ConfigError, match=r"/two/a\.jpg and /one/a\.jpg both fit .*--images"):
+        names.find("/two/a.jpg")
+
+
+def test_a_folder_makes_the_choice() -> None:
+    names = names_of("a.jpg", folder="/one")
+    assert (names.find("/one/a.jpg"), names.find("/two/a.jpg")) == (0, None)
+
+
+def test_the_command_prints_a_table_or_json(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos"))
+    arguments = ["evaluate", str(tmp_path / "table"), "--truth", str(shapes), "--max-dets", "2", "--max-dets", "500"]
+    text = CliRunner().invoke(app, arguments).stdout
+    assert "<= 500" in text
+    document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert list(document["scores"]["segm"]["by_max_dets"]) == ["2", "500"]
+    assert document["scores"]["segm"]["by_max_dets"]["2"]["ar"] < document["scores"]["segm"]["by_max_dets"]["500"]["ar"]
