@@ -11,7 +11,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +24,8 @@ from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
 from jobs.cluster import Capacity, connect
-from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, read_latest, train, user_error
+from jobs.latest import read_latest
+from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
 from model.build import create_model
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
@@ -336,23 +337,26 @@ def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> To
     # How often Ray Train looks at its workers; its 2 s would be felt at the end of every short run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     filesystem, path = job.storage.arrow(options.output)
+    # The controller unpickles all of this: what would make it import the model waits in the object store.
+    storage, run_uri = job.storage, job.run_uri
+    stream = SampleStream(
+        loader=loader,
+        rows=plan.rows.num_rows,
+        epoch_samples=job.steps_per_epoch * job.recipe.batch_size * options.workers,
+        first_epoch=0,
+        epochs=job.epochs,
+        seed=options.seed,
+        loader_cpus=1.0,
+    )
 
-    def stream() -> ray.data.Dataset:
+    def remaining() -> ray.data.Dataset:
         """Called before each start of the workers: the epochs that are left then."""
-        latest = read_latest(job.storage, job.run_uri)
-        return SampleStream(
-            loader=loader,
-            rows=plan.rows.num_rows,
-            epoch_samples=job.steps_per_epoch * job.recipe.batch_size * options.workers,
-            first_epoch=latest["epoch"] if latest else 0,
-            epochs=job.epochs,
-            seed=options.seed,
-            loader_cpus=1.0,
-        ).dataset()
+        latest = read_latest(storage, run_uri)
+        return replace(stream, first_epoch=latest["epoch"] if latest else 0).dataset()
 
     return TorchTrainer(
         train,
-        train_loop_config={"job": job},
+        train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=options.workers, use_gpu=plan.gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if plan.gpu else {})
         ),
@@ -363,7 +367,7 @@ def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> To
             failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
-        datasets={"train": stream},
+        datasets={"train": remaining},
         dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
     )
 

@@ -25,20 +25,21 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from jobs.latest import LATEST, read_latest
 from model.checkpoint import dumps, load_checkpoint
 from model.config import PredictOptions
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
 from pipeline.coco import CocoDataset
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import InputNotFoundError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, result_rows
 from pipeline.fetch import fetch
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from pipeline.storage import Storage, relative_to
 from pipeline.training_data import SampleSpec, to_training
 
-LATEST, MODEL, METRICS = "latest.json", "model.safetensors", "metrics.json"
+MODEL, METRICS = "model.safetensors", "metrics.json"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
 
 TOTAL = "loss"
@@ -89,12 +90,12 @@ class State:
 
 
 def train(config: Mapping[str, Any]) -> None:
-    """The Ray Train loop of one worker; `config["job"]` is a TrainingJob.
+    """The Ray Train loop of one worker; `config["job"]` refers to a TrainingJob.
 
     An error that a user can mend goes to the board, where the driver finds it; the workers that Ray starts again see it and
     leave at once, as a second attempt would end the same way.
     """
-    job: TrainingJob = config["job"]
+    job: TrainingJob = ray.get(config["job"])
     if ray.get(job.board.failure.remote()) is not None:
         return
     try:
@@ -338,15 +339,6 @@ def restore(job: TrainingJob, device: torch.device) -> State:
     optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
     state = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
     return State(state["epoch"], model, optimizer, state["history"])
-
-
-def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """`latest.json` of a run (epoch, checkpoint); None when it has none yet."""
-    try:
-        data = storage.read_bytes(Storage.join(run_uri, LATEST))
-    except InputNotFoundError:
-        return None
-    return dict(json.loads(data))
 
 
 def _save(job: TrainingJob, state: State, rank: int) -> None:
