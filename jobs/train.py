@@ -141,6 +141,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     _check_record(storage, options, model.config)
     capacity = connect(options.address)
     gpu = plan_workers(options, capacity)
+    _set_up_ray_train(capacity)
     spec = _sample_spec(model.config, options)
     rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty)
     if done:
@@ -277,6 +278,14 @@ def plan_workers(options: TrainOptions, capacity: Capacity) -> bool:
     return gpu
 
 
+def _set_up_ray_train(capacity: Capacity) -> None:
+    """Ray Train reads these when it starts; what the environment says already stays."""
+    # How often it looks at its workers; its own 2 s would be felt at the end of every short run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if capacity.embedded:  # nobody takes this machine away with a notice: one process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A run that passed every check."""
@@ -334,8 +343,6 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
 
 def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> TorchTrainer:
     options = plan.options
-    # How often Ray Train looks at its workers; its 2 s would be felt at the end of every short run.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     filesystem, path = job.storage.arrow(options.output)
     # The controller unpickles all of this: what would make it import the model waits in the object store.
     storage, run_uri = job.storage, job.run_uri
