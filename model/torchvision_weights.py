@@ -78,9 +78,11 @@ def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
     """
     try:
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{name} is neither a MaskLake checkpoint nor a state dict: {reason}") from error
+    except Exception as error:  # whatever the bytes make of torch's reader; its own message advises to unpickle them
+        raise CheckpointError(
+            f"{name} is neither a MaskLake checkpoint nor a state dict of tensors ({type(error).__name__}); "
+            "other objects are refused, since reading them could run code"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # torchvision's training script saves optimiser and epoch beside the weights
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
