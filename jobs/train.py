@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
-from jobs.cluster import Capacity, connect
+from jobs.cluster import Capacity, connect, cores
 from jobs.latest import read_latest
 from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
 from model.build import create_model
@@ -146,7 +146,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty)
     if done:
         say(f"run '{options.name}' goes on after epoch {done} of {recipe.epochs}")
-    plan = _Plan(options, recipe, spec, rows, model, validation, gpu, done)
+    plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done)
     _fit(plan, storage, say)
     _draw(storage, options)
     return _report(storage, options, done)
@@ -297,6 +297,7 @@ class _Plan:
     model: MaskRCNN
     validation: Validation | None
     gpu: bool
+    embedded: bool
     done: int
 
     @property
@@ -327,7 +328,7 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
         evaluate_every=options.evaluate_every,
         keep_best=options.keep == "best",
         board=board,
-        threads=options.threads,
+        threads=options.threads or (max(1, cores() // options.workers) if plan.embedded else None),
     )
     trainer = _trainer(plan, job, ray.put(Loader(plan.rows, plan.spec, storage, options.allow_missing)))
     start = time.monotonic()

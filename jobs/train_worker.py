@@ -122,10 +122,14 @@ def user_error(error: BaseException | None) -> MaskLakeError | None:
 
 def _train(job: TrainingJob) -> None:
     context = ray.train.get_context()
-    torch.set_num_threads(job.threads or max(1, torch.get_num_threads() // context.get_local_world_size()))
+    if job.threads is not None:  # elsewhere Ray has set as many as the worker has CPUs
+        torch.set_num_threads(job.threads)
     state = restore(job, ray.train.torch.get_device())
     # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
     replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    if context.get_world_rank() == 0:
+        after = f"going on after epoch {state.epoch}" if state.epoch else "waiting for the first images"
+        job.board.say.remote(f"the workers are up, {after}")
     batches = _batches(job)
     while state.epoch < job.epochs:
         _seed(job.spec.seed, state.epoch, context.get_world_rank())
@@ -178,7 +182,7 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
         steps += 1
         # Where images were left out as unusable the stream ends early, on every worker at the same step.
         batch = next(batches, None) if steps < job.steps_per_epoch else None
-        if batch is None or steps % max(1, job.steps_per_epoch // LINES_PER_EPOCH) == 0:
+        if batch is None or steps % -(-job.steps_per_epoch // LINES_PER_EPOCH) == 0:
             means = sums.recent()
             _check_finite(means, state.epoch + 1, steps, rate)
             _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
