@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,8 +32,16 @@ class MaskHead(nn.Module):
         """(R, C, 14, 14) and classes int64 (R,) -> logits of each region's own class, (R, 28, 28)."""
         for conv in self.convs:
             regions = functional.relu(conv(regions), inplace=True)
-        hidden = functional.relu(self.deconv(regions), inplace=True)
-        return self.logits(hidden)[torch.arange(len(labels), device=labels.device), labels]
+        # The strides of the deconvolution do not overlap: it is one matrix product from a bin to its 2x2 pixels. Of the last
+        # layer only the region's own class is computed. Neither needs a copy in another memory order, forward or backward.
+        count, channels, height, width = regions.shape
+        bins = regions.permute(0, 2, 3, 1).reshape(-1, channels)
+        spread = self.deconv.weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        hidden = functional.relu(torch.addmm(cast(Tensor, self.deconv.bias).repeat(4), bins, spread), inplace=True)
+        own = self.logits.weight[labels].flatten(1)[:, :, None]
+        logits = torch.bmm(hidden.view(count, 4 * height * width, own.shape[1]), own).view(count, height, width, 2, 2)
+        logits = logits + cast(Tensor, self.logits.bias)[labels].view(-1, 1, 1, 1, 1)
+        return logits.permute(0, 1, 3, 2, 4).reshape(count, 2 * height, 2 * width)
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:

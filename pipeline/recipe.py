@@ -88,7 +88,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, rate: float) -> torch.opti
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999))
+    return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999), fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
