@@ -277,7 +277,7 @@ def demo(
     output: Annotated[str, typer.Option(help="The folder for everything it makes.")] = "out/demo",
     train_images: Annotated[int, typer.Option(help="Images drawn to learn from.", min=8)] = 400,
     unseen_images: Annotated[int, typer.Option(help="Images drawn to label.", min=12)] = 500,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.", min=1)] = 9,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.", min=1)] = 10,
     as_json: AsJson = False,
 ) -> None:
     """See the whole product at work on drawn shapes: train, label, score, query."""

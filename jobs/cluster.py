@@ -64,7 +64,7 @@ def _start(address: str) -> None:
         own = {"num_cpus": cores() + RESERVED_CPUS, "resources": {EMBEDDED: 1}, "include_dashboard": False}
     # Ray's C++ prints advice for its own developers; what these variables leave of it goes to the session's log files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")  # a manifest is one file: 32 processes would read its footer
+    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")  # a manifest is one file; 32 processes would start for it
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cores())))  # it warns of 8 processes on 2 cores
     try:
         with _stderr_held_back():  # ... apart from a line that says that the variable was read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ CATEGORIES: list[dict[str, Any]] = [
 
 MIN_VISIBLE = 0.6
 """Shapes overlap, but this share of each stays visible: nobody could tell what a sliver was."""
+CONTRAST = 70
+"""Distance of any two colours of a picture, in grey levels of RGB."""
 PLACEMENTS = 20
 """Tries to place a shape without hiding another one."""
 
@@ -77,11 +80,13 @@ def draw(random: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], lis
     share_x, share_y = ASPECTS[random.integers(len(ASPECTS))]
     width, height = round(size * share_x), round(size * share_y)
     canvas, ground = background(random, width, height)
+    colours = [ground]
     shapes: list[Shape] = []
     visible: list[NDArray[np.bool_]] = []
-    for _ in range(random.integers(3, 8)):
+    for _ in range(random.integers(3, 7)):
         shape, mask = place(random, shapes, visible, width, height)
-        canvas[mask] = contrasting_colour(random, ground)
+        colours.append(contrasting_colour(random, colours))
+        canvas[mask] = colours[-1]
         shapes, visible = [*shapes, shape], [*(part & ~mask for part in visible), mask]
     picture = canvas + random.normal(0, 6, canvas.shape)
     instances = [annotation(shape, part) for shape, part in zip(shapes, visible, strict=True) if part.any()]
@@ -109,17 +114,17 @@ def background(random: np.random.Generator, width: int, height: int) -> tuple[ND
     return start + end * (across + down), start
 
 
-def contrasting_colour(random: np.random.Generator, ground: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A colour at least 80 grey levels away from the background."""
+def contrasting_colour(random: np.random.Generator, others: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """A colour at least CONTRAST grey levels away from all others: an outline on a shape of the same colour cannot be seen."""
     while True:
         colour = random.uniform(0, 255, 3)
-        if np.linalg.norm(colour - ground) > 80:
+        if all(np.linalg.norm(colour - other) > CONTRAST for other in others):
             return colour
 
 
 def random_shape(random: np.random.Generator, width: int, height: int) -> Shape:
-    """A shape of random category, place, size (16 to 40 % of the longer side) and angle."""
-    radius = max(width, height) * random.uniform(0.08, 0.2)
+    """A shape of random category, place, size (20 to 40 % of the longer side) and angle."""
+    radius = max(width, height) * random.uniform(0.1, 0.2)
     centre = random.uniform((radius * 0.6,) * 2, (width - radius * 0.6, height - radius * 0.6))
     angle = random.uniform(0, 2 * math.pi)
     category_id = int(random.integers(DISK, ARROW + 1))

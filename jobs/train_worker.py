@@ -124,13 +124,13 @@ def _train(job: TrainingJob) -> None:
     context = ray.train.get_context()
     if job.threads is not None:  # elsewhere Ray has set as many as the worker has CPUs
         torch.set_num_threads(job.threads)
+    batches = _begun(_batches(job))  # the processes that load start while this one reads its model
     state = restore(job, ray.train.torch.get_device())
     # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
     replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
     if context.get_world_rank() == 0:
         after = f"going on after epoch {state.epoch}" if state.epoch else "waiting for the first images"
         job.board.say.remote(f"the workers are up, {after}")
-    batches = _batches(job)
     while state.epoch < job.epochs:
         _seed(job.spec.seed, state.epoch, context.get_world_rank())
         row = _run_epoch(job, state, replica, batches)
@@ -163,6 +163,21 @@ def _batches(job: TrainingJob) -> Iterator[Any]:
     return iter(
         shard.iter_batches(batch_size=job.recipe.batch_size, batch_format="pyarrow", prefetch_batches=2, drop_last=True)
     )
+
+
+def _begun(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; the first is asked for at once, in a thread."""
+    thread = ThreadPoolExecutor(1)
+    first = thread.submit(next, batches, None)
+    thread.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[Any]:
+        batch = first.result()
+        while batch is not None:
+            yield batch
+            batch = next(batches, None)
+
+    return all_of_them()
 
 
 def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches: Iterator[Any]) -> dict[str, Any]:

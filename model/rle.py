@@ -69,10 +69,22 @@ def encode(bitmap: NDArray[np.uint8]) -> bytes:
 
 def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The mask of compressed counts: uint8 (H, W) of 0 and 1. Raises ValueError if they do not fill ``size``."""
+    return decode_columns(counts, size, (0, size[1]))
+
+
+def decode_columns(counts: bytes, size: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.uint8]:
+    """Columns [first, last) of the mask of compressed counts, uint8 (H, last - first), at the cost of these columns alone.
+
+    Raises ValueError if the counts do not fill ``size``, or for columns that are not in it.
+    """
     runs = unpack_counts(counts)
     if runs.sum() != size[0] * size[1] or (runs < 0).any():
         raise ValueError(f"run lengths sum to {runs.sum()}, not to the {size[0]} x {size[1]} pixels of the image")
-    return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8).reshape(size, order="F")
+    if not 0 <= columns[0] <= columns[1] <= size[1]:
+        raise ValueError(f"columns {columns[0]} to {columns[1]} are not all in an image of {size[1]}")
+    bounds = np.clip(np.concatenate(([0], np.cumsum(runs))), columns[0] * size[0], columns[1] * size[0])
+    ones = np.arange(len(runs)) % 2
+    return np.repeat(ones.astype(np.uint8), np.diff(bounds)).reshape((size[0], columns[1] - columns[0]), order="F")
 
 
 def pack_counts(runs: Longs, lengths: Longs) -> list[bytes]:

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import Category
 from model.instances import Target
-from pipeline.coco import CocoDataset, to_mask
+from model.rle import decode_columns
+from pipeline.coco import CocoDataset, Segmentation, to_rle
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError, EmptyInputError
 from pipeline.fetch import fetch
@@ -235,7 +236,7 @@ def _instance(
         return None
     moved, counts = _mirrored(clipped * (window.zoom * 2), window), b""
     if spec.masks:
-        mask = _cut_mask(to_mask(annotation["segmentation"], image.shape[1], image.shape[2]), window)
+        mask = _cut_mask(annotation["segmentation"], (image.shape[1], image.shape[2]), window)
         if not mask.any():
             return None
         counts = pycocotools.mask.encode(np.asfortranarray(mask))["counts"]
@@ -246,8 +247,13 @@ def _instance(
     return moved, annotation["category_id"], counts, _move_keypoints(annotation, window, spec)
 
 
-def _cut_mask(mask: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
-    cut = mask[window.top : window.top + window.height, window.left : window.left + window.width]
+def _cut_mask(segmentation: Segmentation, size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
+    """The window's part of a mask of `size` (H, W). Only its columns are decoded: a large image may hold hundreds of masks."""
+    counts = to_rle(segmentation, *size)["counts"]
+    columns = decode_columns(
+        counts.encode() if isinstance(counts, str) else counts, size, (window.left, window.left + window.width)
+    )
+    cut = columns[window.top : window.top + window.height]
     height, width = window.size
     if cut.shape != (height, width):  # the nearest pixel, by pixel centres
         rows = ((np.arange(height) + 0.5) * cut.shape[0] / height).astype(np.int64)

@@ -143,6 +143,14 @@ def test_bitmaps_round_trip_like_pycocotools(bitmap: np.ndarray) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=30), elements=st.integers(0, 1)), st.data())
+def test_some_columns_are_those_of_the_whole_mask(bitmap: np.ndarray, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, bitmap.shape[1]))
+    last = data.draw(st.integers(first, bitmap.shape[1]))
+    assert np.array_equal(rle.decode_columns(rle.encode(bitmap), bitmap.shape, (first, last)), bitmap[:, first:last])
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=12))
 def test_long_runs_round_trip(runs: list[int]) -> None:
     packed = rle.pack_counts(np.array(runs, dtype=np.int64), np.array([len(runs)]))
@@ -155,6 +163,8 @@ def test_foreign_counts_are_refused() -> None:
             rle.unpack_counts(counts)
     with pytest.raises(ValueError, match="run lengths sum to"):
         rle.decode(rle.encode(np.ones((3, 3), np.uint8)), (4, 4))
+    with pytest.raises(ValueError, match="columns 2 to 4 are not all in an image of 3"):
+        rle.decode_columns(rle.encode(np.ones((3, 3), np.uint8)), (3, 3), (2, 4))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
