@@ -178,8 +178,7 @@ class Table:
     def dataset(self) -> pyarrow.dataset.Dataset:
         """The newest snapshot as a pyarrow dataset of TABLE_SCHEMA; TableError before the first commit.
 
-        Built from the log's own file list, never from a listing of folders: those also hold what is being written and what
-        a compaction replaced.
+        Built from the log's own file list, never from a listing of folders: those also hold what is being written.
         """
         files = self.files()
         if not files:
@@ -232,17 +231,21 @@ class Table:
 
     def run_files(self, run_id: str) -> list[DataFile]:
         """The Parquet files in a run's folder with their row counts, read from their footers in parallel."""
-        folder = self.run_folder(run_id)
-        try:
-            listed = [row for batch in self.storage.list_objects(folder) for row in batch.to_pylist()]
-        except InputNotFoundError:
-            return []  # a run that wrote nothing has no folder
-        data = sorted((row for row in listed if row["uri"].endswith(".parquet")), key=lambda row: row["uri"])
+        data = self._listed(run_id)
         with ThreadPoolExecutor(16) as pool:
             counts = pool.map(lambda row: self._count_rows(row["uri"]), data)
             return [
                 DataFile(row["uri"][len(self.uri) + 1 :], row["bytes"], count) for row, count in zip(data, counts, strict=True)
             ]
+
+    def _listed(self, run_id: str) -> list[dict[str, Any]]:
+        """OBJECT_SCHEMA rows of the Parquet files in a run's folder, by name."""
+        try:
+            batches = list(self.storage.list_objects(self.run_folder(run_id)))
+        except InputNotFoundError:
+            return []  # a run that wrote nothing has no folder
+        listed = [row for batch in batches for row in batch.to_pylist()]
+        return sorted((row for row in listed if row["uri"].endswith(".parquet")), key=lambda row: row["uri"])
 
     def _count_rows(self, uri: str) -> int:
         filesystem, path = self.storage.arrow(uri)
@@ -307,13 +310,21 @@ class Table:
     def compact(self, run_id: str, target_bytes: int = TARGET_FILE_BYTES) -> int:
         """Merge a committed run's small files into files of about `target_bytes`; how many files the run has then.
 
-        A second transaction: a crash before it leaves a correct table of smaller files. The replaced files stay until a
-        vacuum, for readers that opened the earlier snapshot.
+        A second transaction: a crash before it leaves a correct table of smaller files. Then everything that the log does not
+        name leaves the run's folder, so that whoever reads the folder itself finds each row once. A reader that opened the
+        table in the moment between the two transactions has to open it again. Only for the holder of the run's lease.
         """
-        before = [run for _, run in self.files() if run == run_id]
-        delta = self.delta()
-        if delta is None or len(before) <= 1:
-            return len(before)
+        if len(self._files_of(run_id)) > 1:
+            self._merge(run_id, target_bytes)
+        kept = self._files_of(run_id)
+        self._remove_others(run_id, kept)
+        return len(kept)
+
+    def _files_of(self, run_id: str) -> set[str]:
+        return {path for path, run in self.files() if run == run_id}
+
+    def _merge(self, run_id: str, target_bytes: int) -> None:
+        delta = self._delta_or_created()
         with self._translated():
             delta.optimize.compact(
                 partition_filters=[(RUN_COLUMN, "=", run_id)],
@@ -321,7 +332,14 @@ class Table:
                 max_concurrent_tasks=2,  # each holds a file of target size in memory
                 writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
             )
-        return sum(run == run_id for _, run in self.files())
+
+    def _remove_others(self, run_id: str, kept: set[str]) -> None:
+        present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()
+        if not kept <= present:  # a store that lists late, or names files otherwise than the log: then touch nothing
+            logger.warning("run %s: its folder does not list all of its files yet, so nothing is removed from it", run_id)
+            return
+        for path in present - kept:
+            self.storage.delete(self.storage.join(self.uri, path))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

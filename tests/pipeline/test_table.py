@@ -105,6 +105,8 @@ def test_compaction_keeps_every_row_and_value(place: str, write_run: Any, make_r
     read = table.dataset().to_table(filter=pc.field("run") == "night-1").sort_by("image_id")
     assert read.to_pylist() == [row | {"run": "night-1"} for row in rows]
     version = table.version()
+    assert [file.rows for file in table.run_files("night-1")] == [20], "the folder itself holds each row once"
+    assert [file.rows for file in table.run_files("night-2")] == [1], "another run's folder is not touched"
     assert table.compact("night-1") == 1
     assert table.version() == version, "one file needs no compaction"
 
