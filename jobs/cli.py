@@ -56,6 +56,10 @@ def convert(
     ],
     target: Annotated[str, typer.Argument(help="The checkpoint to write, *.safetensors, local or s3://.")],
     preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],
+    norm_eps: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of the norms; default: 0 for torchvision's own COCO_V1 files, else 1e-5. Saved anew: say it."),
+    ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,13 +67,13 @@ def convert(
     from jobs import convert as command
     from pipeline.storage import Storage, StorageOptions
 
-    report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)))
+    report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps)
     if as_json:
         print_json(report.model_dump())
     else:
         typer.echo(
             f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
-            f"{report.categories} categories"
+            f"{report.categories} categories, eps of the norms {report.norm_eps:g}"
         )
 
 

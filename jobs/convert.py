@@ -21,12 +21,15 @@ class ConvertReport(BaseModel):
     model_id: str
     categories: int
     parameters: int
+    norm_eps: float
 
 
-def run(source: str, target: str, preset: str, storage: Storage) -> ConvertReport:
+def run(source: str, target: str, preset: str, storage: Storage, norm_eps: float | None = None) -> ConvertReport:
     """Reads `source` as `preset` and writes `target`, one safetensors file.
 
-    source: a state dict (.pth), local or s3://, or the name of torchvision's weights, which are downloaded.
+    source: a state dict (.pth), local or s3://, or the name of torchvision's weights, which are downloaded. norm_eps: added to
+    the norms' variance; a state dict does not say it. None: 0 for torchvision's own COCO_V1 files, else 1e-5. Who has saved the
+    COCO_V1 model anew has to say 0.
 
     Raises UnknownPresetError, CheckpointError (not a state dict of this architecture), ConfigError (a target that is not
     named .safetensors, or is the source) and the storage's errors.
@@ -36,6 +39,9 @@ def run(source: str, target: str, preset: str, storage: Storage) -> ConvertRepor
     if target == source:
         raise ConfigError(f"cannot write {target} over its own source: name another file")
     model = create_model(preset, weights=storage.read_bytes(source) if "://" in source else source)
+    if norm_eps is not None:
+        backbone = model.config.backbone.model_copy(update={"norm_eps": norm_eps})
+        model = create_model(model.config.model_copy(update={"backbone": backbone}), weights=dumps(model))
     storage.write_bytes(target, dumps(model))
     return ConvertReport(
         source=source,
@@ -44,4 +50,5 @@ def run(source: str, target: str, preset: str, storage: Storage) -> ConvertRepor
         model_id=model.model_id,
         categories=len(model.config.categories),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        norm_eps=model.config.backbone.norm_eps,
     )

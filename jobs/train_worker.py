@@ -45,8 +45,11 @@ OPTIMIZER, STATE = "optimizer.pt", "state.json"
 TOTAL = "loss"
 """The sum of all losses, among their names."""
 
-LINES_PER_EPOCH = 5
-"""Progress lines, and looks at whether the loss is still finite."""
+LOOKS_PER_EPOCH = 5
+"""At whether the loss is still finite, and progress lines where they would not follow each other too closely."""
+
+SECONDS_PER_LINE = 5.0
+"""At least this long between two progress lines of an epoch."""
 
 EVALUATION_IMAGES = 16
 """Images fetched together while the ones before are evaluated."""
@@ -188,7 +191,7 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     state.model.train()
     sums, steps, rate = _Losses(), 0, 0.0
     batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
-    start = time.perf_counter()
+    start = said = time.perf_counter()
     while batch is not None and steps < job.steps_per_epoch:
         images, targets = to_training(batch, job.spec)
         rate = peak * rate_factor(job.recipe, state.epoch * job.steps_per_epoch + steps, total_steps)
@@ -197,9 +200,12 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
         steps += 1
         # Where images were left out as unusable the stream ends early, on every worker at the same step.
         batch = next(batches, None) if steps < job.steps_per_epoch else None
-        if batch is None or steps % -(-job.steps_per_epoch // LINES_PER_EPOCH) == 0:
+        if batch is None or steps % -(-job.steps_per_epoch // LOOKS_PER_EPOCH) == 0:
             means = sums.recent()
             _check_finite(means, state.epoch + 1, steps, rate)
+            if steps < job.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE:
+                continue
+            said = time.perf_counter()
             _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)

@@ -40,6 +40,15 @@ def test_a_state_dict_becomes_a_checkpoint_of_the_same_model(tmp_path: Path) -> 
     )
 
 
+def test_the_eps_of_the_norms_can_be_said(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    torch.save(maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict(), source)
+    assert json.loads(convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--json"))["norm_eps"] == 1e-5
+    said = convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--norm-eps", "0")
+    assert "eps of the norms 0" in said
+    assert load_checkpoint(target).config.backbone.norm_eps == 0.0
+
+
 def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "in.pth"
     torch.save({"weight": torch.zeros(3)}, source)
