@@ -290,7 +290,7 @@ def _duration(seconds: float) -> str:
 def _evaluate(job: TrainingJob, validation: Validation, state: State, rank: int, world: int) -> dict[str, Any]:
     """The model's AP, from the detections of all workers; only worker 0 has the answer, the others an empty one."""
     start = time.perf_counter()
-    found = predict_share(state.model, validation, job.storage, rank, world)
+    found = predict_share(state.model.eval(), validation, job.storage, rank, world)
     shares: list[Any] = [found]
     if world > 1:
         shares = [None] * world if rank == 0 else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -150,8 +150,18 @@ class MaskRCNN(nn.Module):
             for start in range(0, len(indices), batch_size):
                 yield indices[start : start + batch_size]
 
+    def train(self, mode: bool = True) -> Self:
+        """As of torch; what inference had prepared from the weights is forgotten."""
+        self._prepared.clear()
+        return super().train(mode)
+
     def _network_for(self, precision: Precision) -> Network:
-        """The network as inference wants it: made once, and again when a weight has changed."""
+        """The network as inference wants it: made once, and again when a weight has changed.
+
+        In training mode it is made every time: torch's fused optimisers change weights without counting a version.
+        """
+        if self.training:
+            return cast(Network, prepare(self.network, precision))
         state = fingerprint(self.network)
         if precision not in self._prepared or self._prepared[precision][0] != state:
             self._prepared[precision] = (state, cast(Network, prepare(self.network, precision)))

@@ -249,6 +249,23 @@ def test_predictions_follow_changed_weights(model: MaskRCNN, picture: Callable[.
     assert not np.array_equal(before.scores, model.predict([image], LOOSE)[0].scores)
 
 
+def test_predictions_follow_a_fused_optimiser(model: MaskRCNN, picture: Callable[..., Tensor]) -> None:
+    """It changes weights without counting a version."""
+    image = picture(64, 64)
+    before = model.eval().predict([image], LOOSE)[0]
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    seen = [before.scores]
+    for _ in range(2):  # the second time with what the first prediction may have kept
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        seen.append(model.predict([image], LOOSE)[0].scores)
+    assert not np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[1], seen[2])
+    np.testing.assert_array_equal(model.eval().predict([image], LOOSE)[0].scores, seen[2])
+
+
 def test_predict_leaves_training_mode_as_it_was(model: MaskRCNN, picture: Callable[..., Tensor]) -> None:
     model.train()
     model.predict([picture(64, 64)])
