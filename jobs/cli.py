@@ -58,7 +58,9 @@ def convert(
     preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],
     norm_eps: Annotated[
         float | None,
-        typer.Option(min=0, help="Of the norms; default: 0 for torchvision's own COCO_V1 files, else 1e-5. Saved anew: say it."),
+        typer.Option(
+            min=0, help="Of the norms; default: 0 for torchvision's own COCO_V1 files, else 1e-5. Saved anew: say it."
+        ),
     ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
