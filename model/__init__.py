@@ -6,6 +6,7 @@ import takes seconds.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from model.instances import Instances, Target
     from model.mask_rcnn import MaskRCNN
     from model.presets import PRESETS
+
+# torch asks for every large map anew, and the kernel hands out its pages one by one: first writes to 62 MB took 26 ms, with
+# huge pages 7 ms. torch reads this when it first allocates, so it has to be said before torch is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOME = {
     "PRESETS": "model.presets",

@@ -27,9 +27,20 @@ class FeaturePyramid(nn.Module):
         """Four maps (B, c_in, H / s, W / s) -> four maps (B, channels, H / s, W / s)."""
         merged = [self.lateral[-1](maps[-1])]
         for lateral, finer in zip(reversed(self.lateral[:-1]), reversed(maps[:-1]), strict=True):
-            above = functional.interpolate(merged[0], size=finer.shape[-2:], mode="nearest")
-            merged.insert(0, lateral(finer) + above)
+            merged.insert(0, add_upsampled(lateral(finer), merged[0]))
         return [output(level) for output, level in zip(self.output, merged, strict=True)]
+
+
+def add_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
+    """finer (B, C, H, W), plus coarser enlarged to its size by repeating the nearest value; `finer` is overwritten.
+
+    At exactly twice the size, which every canvas has that is a multiple of 32, nothing enlarged is written to memory.
+    """
+    batch, channels, height, width = coarser.shape
+    if finer.shape[-2:] != (2 * height, 2 * width):
+        return finer.add_(functional.interpolate(coarser, size=finer.shape[-2:], mode="nearest"))
+    finer.view(batch, channels, height, 2, width, 2).add_(coarser[:, :, :, None, :, None])
+    return finer
 
 
 class ResNetFPN(nn.Module):

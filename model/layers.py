@@ -6,7 +6,7 @@ interest, N detections, G ground-truth instances, K keypoints, m mask side.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,32 @@ class ConvNorm(nn.Sequential):
         conv, norm = self[0], self[1]
         if isinstance(conv, nn.Conv2d) and (folded := fold_batch_norm(conv, norm)) is not None:
             self[0], self[1] = folded, nn.Identity()
+
+
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as the matrix product that it is, for inference; (B, C, H, W) in and out, channels last.
+
+    torch gives 1x1 convolutions of a single thread to code that copies its maps into another memory order and leaves them
+    there, so that what follows reads and writes across the grain.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Pointwise:
+        """The same weights."""
+        layer = cls(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta")
+        layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
+        if conv.bias is not None:
+            layer.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+        return layer
+
+    @staticmethod
+    def fits(part: nn.Module) -> TypeGuard[nn.Conv2d]:
+        """Whether `part` is a convolution that a matrix product can do without moving pixels."""
+        return isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) == part.stride and part.groups == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels are the last dimension in memory: nothing is copied."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d | None:

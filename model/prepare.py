@@ -1,4 +1,4 @@
-"""A copy of the network made for inference: normalisation folded into convolutions, channels last, in the wanted precision."""
+"""A copy of the network made for inference: norms folded into convolutions, channels last, in the wanted precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from model.box_head import BoxHead
 from model.config import Precision
-from model.layers import ConvNorm
+from model.layers import ConvNorm, Pointwise
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,6 +20,10 @@ def prepare(network: nn.Module, precision: Precision) -> nn.Module:
     for part in prepared.modules():
         if isinstance(part, ConvNorm):
             part.fold()
+    for part in list(prepared.modules()):
+        for name, child in part.named_children():
+            if Pointwise.fits(child):
+                setattr(part, name, Pointwise.of(child))
     exact = {layer for part in prepared.modules() if isinstance(part, BoxHead) for layer in part.predictors}
     for part in prepared.modules():
         if part not in exact:

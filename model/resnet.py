@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
         y = functional.relu(self.reduce(x), inplace=True)
         y = functional.relu(self.spatial(y), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return functional.relu(self.expand(y) + shortcut, inplace=True)
+        return functional.relu(self.expand(y).add_(shortcut), inplace=True)
 
 
 class BasicBlock(nn.Module):
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         """(B, c_in, H, W) -> (B, width, H / stride, W / stride)."""
         y = functional.relu(self.first(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return functional.relu(self.second(y) + shortcut, inplace=True)
+        return functional.relu(self.second(y).add_(shortcut), inplace=True)
 
 
 class ResNet(nn.Module):
