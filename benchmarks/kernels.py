@@ -1,4 +1,4 @@
-"""RoIAlign, keypoint decoding and (on a GPU) their CUDA peers: ours against torchvision, at the FPN inference shape.
+"""RoIAlign, keypoint decoding, convolutions and (on a GPU) CUDA peers: ours against torch and torchvision, at FPN's shapes.
 
     python -m benchmarks.kernels [--repeats 7]
 
@@ -21,6 +21,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from benchmarks.record import Timing, record, report, side_by_side, table
 from benchmarks.rle import detections, paste_and_encode
 from model.kernels.roi_align import roi_align
+from model.kernels.winograd import WinogradConv
 from model.keypoints import decode_heatmaps
 from model.rle import encode_boxed_masks
 
@@ -163,6 +164,18 @@ def keypoints(repeats: int) -> list[dict[str, object]]:
     return [row("keypoint decoding, 100 people", times["ours"], times["peer"])]
 
 
+def convolutions(repeats: int) -> list[dict[str, object]]:
+    """The 3x3 convolutions that cost most, on P2 and in the mask branch, beside torch's own (channels last, as ours)."""
+    rows = []
+    for where, shape in (("P2", (1, CHANNELS, 200, 336)), ("100 masks", (100, CHANNELS, 14, 14))):
+        conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer, x = WinogradConv(conv), torch.randn(shape).to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            times = side_by_side({"ours": lambda layer=layer, x=x: layer(x), "peer": lambda conv=conv, x=x: conv(x)}, repeats)
+        rows.append(row(f"3x3 convolution of {CHANNELS} channels, {where}, fp32", times["ours"], times["peer"]))
+    return rows
+
+
 def copy_bandwidth(repeats: int) -> float:
     """Bytes a second that a plain copy of 1 GiB moves, reading and writing."""
     source = torch.empty(1 << 28, device="cuda")
@@ -218,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="measured runs of each side")
     repeats = parser.parse_args().repeats
-    parts: Sequence[Callable[[int], list[dict[str, object]]]] = (roi_align_on_cpu, keypoints)
+    parts: Sequence[Callable[[int], list[dict[str, object]]]] = (roi_align_on_cpu, keypoints, convolutions)
     if torch.cuda.is_available():
         parts = (roi_align_on_cuda, masks_on_cuda)
     rows = [line for part in parts for line in part(repeats)]

@@ -23,8 +23,8 @@ def written_blocks(table: Path) -> int:
 
 
 def lease_of(table: Path) -> str:
-    """The lease of the table's only run: who writes it now."""
-    (lease,) = table.glob("_masklake/*/lease")
+    """The lease of the table's only run, not of its planning: who writes it now."""
+    (lease,) = (path for path in table.glob("_masklake/*/lease") if not path.parent.name.startswith("plan-"))
     return lease.read_text()
 
 
