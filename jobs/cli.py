@@ -6,6 +6,7 @@ Errors a user can cause end in one line on stderr and their own exit code (`mode
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -298,6 +299,9 @@ def main() -> None:
     """Entry point of the `masklake` script."""
     try:
         app()
+    except BrokenPipeError:  # who reads our output has seen enough (`| head`); nothing can be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except MaskLakeError as error:
         sys.stderr.write(f"masklake: error: {error}\n")
         sys.exit(error.exit_code)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import BaseModel, ConfigDict
 
 from model import create_model
 from model.checkpoint import dumps
 from model.errors import ConfigError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, canonical
 
 
 class ConvertReport(BaseModel):
@@ -36,8 +38,10 @@ def run(source: str, target: str, preset: str, storage: Storage, norm_eps: float
     """
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
-    if target == source:
+    if canonical(target) == canonical(source):
         raise ConfigError(f"cannot write {target} over its own source: name another file")
+    if norm_eps is not None and not math.isfinite(norm_eps):
+        raise ConfigError(f"--norm-eps {norm_eps} is not a finite number")
     model = create_model(preset, weights=storage.read_bytes(source) if "://" in source else source)
     if norm_eps is not None:
         backbone = model.config.backbone.model_copy(update={"norm_eps": norm_eps})

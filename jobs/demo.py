@@ -24,7 +24,7 @@ from pipeline.decode import decode
 from pipeline.draw import contact_sheet, draw_instances
 from pipeline.evaluation import IouType
 from pipeline.query import query, stream
-from pipeline.storage import Storage
+from pipeline.storage import Storage, translated
 
 Say = Callable[[str], None]
 
@@ -102,6 +102,8 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     logging.getLogger("ray").setLevel(logging.ERROR)
     places = Places(Path(output).resolve())
     storage = Storage()
+    with translated(str(places.root)):
+        places.root.mkdir(parents=True, exist_ok=True)
     say(f"[1/6] Drawing {train_images} images of shapes to learn from and {unseen_images} others to label")
     learning = generate(places.images("train"), train_images, SIZE, TRAIN_SEED)
     checking = generate(places.images("val"), max(20, train_images // 20), SIZE, VAL_SEED)

@@ -102,6 +102,9 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     model_id = model.model_id
     label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
+    if options.workers is not None or options.device == "cuda" or options.address is not None:
+        # What was asked for may not fit: said before anything is written.
+        label_plan.plan_workers(connect(options.address), options.workers or 1, options.workers, options.device)
     plan = plan_run(storage, table, options.input, label_id, tick=options.tick, retry_failed=options.retry_failed, facts=facts)
     if plan is None:
         say("nothing new: the table holds every image of this input, labelled by this model with these options")

@@ -109,10 +109,14 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
             values = tomllib.loads(Path(config).read_text())
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{config}: not found; check the path of --config") from error
+        except OSError as error:
+            raise ConfigError(f"{config}: {error.strerror}; give --config a TOML file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{config} is not TOML: {error}") from error
     for key, value in changes.items():
         if isinstance(value, dict):
+            if not isinstance(values.get(key, {}), dict):
+                raise ConfigError(f"{config}: {key} must be a table, written [{key}] with one option a line")
             values[key] = {**values.get(key, {}), **{k: v for k, v in value.items() if v is not None}}
         elif value is not None:
             values[key] = value
@@ -138,12 +142,14 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
         return _report(storage, options, done)
     data, validation = _read_data(storage, options, say)
     model = build_model(options, data, storage)
-    _check_record(storage, options, model.config)
-    capacity = connect(options.address)
-    gpu = plan_workers(options, capacity)
-    _set_up_ray_train(capacity)
+    record = _check_record(storage, options, model.config)
     spec = _sample_spec(model.config, options)
     rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty)
+    capacity = connect(options.address)
+    gpu = plan_workers(options, capacity)
+    # Only now does the run's name belong to this data, model and seed: what was refused leaves nothing behind.
+    storage.write_bytes(Storage.join(options.run_uri, RUN_RECORD), json.dumps(record, indent=1).encode())
+    _set_up_ray_train(capacity)
     if done:
         say(f"run '{options.name}' goes on after epoch {done} of {recipe.epochs}")
     plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done)
@@ -233,8 +239,8 @@ def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
     )
 
 
-def _check_record(storage: Storage, options: TrainOptions, config: ModelConfig) -> None:
-    """Writes what the run is; refuses to go on with another data set, model or seed under the same name."""
+def _check_record(storage: Storage, options: TrainOptions, config: ModelConfig) -> dict[str, Any]:
+    """What the run is; refuses to go on with another data set, model or seed under the same name."""
     record = {
         "train": canonical(options.train),
         "seed": options.seed,
@@ -246,13 +252,15 @@ def _check_record(storage: Storage, options: TrainOptions, config: ModelConfig) 
     try:
         known = json.loads(storage.read_bytes(uri))
     except InputNotFoundError:
-        storage.write_bytes(uri, json.dumps(record, indent=1).encode())
-        return
+        return record
+    except ValueError as error:
+        raise ConfigError(f"{uri} is damaged ({error}); remove that run's folder, or give another --name") from error
     if changed := [key for key in record if known.get(key) != record[key]]:
         raise ConfigError(
             f"the run '{options.name}' in {options.output} was started with another {', '.join(changed)}. "
             "Give this one another --name, or remove that folder."
         )
+    return record
 
 
 # -- on what it is trained ---------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def read_coco(storage: Storage, uri: str) -> CocoDataset:
     data = storage.read_bytes(uri)
     try:
         document = json.loads(data)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise AnnotationError(f"{uri} is not JSON ({error}). Give the COCO annotation file, not the images.") from error
     return parse_coco(document, uri)
 
@@ -106,9 +106,12 @@ def parse_coco(document: Any, source: str) -> CocoDataset:
         if not isinstance(document.get(part), list):
             raise AnnotationError(f"{source} has no list '{part}': a COCO file needs images, annotations and categories.")
     dropped: Counter[str] = Counter()
-    categories = _categories(document["categories"], source)
-    images = _images(document["images"], source, dropped)
-    annotations = _annotations(document["annotations"], images, {c.id: c for c in categories}, source, dropped)
+    try:
+        categories = _categories(document["categories"], source)
+        images = _images(document["images"], source, dropped)
+        annotations = _annotations(document["annotations"], images, {c.id: c for c in categories}, source, dropped)
+    except (TypeError, ValueError, OverflowError) as error:  # a value of a kind that no check foresaw
+        raise AnnotationError(f"{source} holds a value that no COCO file has ({error}).") from error
     return CocoDataset(source, categories, tuple(images.values()), annotations, dict(dropped))
 
 
@@ -262,7 +265,14 @@ def _checked_rle(value: Mapping[str, Any], image: CocoImage, where: str) -> dict
     except ValueError as error:
         raise AnnotationError(f"{where}: the mask's counts are no run lengths ({error}).") from error
     # Readers in C trust this sum: without the check they would give pixels that nobody wrote.
-    if runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != image.height * image.width:
+    pixels = image.height * image.width
+    if (
+        runs.dtype.kind != "i"
+        or runs.ndim != 1
+        or (runs < 0).any()
+        or (runs > pixels).any()
+        or runs.sum() != image.height * image.width
+    ):
         raise AnnotationError(f"{where}: the mask's runs do not add up to its {image.height} x {image.width} pixels.")
     return {"size": size, "counts": counts}
 

@@ -114,7 +114,10 @@ def _list_glob(storage: Storage, pattern: str) -> Iterator[pa.RecordBatch]:
     folder = fixed.rpartition("/")[0] or "/"
     regex = glob_regex(pattern)
     for batch in storage.list_objects(folder):
-        chosen = batch.filter(pc.match_substring_regex(batch["uri"], regex))
+        try:
+            chosen = batch.filter(pc.match_substring_regex(batch["uri"], regex))
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"{pattern}: not a pattern that can be matched ({error}); check its brackets") from error
         if chosen.num_rows:
             yield chosen
 

@@ -101,6 +101,8 @@ def stream(
     with connect(storage, table_uri) as connection, _query_errors(connection):
         if not sql.strip(" \t\r\n;"):
             raise QueryError(f"the query is empty; select from {', '.join(VIEWS)}")
+        if len(connection.extract_statements(sql)) > 1:
+            raise QueryError("these are several statements, of which only one answer could be given; ask one at a time")
         answer = connection.sql(sql, params=dict(parameters or {}))
         if answer is None:
             raise QueryError(f"the query returns no rows; select from {', '.join(VIEWS)}")
@@ -111,10 +113,12 @@ def stream(
 def _query_errors(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # of who reads the answer, not of the query
+        raise
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader hands DuckDB's errors on as Arrow's
         forbidden = isinstance(error, duckdb.PermissionException)
         remedy = "A query reads this table and nothing else; write its answer with --output." if forbidden else ""
-        raise QueryError(f"{error}\n{remedy or describe_views(connection)}") from error
+        raise QueryError(f"{error}\n{remedy or describe_views(connection.cursor())}") from error
 
 
 def describe_views(connection: duckdb.DuckDBPyConnection) -> str:

@@ -71,9 +71,12 @@ class StorageOptions(BaseModel):
     def resolved(self) -> StorageOptions:
         """These options with the environment's answers filled in, so that a worker elsewhere reaches the same storage."""
         env = os.environ.get
+        endpoint = self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None
+        if endpoint is not None and not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:]+)(:\d+)?(/\S*)?", endpoint):
+            raise ConfigError(f"the endpoint {endpoint!r} is no URL; write http://HOST:PORT or https://HOST")
         return self.model_copy(
             update={
-                "endpoint_url": self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None,
+                "endpoint_url": endpoint,
                 "region": self.region or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
                 "profile": self.profile or env("AWS_PROFILE") or None,
             }
@@ -113,6 +116,8 @@ _SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az":
 def parse(uri: str | os.PathLike[str]) -> Location:
     """Split a URI; ConfigError for a scheme that no client here speaks, or a missing bucket."""
     text = os.fspath(uri)
+    if not text:
+        raise ConfigError("an empty path names nothing; give a local path, s3://, gs:// or az://")
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Location("file", "", os.path.abspath(text))
@@ -596,6 +601,12 @@ def translate(error: BaseException, uri: str) -> MaskLakeError:
         return InputNotFoundError(f"{uri}: not found; check the path")
     if isinstance(error, NotADirectoryError):
         return InputNotFoundError(f"{uri}: is a file where a folder is needed; check the path")
+    if isinstance(error, IsADirectoryError):
+        return InputNotFoundError(f"{uri}: is a folder where a file is needed; check the path")
+    if isinstance(error, OSError) and error.errno is not None and "://" not in uri.removeprefix("file://"):
+        if isinstance(error, PermissionError):
+            return AccessDeniedError(f"{uri}: permission denied; check who owns it, or give another path")
+        return StorageError(f"{uri}: {error.strerror}; check the path and the disk, or give another path")
     denied = (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError)
     if isinstance(error, denied) or _DENIED.search(str(error)):
         return AccessDeniedError(f"{uri}: access denied ({reason}); check the AWS_* credentials, the profile and the policy")

@@ -86,6 +86,8 @@ def input_key(label_id: str, spec: dict[str, Any]) -> str:
 def open_table(storage: Storage, uri: str) -> Table:
     """The table at `uri`, which need not exist yet; TableError when something else is there, or a newer version's table."""
     table = Table(storage, canonical(uri))
+    if re.search(r"%[0-9A-Fa-f]{2}|[\\\n]", table.uri):
+        raise ConfigError(f"{table.uri}: Delta keeps no table at a path with %XX, a backslash or a line break; give another")
     if storage.is_file(table.uri):
         raise TableError(f"{table.uri}: is a file; a table is a folder, give another path")
     version = table.schema_version()

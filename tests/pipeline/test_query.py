@@ -153,6 +153,13 @@ def test_sql_that_fails_says_why_and_what_there_is(tmp_path: Path, write_run: An
         query(Storage(), str(tmp_path), sql)
 
 
+def test_one_question_at_a_time(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    with pytest.raises(QueryError, match="several statements"):
+        query(Storage(), table.uri, "DROP VIEW images; SELECT 1")
+    assert query(Storage(), table.uri, "SELECT 1 AS one;").to_pylist() == [{"one": 1}]
+
+
 @pytest.mark.parametrize("sql", ["", " ;\n"])
 def test_an_empty_query_is_told(tmp_path: Path, write_run: Any, make_row: Any, sql: str) -> None:
     write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])

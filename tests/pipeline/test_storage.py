@@ -17,7 +17,7 @@ import pytest
 from model.errors import ConfigError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from pipeline.storage import Storage, StorageOptions, canonical, describe, parent, parse, relative_to, translate
-from pipeline.table import Table
+from pipeline.table import Table, open_table
 
 ODD_KEYS = [
     "plain.jpg",
@@ -288,3 +288,35 @@ def test_uris_that_name_nothing_are_refused(uri: str) -> None:
 
 def test_a_reason_is_one_line() -> None:
     assert describe(ValueError("first\nsecond")) == "ValueError: first"
+
+
+@pytest.mark.parametrize("endpoint", ["not-a-url", "localhost:9000", "ftp://host", "http://", "http:// host"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client in Rust would panic over it."""
+    with pytest.raises(ConfigError, match="is no URL"):
+        Storage(StorageOptions(endpoint_url=endpoint))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ConfigError, match="is no URL"):
+        Storage()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9000", "https://minio.example/path", "http://[::1]:9000"])
+def test_an_endpoint_is_a_url(endpoint: str) -> None:
+    assert Storage(StorageOptions(endpoint_url=endpoint)).options.endpoint_url == endpoint
+
+
+def test_local_trouble_has_local_remedies(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match="is a folder where a file is needed"):
+        Storage().read_bytes(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises((InputNotFoundError, StorageError), match="file") as raised:
+        Storage().write_bytes(str(tmp_path / "file" / "below"), b"")
+    assert "endpoint" not in str(raised.value)
+    with pytest.raises(ConfigError, match="an empty path"):
+        parse("")
+
+
+@pytest.mark.parametrize("name", ["new%20tab", "back\\slash", "two\nlines"])
+def test_a_path_that_delta_misreads_is_refused_before_anything_is_labelled(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="Delta keeps no table"):
+        open_table(Storage(), str(tmp_path / name))
