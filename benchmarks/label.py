@@ -29,7 +29,7 @@ import torch
 from torchvision.io import decode_image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from benchmarks.record import record
+from benchmarks.record import record, report
 from benchmarks.seeded import seeded_state_dict
 from jobs.shapes import generate
 from pipeline.storage import Storage
@@ -61,9 +61,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="masklake-bench-") as scratch:
         few, many = image_folders(arguments.images, arguments.few, arguments.many, Path(scratch))
+        rows = []
         for detections in arguments.detections:
             weights = make_weights(many, detections, Path(scratch) / f"weights-{detections}")
-            measure(few, many, weights, detections, arguments.repeats, arguments.systems, Path(scratch))
+            rows += measure(few, many, weights, detections, arguments.repeats, arguments.systems, Path(scratch))
+    print(f"report: {report('label', 'masklake label against a plain Ray Data script', rows).name}")
 
 
 def image_folders(source: Path | None, few: int, many: int, scratch: Path) -> tuple[Path, Path]:
@@ -111,8 +113,8 @@ def run_once(system: str, images: Path, weights: Weights, output: Path) -> float
 
 def measure(
     few: Path, many: Path, weights: Weights, detections: int, repeats: int, systems: Sequence[str], scratch: Path
-) -> None:
-    """Runs the systems in turn, prints a table and records a row for each."""
+) -> list[dict[str, Any]]:
+    """Runs the systems in turn; prints, records and returns a row for each."""
     seconds: dict[str, list[tuple[float, float]]] = {system: [] for system in systems}
     outputs = {system: scratch / f"out-{detections}" / system.replace(" ", "-") for system in systems}
     for _ in range(repeats):
@@ -123,6 +125,7 @@ def measure(
     extra = len(list(many.iterdir())) - len(list(few.iterdir()))
     rates = {system: [extra / (long - short) for short, long in pairs] for system, pairs in seconds.items()}
     found = {system: read_output(system, outputs[system]) for system in systems}
+    rows = []
     for system in systems:
         row: dict[str, Any] = {
             "system": system,
@@ -138,6 +141,8 @@ def measure(
             row.update(agreement(found["plain"], found[system]))
         print(json.dumps(row), flush=True)
         record("label", row)
+        rows.append(row)
+    return rows
 
 
 def read_output(system: str, output: Path) -> dict[str, dict[str, Any]]:
