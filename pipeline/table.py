@@ -299,15 +299,23 @@ class Table:
         delta = self.delta()
         if delta is not None:
             return delta
-        with self._translated():
-            return DeltaTable.create(
-                self.uri,
-                _delta_schema(),
-                mode="ignore",  # another writer may have created it since
-                partition_by=[RUN_COLUMN],
-                name="masklake",
-                storage_options=self.storage.delta_options(self.uri),
-            )
+        try:
+            with self._translated():
+                return DeltaTable.create(
+                    self.uri,
+                    _delta_schema(),
+                    mode="ignore",  # another writer may have created it since
+                    partition_by=[RUN_COLUMN],
+                    name="masklake",
+                    storage_options=self.storage.delta_options(self.uri),
+                    commit_properties=CommitProperties(max_commit_retries=0),
+                )
+        except _CommitConflictError as error:  # ... or creates it at this moment, which "ignore" does not cover
+            delta = self.delta()
+            if delta is None:
+                reason = describe(error.__cause__ or error)
+                raise TableError(f"{self.uri}: the Delta log cannot be created ({reason})") from error
+            return delta
 
     def compact(self, run_id: str, target_bytes: int = TARGET_FILE_BYTES) -> int:
         """Merge a committed run's small files into files of about `target_bytes`; how many files the run has then.
@@ -327,13 +335,16 @@ class Table:
 
     def _merge(self, run_id: str, target_bytes: int) -> None:
         delta = self._delta_or_created()
-        with self._translated():
-            delta.optimize.compact(
-                partition_filters=[(RUN_COLUMN, "=", run_id)],
-                target_size=target_bytes,
-                max_concurrent_tasks=2,  # each holds a file of target size in memory
-                writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
-            )
+        try:
+            with self._translated():
+                delta.optimize.compact(
+                    partition_filters=[(RUN_COLUMN, "=", run_id)],
+                    target_size=target_bytes,
+                    max_concurrent_tasks=2,  # each holds a file of target size in memory
+                    writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
+                )
+        except _CommitConflictError:  # the table is right without it: its files are only small
+            logger.warning("run %s: other writers kept its files from being merged; they stay as they are", run_id)
 
     def _remove_others(self, run_id: str, kept: set[str]) -> None:
         present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()

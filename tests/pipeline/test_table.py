@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ def test_runs_that_commit_at_once_all_enter(place: str, write_run: Any, make_row
     for thread in threads:
         thread.join()
     assert sorted(table.dataset().to_table()["run"].to_pylist()) == names
+
+
+def test_writers_that_create_the_table_at_once_all_get_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several creations at one moment Delta lets one win; the others open what it made."""
+    tables = [Table(Storage(), place) for _ in range(6)]
+    for table in tables:
+        table.initialise()
+    start = threading.Barrier(len(tables))
+    absent = Table.delta
+
+    def none_at_first(self: Table) -> DeltaTable | None:
+        found = absent(self)
+        if not hasattr(self, "asked"):
+            self.asked = True  # type: ignore[attr-defined]
+            start.wait(timeout=60)  # nobody creates before everybody has seen that there is none
+        return found
+
+    monkeypatch.setattr(Table, "delta", none_at_first)
+    with ThreadPoolExecutor(len(tables)) as pool:
+        deltas = list(pool.map(lambda table: table._delta_or_created(), tables))
+    assert [delta.version() for delta in deltas] == [0] * len(tables)
 
 
 def test_compaction_keeps_every_row_and_value(place: str, write_run: Any, make_row: Any) -> None:
