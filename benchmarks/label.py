@@ -36,7 +36,6 @@ from pipeline.storage import Storage
 from pipeline.table import open_table
 
 PRESET = "maskrcnn_resnet50_fpn"
-CALIBRATION_IMAGES = 4
 SYSTEMS = ("plain", "masklake fp32", "masklake bf16")
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.01, 1e-4
 
@@ -53,8 +52,8 @@ def main() -> None:
     """Measure, compare, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs; default: drawn shapes of 640 pixels")
-    parser.add_argument("--few", type=int, default=8)
-    parser.add_argument("--many", type=int, default=32)
+    parser.add_argument("--few", type=int, default=16)
+    parser.add_argument("--many", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--detections", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
@@ -63,7 +62,7 @@ def main() -> None:
         few, many = image_folders(arguments.images, arguments.few, arguments.many, Path(scratch))
         rows = []
         for detections in arguments.detections:
-            weights = make_weights(many, detections, Path(scratch) / f"weights-{detections}")
+            weights = make_weights(few, detections, Path(scratch) / f"weights-{detections}")
             rows += measure(few, many, weights, detections, arguments.repeats, arguments.systems, Path(scratch))
     print(f"report: {report('label', 'masklake label against a plain Ray Data script', rows).name}")
 
@@ -84,9 +83,9 @@ def image_folders(source: Path | None, few: int, many: int, scratch: Path) -> tu
 
 
 def make_weights(images: Path, detections: int, folder: Path) -> Weights:
-    """Seeded torchvision weights tuned to `detections` an image, and the checkpoint converted from them."""
+    """Seeded torchvision weights tuned to `detections` an image of `images`, and the checkpoint converted from them."""
     folder.mkdir()
-    tuning = [decode_image(str(file), "RGB") / 255 for file in sorted(images.iterdir())[:CALIBRATION_IMAGES]]
+    tuning = [decode_image(str(file), "RGB") / 255 for file in sorted(images.iterdir())]
     weights = Weights(folder / "state_dict.pth", folder / "model.safetensors")
     torch.save(seeded_state_dict(maskrcnn_resnet50_fpn, tuning, detections), weights.state_dict)
     masklake("convert", str(weights.state_dict), str(weights.checkpoint), "--preset", PRESET)

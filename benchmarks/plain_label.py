@@ -7,6 +7,7 @@ No manifest, no statuses, no resume: the comparison is about speed, and about eq
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import pycocotools.mask
 import ray
 import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+BATCH = 4  # images
 
 
 class PlainLabeller:
@@ -50,13 +53,15 @@ def main() -> None:
     # Two more logical CPUs than actors: reading and writing tasks must find room beside the actors.
     ray.init(num_cpus=arguments.actors + 2, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    data = ray.data.read_images(arguments.images, include_paths=True, mode="RGB", override_num_blocks=2 * arguments.actors)
+    # Blocks of one batch, two in flight an actor: by default the actor that starts first takes most of a small run.
+    blocks = -(-len(list(Path(arguments.images).iterdir())) // BATCH)
+    data = ray.data.read_images(arguments.images, include_paths=True, mode="RGB", override_num_blocks=blocks)
     labels = data.map_batches(
         PlainLabeller,
         fn_constructor_args=(arguments.weights,),
-        batch_size=4,
+        batch_size=BATCH,
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=arguments.actors),
+        compute=ray.data.ActorPoolStrategy(size=arguments.actors, max_tasks_in_flight_per_actor=2),
     )
     labels.write_parquet(arguments.output)
 
