@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.build import create_model
+from model.checkpoint import save_checkpoint
 from model.config import ModelConfig, PredictOptions
 from model.errors import ConfigError
 from model.instances import Instances, Target
@@ -155,7 +159,7 @@ def test_results_do_not_depend_on_batch_mates(
     model, pictures, _ = trained
     images = [image for image, _ in pictures] + [picture(96, 90, 1), picture(128, 60, 2), picture(70, 96, 3)]
     alone = [model.predict([image], LOOSE)[0] for image in images]
-    for batch_size in (4, 8):
+    for batch_size in (1, 4, 8):
         together = model.predict(images, LOOSE.model_copy(update={"batch_size": batch_size}))
         for left, right in zip(alone, together, strict=True):
             assert_same(left, right)
@@ -223,6 +227,35 @@ def test_odd_images_are_answered(size: tuple[int, int], model: MaskRCNN, picture
     [found] = model.predict([picture(*size)], LOOSE)
     assert found.size == size
     assert np.isfinite(found.boxes).all()
+
+
+def test_a_large_image_with_many_detections_needs_little_memory(tmp_path: Path, tiny_config: ModelConfig) -> None:
+    """Twelve megapixels and 300 instances, most of them large: whole masks alone would take 3.6 GB."""
+    sizes = tuple((size,) for size in (32, 64, 64, 96, 96))  # of a canvas of 96 x 128
+    changes = {"rpn_score_threshold": 0.0, "nms_iou": 1.0, "score_threshold": 0.0, "anchor_sizes": sizes}
+    torch.manual_seed(0)
+    model = create_model(tiny_config.model_copy(update=changes))
+    torch.nn.init.constant_(model.network.mask_head.logits.bias, 3.0)
+    save_checkpoint(model, tmp_path / "tiny.safetensors")
+    script = (
+        "import resource, sys, torch\n"
+        "from model import PredictOptions, load_checkpoint\n"
+        "model = load_checkpoint(sys.argv[1])\n"
+        "options = PredictOptions(max_detections=300)\n"
+        "model.predict([torch.zeros(3, 96, 96, dtype=torch.uint8)], options)\n"
+        "image = torch.randint(0, 256, (3, 3000, 4000), dtype=torch.uint8)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "[found] = model.predict([image], options)\n"
+        "print(len(found), int(found.areas.max()), (peak() - before) // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "tiny.safetensors"], capture_output=True, text=True, check=True
+    )
+    count, largest, mebibytes = map(int, done.stdout.split())
+    assert count == 300
+    assert largest > 1_000_000
+    assert mebibytes < 1024
 
 
 def test_weights_that_are_not_finite_find_nothing_and_do_not_crash(model: MaskRCNN, picture: Callable[..., Tensor]) -> None:
