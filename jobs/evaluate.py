@@ -15,7 +15,7 @@ from pipeline.coco import read_coco
 from pipeline.errors import InputNotFoundError
 from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
 from pipeline.matching import COLUMNS, ImageNames, check_sizes, collect
-from pipeline.query import stream
+from pipeline.query import query, stream
 from pipeline.storage import Storage
 
 
@@ -60,6 +60,11 @@ def run(
     sql = f"SELECT {', '.join(COLUMNS)} FROM {source}"  # noqa: S608 - constants of this program; the run is a parameter
     with stream(storage, table, sql, None if labelling_run is None else {"run": labelling_run}) as batches:
         found = collect(batches, ImageNames(data, images))
+    if labelling_run is not None and not (found.labelled or found.failed or found.strangers):
+        runs = ", ".join(
+            row["run"] for row in query(storage, table, "SELECT DISTINCT run FROM images ORDER BY run").to_pylist()
+        )
+        raise InputNotFoundError(f"{table}: has no run {labelling_run!r}; its runs: {runs}")
     if not found.labelled and not found.failed:
         raise InputNotFoundError(
             f"{table}: none of its {found.strangers} images is one of the {len(data.images)} of {truth}. "

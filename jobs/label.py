@@ -21,7 +21,7 @@ from jobs.cluster import connect
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from model import MaskRCNN, PredictOptions, load_checkpoint
-from model.errors import CheckpointError, ConfigError, MaskLakeError
+from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
 from pipeline import run_output
 from pipeline.decode import DecodeLimits
 from pipeline.errors import InputNotFoundError, LeaseLostError
@@ -121,8 +121,7 @@ def options(**values: Any) -> LabelOptions:
     try:
         return LabelOptions.model_validate(values)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError("; ".join(faults)) from error
+        raise ConfigError(f"the labelling options: {faults(error)}") from error
 
 
 def describe(report: LabelReport) -> str:

@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.errors import InputNotFoundError
+from pipeline.errors import InputNotFoundError, TrainingError
 from pipeline.storage import Storage
 
 LATEST = "latest.json"
 
 
 def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """`epoch` and `checkpoint` (a folder's name) of the newest; None before the first."""
+    """`epoch` and `checkpoint` (a folder's name) of the newest; None before the first. TrainingError where it is damaged."""
+    uri = Storage.join(run_uri, LATEST)
     try:
-        data = storage.read_bytes(Storage.join(run_uri, LATEST))
+        latest = json.loads(storage.read_bytes(uri))
+        return {"epoch": int(latest["epoch"]), "checkpoint": str(latest["checkpoint"])}
     except InputNotFoundError:
         return None
-    return dict(json.loads(data))
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{uri} is damaged ({type(error).__name__}: {error}); write the newest complete checkpoint into it, "
+            '{"epoch": 3, "checkpoint": "checkpoint_0003"}, or remove that run\'s folder'
+        ) from error

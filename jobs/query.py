@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
+from pipeline.errors import QueryError
 from pipeline.query import stream
 from pipeline.storage import Storage
 
@@ -64,9 +65,17 @@ def rows(answer: pa.RecordBatchReader) -> Iterator[list[Any]]:
     types = [field.type for field in answer.schema]
     for batch in answer:
         columns = [
-            [plain(value, kind) for value in column.to_pylist()] for column, kind in zip(batch.columns, types, strict=True)
+            [plain(value, kind) for value in _values(column, name)]
+            for column, kind, name in zip(batch.columns, types, answer.schema.names, strict=True)
         ]
         yield from (list(row) for row in zip(*columns, strict=True))
+
+
+def _values(column: pa.Array, name: str) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError) as error:  # DuckDB's dates reach 294,247 and infinity, Python's end with 9999
+        raise QueryError(f"column {name!r}: holds a date or time beyond the year 9999; select {name}::VARCHAR") from error
 
 
 def plain(value: Any, kind: pa.DataType) -> Any:
@@ -97,7 +106,7 @@ def _plain_nested(value: Any, kind: pa.DataType) -> Any:
 
 def write_json(answer: pa.RecordBatchReader, out: TextIO) -> int:
     """One JSON array of objects, a row a line."""
-    names = answer.schema.names
+    names = _distinct(answer.schema.names)
     count = 0
     for row in rows(answer):
         out.write("[\n " if not count else ",\n ")
@@ -105,6 +114,18 @@ def write_json(answer: pa.RecordBatchReader, out: TextIO) -> int:
         count += 1
     out.write("\n]\n" if count else "[]\n")
     return count
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The names with a number behind each repetition (`n`, `n_1`): a JSON object would keep only the last of equals."""
+    given: list[str] = []
+    for name in names:
+        number, chosen = 0, name
+        while chosen in given or (number and chosen in names):
+            number += 1
+            chosen = f"{name}_{number}"
+        given.append(chosen)
+    return given
 
 
 def write_csv(answer: pa.RecordBatchReader, out: TextIO) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from pipeline.decode import decode
 from pipeline.draw import draw_instances
-from pipeline.errors import InputNotFoundError, StorageError
+from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.query import connect
 from pipeline.schema import Status
-from pipeline.storage import Storage, canonical
+from pipeline.storage import Storage, canonical, describe
 
 NEAR_NAMES = 3
 
@@ -49,7 +50,10 @@ def run(storage: Storage, table_uri: str, uri: str, output: str, min_score: floa
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    return connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
+    try:
+        return connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # a file of the table is gone or damaged
+        raise TableError(f"the table cannot be read ({describe(error)}); restore its files, or label again") from error
 
 
 def _find(connection: duckdb.DuckDBPyConnection, uri: str) -> dict[str, Any]:

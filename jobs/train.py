@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
@@ -29,7 +29,7 @@ from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, us
 from model.build import create_model
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
-from model.errors import ConfigError
+from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.presets import preset as preset_config
 from pipeline.coco import CocoDataset, read_coco, with_files
@@ -59,7 +59,9 @@ class TrainOptions(BaseModel):
     output: str = Field(description="Folder or prefix that holds runs.")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="The run's name, and its folder's.")
     preset: str = Field(default="tiny", description="Model preset.")
-    tasks: frozenset[Task] | None = Field(default=None, description="What to learn; default: what preset and data both have.")
+    tasks: frozenset[Task] | None = Field(
+        default=None, min_length=1, description="What to learn; default: what preset and data both have."
+    )
     weights: str | None = Field(default=None, description="Checkpoint or torchvision weights to start from.")
     reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
     workers: int = Field(default=1, gt=0, description="Training processes.")
@@ -70,7 +72,9 @@ class TrainOptions(BaseModel):
     model: dict[str, Any] = Field(default={}, description="Changes to the preset's configuration (`model.ModelConfig`).")
     augmentation: Augmentation = Augmentation()
     evaluate_every: int = Field(default=0, ge=0, description="Epochs between evaluations; 0: only after the last.")
-    max_dets: tuple[int, ...] = Field(default=(1, 10, 100), description="Detections an image that AP and AR count.")
+    max_dets: tuple[PositiveInt, ...] = Field(
+        default=(1, 10, 100), min_length=1, description="Detections an image that AP and AR count."
+    )
     keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported.")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
     keep_empty: bool = Field(default=False, description="Also learn from images without any instance.")
@@ -127,8 +131,7 @@ def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise ConfigError(f"{source}: {problems}") from error
+        raise ConfigError(f"{source}: {faults(error)}") from error
 
 
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:

@@ -16,6 +16,7 @@ from model.mask_rcnn import MaskRCNN
 from model.presets import preset
 
 _PREDICTORS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
+_BRANCHES = ("mask_head.", "keypoint_head.")
 _WEIGHT_NAME = re.compile(r"\w+_Weights\.\w+")
 
 
@@ -32,8 +33,9 @@ def create_model(
     weights: our checkpoint or a torchvision state dict (.pth), as path or bytes; or the name of torchvision's weights, which
     are downloaded. None leaves random weights. A preset's name takes on what the weights' source says: a checkpoint's own
     configuration where the preset is the same, the eps of torchvision's norms.
-    categories: of the data, in place of the preset's. reset_predictors: where their number differs from the weights', keep
-    the fresh last layers and load the rest (fine-tuning).
+    categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
+    weights', keep the fresh last layers; leave out branches (mask, keypoint) that this model lacks, start new those that the
+    weights lack; and load the rest.
 
     Raises UnknownPresetError, or CheckpointError for weights that cannot be read or do not fit.
     """
@@ -48,7 +50,7 @@ def create_model(
     model = MaskRCNN(config)
     if state is not None:
         if reset_predictors:
-            state = _with_fresh_predictors(model, state)
+            state = _with_fresh_layers(model, state)
         load_state(model.network, state, "weights" if isinstance(weights, bytes) else f"weights {weights}")
     return model.to(device).eval()
 
@@ -71,13 +73,21 @@ def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:
     return config.model_copy(update={"backbone": config.backbone.model_copy(update={"norm_eps": eps})})
 
 
-def _with_fresh_predictors(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the model's own last layers wherever theirs have another shape, or are missing."""
+def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` for fine-tuning `model`: without the branches that it lacks, with its own new layers where `state` has none.
+
+    New are the last layers whose shape differs, and whole branches. Anything else that is missing stays missing.
+    """
     own = model.network.state_dict()
+    absent = tuple(branch for branch in _BRANCHES if not _has(own, branch))
     kept = {
         key: tensor
         for key, tensor in state.items()
-        if not (key.startswith(_PREDICTORS) and key in own and own[key].shape != tensor.shape)
+        if not key.startswith(absent) and not (key.startswith(_PREDICTORS) and key in own and own[key].shape != tensor.shape)
     }
-    fresh = {key: tensor for key, tensor in own.items() if key.startswith(_PREDICTORS) and key not in kept}
-    return {**kept, **fresh}
+    new = _PREDICTORS + tuple(branch for branch in _BRANCHES if not _has(kept, branch))
+    return {key: tensor for key, tensor in own.items() if key.startswith(new) and key not in kept} | kept
+
+
+def _has(state: Mapping[str, Tensor], branch: str) -> bool:
+    return any(key.startswith(branch) for key in state)

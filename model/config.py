@@ -211,6 +211,6 @@ class PredictOptions(_Frozen):
     nms_iou: float | None = Field(default=None, ge=0, le=1)
     max_detections: int | None = Field(default=None, gt=0, le=1000)
     mask_threshold: float | None = Field(default=None, ge=0, le=1)
-    tasks: frozenset[Task] | None = None
+    tasks: frozenset[Task] | None = Field(default=None, min_length=1)
     batch_size: int = Field(default=4, gt=0)
     """Images of equal canvas that go through the network together on a GPU; on a CPU one at a time is faster."""

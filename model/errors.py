@@ -12,7 +12,10 @@ translated once, at the edge, with ``raise ... from``. The command line prints t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:  # the command line prints an error without loading pydantic
+    from pydantic import ValidationError
 
 
 class MaskLakeError(Exception):
@@ -37,3 +40,12 @@ class ConfigError(MaskLakeError):
     """Options that contradict each other, or that this model cannot honour."""
 
     exit_code = 12
+
+
+def faults(error: ValidationError) -> str:
+    """Every fault of a pydantic value in one line, each with its field: `recipe.epochs: input should be greater than 0`."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {_lower_first(fault['msg'])}" for fault in error.errors())
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

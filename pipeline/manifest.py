@@ -157,6 +157,8 @@ def _list_errors(uri: str, kind: str) -> Iterator[None]:
     try:
         with translated(uri):
             yield
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as error:
+        raise ConfigError(f"{uri}: cannot be read as a {kind} list ({describe(error)})") from error
     except StorageError as error:
         if isinstance(error.__cause__, (pa.ArrowInvalid, UnicodeDecodeError)):
             raise ConfigError(f"{uri}: cannot be read as a {kind} list ({describe(error.__cause__)})") from error
@@ -192,6 +194,8 @@ def _column(spec: InputSpec, names: list[str]) -> str:
     if chosen not in names:
         said = f"no column {chosen!r}" if chosen else "several columns, none of them `uri`"
         raise ConfigError(f"{spec.uri}: {said}; name one of: {', '.join(names)}")
+    if names.count(chosen) > 1:
+        raise ConfigError(f"{spec.uri}: has {names.count(chosen)} columns named {chosen!r}; rename all but one")
     return chosen
 
 
@@ -200,6 +204,9 @@ def _read_parquet(storage: Storage, spec: InputSpec) -> Iterator[pa.RecordBatch]
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         names = file.schema_arrow.names
         column = _column(spec, names)
+        kind = file.schema_arrow.field(column).type
+        if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            raise ConfigError(f"{spec.uri}: column {column!r} holds {kind} and not names; choose another with --column")
         more = [name for name in ("etag", "bytes") if name in names and name != column]
         for batch in file.iter_batches(LISTING_BATCH, columns=[column, *more]):
             columns = {"uri": batch[column].cast(pa.string())}

@@ -11,6 +11,7 @@ except `Storage.delta_options`, whose result goes to `deltalake` and nowhere els
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -39,6 +40,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """What a folder's listing takes for an image, in any case; a manifest may name anything."""
@@ -564,11 +567,22 @@ def _walk(folder: str) -> Iterator[tuple[str, str, int]]:
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
+            if not _is_utf8(path):
+                logger.warning("%r is left out: its name is not UTF-8, as a table needs it; rename it", os.fsencode(path))
+                continue
             try:
                 stat = os.stat(path)
             except FileNotFoundError:
                 continue  # removed since the folder was read, or a dangling link
             yield path, local_etag(stat), stat.st_size
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python holds foreign bytes of a name as lone surrogates
+        return False
+    return True
 
 
 def _raise(error: OSError) -> None:

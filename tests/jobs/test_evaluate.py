@@ -122,6 +122,12 @@ def test_one_run_can_be_scored(shapes: Path, tmp_path: Path) -> None:
     assert evaluate.run(Storage(), str(tmp_path / "table"), str(shapes)).labelled == 12
 
 
+def test_a_run_that_is_not_there_is_named(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos"), "night-1")
+    with pytest.raises(InputNotFoundError, match="has no run 'nosuch'; its runs: night-1"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), labelling_run="nosuch")
+
+
 def test_what_looks_wrong_is_noted(shapes: Path, tmp_path: Path) -> None:
     rows = labelled(shapes, "/photos")
     for row in rows:

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs import show
 from jobs.cli import main
-from jobs.query import plain, write_table
+from jobs.query import Format, plain, write_table
+from jobs.query import run as run_query
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
 from pipeline.schema import FILE_SCHEMA
 from pipeline.storage import Storage
@@ -119,6 +121,20 @@ def test_errors_have_their_exit_codes(tmp_path: Path, masklake: Any) -> None:
     assert EmptyInputError.exit_code != InputNotFoundError.exit_code
 
 
+def test_columns_of_one_name_stay_apart_in_json(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["a.jpg"])
+    _, out, _ = masklake("query", table, "SELECT 1 AS n, 2 AS n, 3 AS n_1", "--format", "json")
+    assert json.loads(out) == [{"n": 1, "n_2": 2, "n_1": 3}]
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_dates_that_python_has_not_are_refused_with_the_way_out(tmp_path: Path, form: str) -> None:
+    table = label(str(tmp_path), ["a.jpg"])
+    with pytest.raises(QueryError, match=r"column 'd'.*select d::VARCHAR"):
+        run_query(Storage(), table, "SELECT DATE '12000-01-01' AS d", Format(form))
+    assert run_query(Storage(), table, "SELECT (DATE '12000-01-01')::VARCHAR AS d", Format(form)) == 1
+
+
 def test_values_are_plain() -> None:
     point = pa.struct([("x", pa.float32()), ("raw", pa.binary())])
     assert plain([{"x": np.float32(0.1).item(), "raw": b"PP`m1"}], pa.list_(point)) == [{"x": 0.1, "raw": "PP`m1"}]
@@ -172,6 +188,14 @@ def test_show_says_why_there_is_nothing_to_draw(tmp_path: Path, masklake: Any) -
     table = label(str(tmp_path / "gone"), ["x.jpg"])
     Path(tmp_path / "gone/x.jpg").unlink()
     assert masklake("show", table, f"{tmp_path}/gone/x.jpg", "-o", str(tmp_path / "x.png"))[0] == InputNotFoundError.exit_code
+
+
+def test_show_says_that_a_tables_file_is_gone(tmp_path: Path) -> None:
+    table = label(str(tmp_path), ["a.jpg"])
+    for path in Path(table).rglob("*.parquet"):
+        path.write_bytes(b"not Parquet")
+    with pytest.raises(TableError, match="the table cannot be read"):
+        show.run(Storage(), table, "a.jpg", str(tmp_path / "x.png"))
 
 
 def test_show_refuses_an_image_that_changed_its_size(tmp_path: Path, masklake: Any) -> None:

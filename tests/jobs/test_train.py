@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from jobs.cluster import Capacity
+from jobs.latest import read_latest
 from jobs.shapes import CATEGORIES, generate
 from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
 from jobs.train_worker import _check_finite, _is_best, _Losses, user_error
@@ -52,6 +53,8 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
         ("train = 'a'\noutput = 'o'\nname = 'n'\nworker = 2", "worker: extra inputs"),
         ("train = 'a'\noutput = 'o'\nname = '../n'", "name: string should match"),
         ("output = 'o'\nname = 'n'", "train: field required"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\nmax_dets = []", "max_dets: tuple should have at least 1 item"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\ntasks = []", "tasks: frozenset should have at least 1 item"),
         ("train = ", "is not TOML"),
     ],
 )
@@ -115,6 +118,33 @@ def test_weights_of_other_categories_need_new_predictors(tmp_path: Path) -> None
         next(model.network.backbone.parameters()),
         next(load_checkpoint(tmp_path / "w.safetensors").network.backbone.parameters()),
     )
+
+
+def test_branches_come_and_go_with_the_data(tmp_path: Path) -> None:
+    """A checkpoint with all branches is fine-tuned on boxes alone, and one of boxes gets new branches."""
+    whole = build_model(options(), shapes(), Storage())
+    assert whole.config.tasks == {"box", "mask", "keypoint"}
+    (tmp_path / "whole.safetensors").write_bytes(dumps(whole))
+    boxes = build_model(options(weights=str(tmp_path / "whole.safetensors"), tasks=["box"]), shapes(), Storage())
+    assert boxes.config.tasks == {"box"}
+    (tmp_path / "boxes.safetensors").write_bytes(dumps(boxes))
+    again = build_model(options(weights=str(tmp_path / "boxes.safetensors"), reset_predictors=True), shapes(), Storage())
+    assert again.config.tasks == {"box", "mask", "keypoint"}
+    for model in (boxes, again):
+        ours, theirs = model.network.state_dict(), whole.network.state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith(("backbone.", "rpn.", "box_head.")))
+    plain = [
+        category.model_copy(update={"keypoints": (), "flip_pairs": (), "skeleton": ()}) for category in shapes().categories
+    ]
+    without = create_model("tiny", tmp_path / "whole.safetensors", categories=plain, reset_predictors=True)
+    assert without.config.tasks == {"box", "mask"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"epoch": "x", "checkpoint": "c"}'])
+def test_a_damaged_pointer_is_told_and_not_trained_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "latest.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"latest\.json is damaged.*checkpoint_0003"):
+        read_latest(Storage(), str(tmp_path))
 
 
 # -- the worker's parts ------------------------------------------------------------------------------------------------

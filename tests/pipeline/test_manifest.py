@@ -131,6 +131,16 @@ def test_a_list_that_is_not_one_is_told(tmp_path: Path) -> None:
             listed(Storage(), str(tmp_path / name))
 
 
+def test_a_column_of_no_names_is_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": [["a.jpg"], ["b.jpg"]], "raw": [b"a", b"b"]}), tmp_path / "list.parquet")
+    for column, kind in (("uri", "list"), ("raw", "binary")):
+        with pytest.raises(ConfigError, match=f"column '{column}' holds {kind}.*--column"):
+            list(list_inputs(Storage(), InputSpec(uri=str(tmp_path / "list.parquet"), column=column)))
+    (tmp_path / "list.csv").write_text("uri,uri\na.jpg,b.jpg\n")
+    with pytest.raises(ConfigError, match="2 columns named 'uri'"):
+        list(list_inputs(Storage(), InputSpec(uri=str(tmp_path / "list.csv"))))
+
+
 def test_a_csv_with_a_byte_order_mark_and_quotes(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes('\ufeff"file","note"\n"a, b.jpg","two\nlines"\n'.encode())
     assert uris(listed(Storage(), str(tmp_path / "list.csv"), "file"), str(tmp_path)) == ["a, b.jpg"]

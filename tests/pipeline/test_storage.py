@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
-from pipeline.storage import Storage, StorageOptions, canonical, describe, parent, parse, relative_to, translate
+from pipeline.storage import Storage, StorageOptions, canonical, concat, describe, parent, parse, relative_to, translate
 from pipeline.table import Table, open_table
 
 ODD_KEYS = [
@@ -134,6 +135,13 @@ def test_a_missing_folder_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_name_that_is_not_utf8_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jpg")).write_bytes(b"b")
+    assert concat(Storage().list_images(str(tmp_path)))["uri"].to_pylist() == [str(tmp_path / "a.jpg")]
+    assert "not UTF-8" in caplog.text
+
+
 def test_a_missing_bucket_says_so(s3: Any) -> None:
     storage = Storage()
     for call in (storage.read_bytes, lambda uri: list(storage.list_images(uri)), storage.stat):
