@@ -43,9 +43,11 @@ def test_killed_twice_and_refused_once_every_image_is_there_once(
 
     second = start(*command)  # at once: on this host nobody waits for the dead driver's lease
     second.wait_until(lambda: f'"pid": {second.process.pid},' in lease_of(table))
+    second.process.send_signal(signal.SIGSTOP)  # or it might be done before the rival has started
     rival = start(*command)
     code, _, err = rival.finish()
-    assert code == 31
+    second.process.send_signal(signal.SIGCONT)
+    assert code == 31, err
     assert f"(process {second.process.pid})" in err
     second.wait_until(lambda: written_blocks(table) > survived)
     second.stop(signal.SIGKILL)
