@@ -21,10 +21,10 @@ from jobs.cluster import connect
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from model import MaskRCNN, PredictOptions, load_checkpoint
-from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
+from model.errors import CheckpointError, ConfigError, faults
 from pipeline import run_output
 from pipeline.decode import DecodeLimits
-from pipeline.errors import InputNotFoundError, LeaseLostError
+from pipeline.errors import InputNotFoundError, LabellingError, LeaseLostError
 from pipeline.labeller import LabellingActor, LabelSpec
 from pipeline.lease import Lease
 from pipeline.manifest import InputSpec, Plan, plan_run
@@ -236,7 +236,7 @@ def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: int) -> None:
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise MaskLakeError(f"labelling stopped: {reason}; the same command goes on where it stopped") from error
+        raise LabellingError(f"labelling stopped: {reason}; the same command goes on where it stopped") from error
     finally:
         ray.kill(counter)
 

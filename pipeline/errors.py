@@ -90,3 +90,9 @@ class TrainingError(MaskLakeError):
     """Training stopped: the loss diverged, or workers kept failing."""
 
     exit_code = 42
+
+
+class LabellingError(MaskLakeError):
+    """Ray gave a labelling run up: its cluster went away, or lost more blocks than it may."""
+
+    exit_code = 43
