@@ -60,3 +60,9 @@ def box_iou(left: Tensor, right: Tensor) -> Tensor:
     common = size.prod(dim=2)
     areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (left, right)]
     return common / (areas[0][:, None] + areas[1] - common)
+
+
+def roi_pool(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
+    """RoIPool of one map: (B, C, H, W) and rois (R, 5) in canvas pixels -> (R, C, bins, bins); differentiable."""
+    pooled: Tensor = torch.ops.torchvision.roi_pool(feature, rois.to(feature.dtype), scale, bins, bins)[0]
+    return pooled

@@ -1,0 +1,82 @@
+"""What RoIAlign replaced, for the paper's ablation (section 3 "RoIAlign", table 2c): RoIPool, and RoIWarp's rounding.
+
+RoIPool (Girshick 2015, Fast R-CNN) rounds a region to whole feature pixels, and its bins again. RoIWarp (Dai et al. 2016)
+rounds the region and then samples it bilinearly: RoIAlign of a rounded region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model import torchvision_ops
+
+
+def roi_pool(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    mode: Literal["avg", "max"] = "max",
+) -> Tensor:
+    """The largest, or mean, feature pixel of each of P x P bins; the arguments are those of `roi_align`.
+
+    Returns (R, C, P, P) in the features' dtype; empty bins are 0. Differentiable in the features.
+    """
+    pooled = features[0].new_zeros((len(rois), features[0].shape[1], output_size, output_size))
+    pool = _largest if mode == "max" else _mean
+    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        members = torch.where(levels == level)[0]
+        if len(members) or feature.requires_grad:  # every level stays in the graph: workers average gradients of all weights
+            pooled = pooled.index_add(0, members, pool(feature, rois[members], scale, output_size))
+    return pooled
+
+
+def snap_to_cells(rois: Tensor, levels: Tensor, scales: Sequence[float]) -> Tensor:
+    """RoIWarp's regions: corners (R, 5) moved to whole pixels of their level's map, halves away from zero as RoIPool does."""
+    scale = torch.tensor(scales, dtype=rois.dtype, device=rois.device)[levels][:, None]
+    return torch.cat([rois[:, :1], _round(rois[:, 1:] * scale) / scale], dim=1)
+
+
+def _round(values: Tensor) -> Tensor:
+    """To the nearest whole number, halves away from zero: C's `round`, which the original operator uses."""
+    return values.sign() * (values.abs() + 0.5).floor()
+
+
+def _largest(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
+    """torchvision's operator, in single precision at least."""
+    pooled = torchvision_ops.roi_pool(feature.float() if feature.dtype != torch.float64 else feature, rois, scale, bins)
+    return pooled.to(feature.dtype)
+
+
+def _mean(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
+    """The same bins' means, from sums over all pixels above and left of each: four of them give the sum over any bin."""
+    batch, channels, height, width = feature.shape
+    sums = feature.new_zeros((batch, channels, height + 1, width + 1), dtype=torch.float64)
+    sums[:, :, 1:, 1:] = feature.double().cumsum(2).cumsum(3)
+    table = sums.permute(0, 2, 3, 1)
+    corners = _round(rois[:, 1:].double() * scale).long()
+    first_x, last_x = _bins(corners[:, 0], corners[:, 2], bins, width)
+    first_y, last_y = _bins(corners[:, 1], corners[:, 3], bins, height)
+    image = rois[:, 0].long()[:, None, None]
+
+    def at(y: Tensor, x: Tensor) -> Tensor:
+        return table[image, y[:, :, None], x[:, None, :]]
+
+    total = at(last_y, last_x) - at(first_y, last_x) - at(last_y, first_x) + at(first_y, first_x)
+    area = (last_y - first_y)[:, :, None] * (last_x - first_x)[:, None, :]
+    return (total / area.clamp(min=1)[..., None]).permute(0, 3, 1, 2).to(feature.dtype)
+
+
+def _bins(first: Tensor, last: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
+    """Borders int64 (R, P) of the bins along an axis of `size` pixels; both corners of a region belong to it."""
+    extent = (last - first + 1).clamp(min=1)[:, None]
+    number = torch.arange(bins, device=first.device)
+    low = first[:, None] + (number * extent).div(bins, rounding_mode="floor")
+    high = first[:, None] - ((-(number + 1) * extent).div(bins, rounding_mode="floor"))
+    low, high = low.clamp(0, size), high.clamp(0, size)
+    return low, torch.maximum(low, high)
