@@ -12,9 +12,6 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-FPN_STRIDES = (4, 8, 16, 32, 64)
-"""Canvas pixels between the cells of P2..P6."""
-
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounding: bool) -> Tensor:
     """float32 (A, 4): xyxy around the origin, ratio by ratio and in each size by size; area size^2, ratio height / width."""
@@ -29,7 +26,7 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounding: bool
 def level_strides(config: ModelConfig, canvas: tuple[int, int], maps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Canvas pixels from cell to cell, (vertical, horizontal), of each level; `maps` are the levels' (H, W)."""
     if config.anchor_stride == "fixed":
-        return [(stride, stride) for stride in FPN_STRIDES]
+        return [(stride, stride) for stride in config.rpn_strides]
     return [(canvas[0] // height, canvas[1] // width) for height, width in maps]
 
 

@@ -8,33 +8,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.backbone import region_channels
 from model.boxes import encode_boxes
 from model.config import ModelConfig
 from model.layers import ConvNorm, head_norm
 
 
 class BoxHead(nn.Module):
-    """Hidden layers (convolutions, if any, then fully connected ones), class logits, and one box for each class.
+    """Hidden layers (convolutions, if any, then fully connected ones or the mean), class logits, a box for each class.
 
     The two predictors may be of a higher precision than the rest: scores and boxes come straight from them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        channels = (config.fpn_channels, *config.box_channels)
+        channels = (region_channels(config), *config.box_channels)
         self.convs = nn.ModuleList(
             ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
         )
-        widths = (channels[-1] * config.box_pool**2, *[config.box_hidden] * config.box_layers)
+        widths = (channels[-1] * config.box_bins**2, *[config.box_hidden] * config.box_layers)
         self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
-        self.cls_score = nn.Linear(config.box_hidden, config.num_classes)
-        self.bbox_pred = nn.Linear(config.box_hidden, config.num_classes * 4)
+        features = config.box_hidden if config.box_layers else channels[-1]
+        self.cls_score = nn.Linear(features, config.num_classes)
+        self.bbox_pred = nn.Linear(features, config.num_classes * 4)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> class logits (R, classes) and deltas (R, classes, 4)."""
         for conv in self.convs:
             regions = functional.relu(conv(regions), inplace=True)
-        hidden = regions.flatten(1)
+        hidden = regions.flatten(1) if len(self.hidden) else regions.mean(dim=(2, 3))
         for layer in self.hidden:
             hidden = functional.relu(layer(hidden), inplace=True)
         hidden = hidden.to(self.cls_score.weight.dtype)

@@ -22,6 +22,7 @@ from model.mask_rcnn import MaskRCNN
 from model.network import Network
 
 FORMAT = "masklake/1"
+_COUNTER = ".num_batches_tracked"
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
@@ -104,8 +105,12 @@ def _metadata(data: bytes) -> Mapping[str, str]:
 
 
 def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None:
-    """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit."""
-    own = network.state_dict()
+    """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit.
+
+    Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
+    """
+    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(_COUNTER)}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(_COUNTER)}
     _check_classes(network.config, own, state, name)
     complaints = [
         _listed("it lacks", sorted(own.keys() - state.keys())),
@@ -121,7 +126,7 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None
     ]
     if found := [complaint for complaint in complaints if complaint]:
         raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
-    network.load_state_dict(dict(state))
+    network.load_state_dict(state, strict=False)
 
 
 def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:

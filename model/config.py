@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Precision = Literal["fp32", "bf16", "fp16"]
 Task = Literal["box", "mask", "keypoint"]
 NormKind = Literal["frozen", "batch", "group", "none"]
+FeatureKind = Literal["fpn", "c4", "c5", "dc5"]
+PoolKind = Literal["align", "pool", "warp"]
+MaskOutput = Literal["sigmoid", "softmax", "agnostic"]
 
 
 class _Frozen(BaseModel):
@@ -38,12 +41,18 @@ class Category(_Frozen):
 
 
 class BackboneConfig(_Frozen):
-    """A residual network (He et al. 2016) of four stages, strides 4, 8, 16 and 32."""
+    """A residual network (ResNet: He et al. 2016; ResNeXt: Xie et al. 2017) of four stages, strides 4, 8, 16 and 32."""
 
     block: Literal["bottleneck", "basic"] = "bottleneck"
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-    """Channels of a stage's 3x3 convolutions; a bottleneck puts out four times as many."""
+    """Channels of a stage's 3x3 convolutions in a plain ResNet; a bottleneck puts out four times as many."""
+    groups: int = Field(default=1, gt=0)
+    """Cardinality of the 3x3 convolutions: 32 or 64 in a ResNeXt."""
+    group_width: int = Field(default=64, gt=0)
+    """Channels of a group in the first stage (4 in "32x4d"); 64 with one group is the plain ResNet."""
+    stride_in: Literal["1x1", "3x3"] = "3x3"
+    """The convolution of a bottleneck that has the stride: the first in the original ResNet and Detectron2's R50 and R101."""
     stem_channels: int = Field(default=64, gt=0)
     stem_kernel: int = Field(default=7, gt=0)
     """Pixels; the stem has stride 2 and a stride 2 max pool behind it."""
@@ -68,6 +77,9 @@ class ModelConfig(_Frozen):
     keypoint: bool = False
     """Has a keypoint branch (section 5), provided that some category has keypoints."""
     backbone: BackboneConfig = BackboneConfig()
+    features: FeatureKind = "fpn"
+    """Where regions and proposals come from (section 3 "Network Architecture", section 4.1, table 2): the pyramid P2..P6; C4,
+    with the fifth stage run on each region (figure 4, left); C5 of stride 32; or dilated C5 of stride 16 (DC5)."""
     fpn_channels: int = Field(default=256, gt=0)
     head_norm: NormKind = "none"
     """Behind the convolutions of the pyramid and of the branches; `group` helps training from scratch (He et al. 2019)."""
@@ -89,13 +101,15 @@ class ModelConfig(_Frozen):
 
     # Anchors and proposals (section 3.1; Ren et al. 2015; Lin et al. 2017, FPN).
     anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
-    """Canvas pixels, for each of P2..P6."""
+    """Canvas pixels, for each of P2..P6, or for the one map of the other features."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
     anchor_rounding: bool = True
     """Corners of the cell anchors are rounded to whole pixels."""
     anchor_stride: Literal["canvas_over_map", "fixed"] = "canvas_over_map"
     """`canvas_over_map`: canvas height // map height (P6 at 800 pixels: 61); `fixed`: 4, 8, 16, 32, 64."""
+    rpn_convs: int = Field(default=1, gt=0)
+    """3x3 convolutions of the proposal head (two in torchvision's V2)."""
     rpn_pre_nms_train: int = Field(default=2000, gt=0)
     """Best anchors of each level, before suppression."""
     rpn_pre_nms_test: int = Field(default=1000, gt=0)
@@ -121,6 +135,10 @@ class ModelConfig(_Frozen):
     roi_canonical_size: float = Field(default=224.0, gt=0)
     """Canvas pixels of the square that belongs to `roi_canonical_level`: level = floor(4 + log2(sqrt(area) / 224) + 1e-6)."""
     roi_canonical_level: int = 4
+    roi_pool: PoolKind = "align"
+    """RoIAlign; RoIPool, which rounds regions and bins to feature pixels; RoIWarp, which rounds regions alone (table 2c)."""
+    roi_pool_mode: Literal["avg", "max"] = "avg"
+    """What a bin keeps of its samples (RoIWarp, RoIAlign) or pixels (RoIPool, by origin "max")."""
     roi_aligned: bool = False
     """RoIAlign's half-pixel shift."""
     roi_sampling_ratio: int = Field(default=2, ge=0)
@@ -132,18 +150,32 @@ class ModelConfig(_Frozen):
 
     # Heads (figure 4, right; section 5).
     box_pool: int = Field(default=7, gt=0)
+    """Bins. With C4 features the fifth stage runs on them, and the masks come from its output too."""
+    roi_stage_stride: Literal[1, 2] = 1
+    """Of the fifth stage on a region: 1 on 7 x 7 bins in the paper's figure 4, 2 on 14 x 14 bins in Detectron2."""
     box_channels: tuple[int, ...] = ()
     """Of the 3x3 convolutions before the fully connected layers (none in the paper; four of 256 in torchvision's V2)."""
-    box_layers: int = Field(default=2, gt=0)
-    """Fully connected layers before the predictors."""
+    box_layers: int = Field(default=2, ge=0)
+    """Fully connected layers before the predictors; none: they read the mean over the bins, as in a ResNet (C4)."""
     box_hidden: int = Field(default=1024, gt=0)
     """Their width."""
     box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     smooth_l1_beta: float = Field(default=1 / 9, gt=0)
     """Where the box losses turn from quadratic to linear."""
     mask_pool: int = Field(default=14, gt=0)
-    """Bins; the mask is twice as wide (m = 28)."""
-    mask_channels: tuple[int, ...] = Field(default=(256, 256, 256, 256), min_length=1)
+    """Bins; a convolutional head's mask is twice as wide (m = 28)."""
+    mask_head: Literal["fcn", "mlp"] = "fcn"
+    """Convolutions, or fully connected layers that predict all m x m pixels at once (table 2e)."""
+    mask_output: MaskOutput = "sigmoid"
+    """One mask a class without competition; a softmax over the classes at each pixel (table 2b); or one for all classes."""
+    mask_channels: tuple[int, ...] = (256, 256, 256, 256)
+    """Of the 3x3 convolutions (`fcn`)."""
+    mask_deconv_channels: int = Field(default=256, gt=0)
+    """Of the deconvolution behind them (`fcn`)."""
+    mask_hidden: tuple[int, ...] = (1024, 1024)
+    """Widths of the fully connected layers before the last one (`mlp`)."""
+    mask_side: int = Field(default=28, gt=0)
+    """m, pixels of the mask's side (`mlp`)."""
     keypoint_pool: int = Field(default=14, gt=0)
     """Bins; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[int, ...] = Field(default=(512,) * 8, min_length=1)
@@ -172,9 +204,27 @@ class ModelConfig(_Frozen):
             count = len(category.keypoints)
             if any(not 0 <= i < count for pair in category.flip_pairs + category.skeleton for i in pair):
                 raise ValueError(f"flip_pairs or skeleton of category {category.name!r} name a keypoint that it does not have")
-        if len(self.anchor_sizes) != 5:
-            raise ValueError("anchor_sizes needs one entry for each of P2..P6")
+        if len(self.anchor_sizes) != len(self.rpn_strides):
+            levels = "each of P2..P6" if self.features == "fpn" else f"the one map of {self.features} features"
+            raise ValueError(f"anchor_sizes needs one entry for {levels}")
+        if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
+            raise ValueError("anchor_sizes needs equally many sizes at every level: the proposal head is shared by them")
         return self
+
+    @property
+    def rpn_strides(self) -> tuple[int, ...]:
+        """Canvas pixels between the cells of each map that proposals come from."""
+        return {"fpn": (4, 8, 16, 32, 64), "c4": (16,), "c5": (32,), "dc5": (16,)}[self.features]
+
+    @property
+    def roi_strides(self) -> tuple[int, ...]:
+        """Canvas pixels between the cells of each map that regions are pooled from: all but P6."""
+        return self.rpn_strides[:4]
+
+    @property
+    def box_bins(self) -> int:
+        """Bins a side of what the box branch gets: after the fifth stage where the features are C4."""
+        return -(-self.box_pool // self.roi_stage_stride) if self.features == "c4" else self.box_pool
 
     @property
     def num_classes(self) -> int:

@@ -1,4 +1,4 @@
-"""Feature pyramid network: the backbone's top-down part (Lin et al. 2017)."""
+"""Feature pyramid network: the backbone's top-down part (Lin et al. 2017, FPN)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import ModelConfig
-from model.layers import ConvNorm, Norm, head_norm
-from model.resnet import ResNet
+from model.layers import ConvNorm, Norm
 
 
 class FeaturePyramid(nn.Module):
@@ -41,17 +39,3 @@ def add_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
         return finer.add_(functional.interpolate(coarser, size=finer.shape[-2:], mode="nearest"))
     finer.view(batch, channels, height, 2, width, 2).add_(coarser[:, :, :, None, :, None])
     return finer
-
-
-class ResNetFPN(nn.Module):
-    """The backbone: residual network and feature pyramid."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.body = ResNet(config.backbone)
-        self.fpn = FeaturePyramid(self.body.channels, config.fpn_channels, head_norm(config))
-
-    def forward(self, canvas: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> P2..P6. P6 is P5 at every second place; proposals use it, regions of interest do not."""
-        levels = self.fpn(self.body(canvas))
-        return [*levels, levels[-1][:, :, ::2, ::2]]

@@ -20,7 +20,6 @@ from model.instances import Instances
 from model.keypoints import decode_heatmaps
 from model.network import Network
 from model.rle import encode_boxed_masks
-from model.roi_features import roi_features
 from model.rpn import Regions
 from model.transform import Canvas, Size
 
@@ -81,7 +80,7 @@ def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
     features = network.backbone(canvas.pixels)
     proposals = network.rpn.propose(features, network.rpn.head(features), canvas.size, canvas.sizes)
     config = network.config
-    logits, deltas = network.box_head(roi_features(features, proposals, config.box_pool, config))
+    logits, deltas = network.box_head(network.box_input(features, proposals))
     found = select(logits, deltas, proposals, canvas.sizes, config, settings)
     regions = Regions(found.boxes, found.images)
     masks = _masks(network, features, regions, found.classes) if "mask" in settings.tasks else None
@@ -110,8 +109,7 @@ def select(
 
 def _masks(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
     """Probabilities of each detection's own class, float32 (N, m, m)."""
-    pooled = roi_features(features, regions, network.config.mask_pool, network.config)
-    return network.mask_head(pooled, classes).float().sigmoid()
+    return network.mask_head(network.mask_input(features, regions), classes).float().sigmoid()
 
 
 def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
@@ -121,7 +119,7 @@ def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, c
     chosen = torch.where(counts > 0)[0]
     if len(chosen):
         some = Regions(regions.boxes[chosen], regions.images[chosen])
-        logits = network.keypoint_head(roi_features(features, some, config.keypoint_pool, config))
+        logits = network.keypoint_head(network.keypoint_input(features, some))
         keypoints[chosen] = decode_heatmaps(logits, some.boxes)
     beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
     return keypoints.masked_fill(beyond[:, :, None], torch.nan)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.backbone import map_channels
 from model.config import ModelConfig
 from model.layers import ConvNorm, head_norm, init_relu_conv
 
@@ -18,7 +19,7 @@ class KeypointHead(nn.Module):
         channels = config.keypoint_channels
         self.convs = nn.ModuleList(
             ConvNorm(c_in, c_out, 3, 1, head_norm(config))
-            for c_in, c_out in zip((config.fpn_channels, *channels[:-1]), channels, strict=True)
+            for c_in, c_out in zip((map_channels(config), *channels[:-1]), channels, strict=True)
         )
         self.deconv = nn.ConvTranspose2d(channels[-1], config.num_keypoints, 4, stride=2, padding=1)
         init_relu_conv(self.deconv)

@@ -70,8 +70,9 @@ def head_norm(config: ModelConfig) -> Norm:
 class ConvNorm(nn.Sequential):
     """Convolution `0`, then normalisation `1`; (B, C, H, W) in and out. The convolution has a bias where there is no norm."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, norm: Norm) -> None:
-        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=norm.kind == "none")
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, norm: Norm, groups: int = 1, dilation: int = 1) -> None:
+        padding, bias = dilation * (kernel // 2), norm.kind == "none"
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation=dilation, groups=groups, bias=bias)
         init_relu_conv(conv)
         super().__init__(conv, make_norm(norm, c_out))
 

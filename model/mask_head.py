@@ -1,47 +1,146 @@
-"""The mask branch: a small fully convolutional network on each region (section 3 "Mask Representation", figure 4)."""
+"""The mask branch: a small network on each region that outlines the object (section 3 "Mask Representation", tables 2b, 2e)."""
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.backbone import map_channels, region_channels
 from model.config import ModelConfig
 from model.kernels.roi_align import roi_align
 from model.layers import ConvNorm, head_norm, init_relu_conv
 
 
-class MaskHead(nn.Module):
-    """3x3 convolutions, a 2x2 stride 2 deconvolution, and one mask for each class (logits; no competition among classes)."""
+class MaskHead(nn.Module, ABC):
+    """What the kinds of mask heads share: how masks of several classes become one mask, and its loss.
+
+    side: m, pixels of a mask's side. channels: masks that the network puts out for a region; with one a class, channel i is
+    class i (the background's is never used by sigmoids, and the softmax's "outside").
+    """
+
+    side: int
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        channels = config.mask_channels
+        self.output = config.mask_output
+        self.channels = 1 if config.mask_output == "agnostic" else config.num_classes
+
+    @abstractmethod
+    def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
+        """(R, C, P, P) and int64 (R,) -> logits of that channel of each region, (R, m, m)."""
+
+    @abstractmethod
+    def all_channels(self, regions: Tensor) -> Tensor:
+        """(R, C, P, P) -> logits (R, channels, m, m)."""
+
+    def forward(self, regions: Tensor, labels: Tensor) -> Tensor:
+        """(R, C, P, P) and classes int64 (R,) -> (R, m, m), whose sigmoid is the probability to be in the object's mask."""
+        if self.output != "softmax":
+            return self.one_channel(regions, labels if self.output == "sigmoid" else torch.zeros_like(labels))
+        logits = self.all_channels(regions)
+        own = torch.arange(logits.shape[1], device=labels.device) == labels[:, None]
+        others = logits.masked_fill(own[:, :, None, None], -torch.inf).logsumexp(dim=1)
+        return logits[own] - others  # the odds of a softmax's winner
+
+    def loss(self, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """L_mask of the positive regions: mean over their pixels; targets float32 (R, m, m) in 0..1.
+
+        Binary cross-entropy of the own class's mask (section 3); with a softmax the cross-entropy to that class inside the
+        mask and to the background outside (table 2b).
+        """
+        if not len(regions):  # zero, and still a function of the parameters: every worker must see every gradient
+            return self.all_channels(regions).sum()
+        if self.output != "softmax":
+            return functional.binary_cross_entropy_with_logits(self(regions, labels).float(), targets)
+        chances = self.all_channels(regions).float().log_softmax(dim=1)
+        inside = chances[torch.arange(len(labels), device=labels.device), labels]
+        return -(targets * inside + (1 - targets) * chances[:, 0]).mean()
+
+
+class ConvMaskHead(MaskHead):
+    """Fully convolutional: 3x3 convolutions, a 2x2 stride 2 deconvolution, and a 1x1 convolution (figure 4, right)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        shared = config.features == "c4"
+        channels = (region_channels(config) if shared else map_channels(config), *config.mask_channels)
+        self.side = 2 * (config.box_bins if shared else config.mask_pool)
         self.convs = nn.ModuleList(
-            ConvNorm(c_in, c_out, 3, 1, head_norm(config))
-            for c_in, c_out in zip((config.fpn_channels, *channels[:-1]), channels, strict=True)
+            ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
         )
-        self.deconv = nn.ConvTranspose2d(channels[-1], channels[-1], 2, stride=2)
-        self.logits = nn.Conv2d(channels[-1], config.num_classes, 1)
+        self.deconv = nn.ConvTranspose2d(channels[-1], config.mask_deconv_channels, 2, stride=2)
+        self.logits = nn.Conv2d(config.mask_deconv_channels, self.channels, 1)
         for layer in (self.deconv, self.logits):
             init_relu_conv(layer)
 
-    def forward(self, regions: Tensor, labels: Tensor) -> Tensor:
-        """(R, C, 14, 14) and classes int64 (R,) -> logits of each region's own class, (R, 28, 28)."""
+    def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
+        """Of the last layer only what is asked for is computed."""
+        weight, bias = self._predictor()
+        logits = torch.bmm(self._pixels(regions), weight[channels][:, :, None]) + bias[channels][:, None, None]
+        return self._as_maps(logits)[:, 0]
+
+    def all_channels(self, regions: Tensor) -> Tensor:
+        """The last layer on every pixel."""
+        return self._as_maps(functional.linear(self._pixels(regions), *self._predictor()))
+
+    def _predictor(self) -> tuple[Tensor, Tensor]:
+        return self.logits.weight.flatten(1), cast(Tensor, self.logits.bias)
+
+    def _pixels(self, regions: Tensor) -> Tensor:
+        """(R, C, P, P) -> (R, P * P * 4, hidden): the four pixels of each bin side by side.
+
+        The strides of the deconvolution do not overlap, so it is one matrix product from a bin to its 2x2 pixels, and neither
+        direction copies the large map into another memory order.
+        """
         for conv in self.convs:
             regions = functional.relu(conv(regions), inplace=True)
-        # The strides of the deconvolution do not overlap: it is one matrix product from a bin to its 2x2 pixels. Of the last
-        # layer only the region's own class is computed. Neither needs a copy in another memory order, forward or backward.
         count, channels, height, width = regions.shape
         bins = regions.permute(0, 2, 3, 1).reshape(-1, channels)
         spread = self.deconv.weight.permute(0, 2, 3, 1).reshape(channels, -1)
         hidden = functional.relu(torch.addmm(cast(Tensor, self.deconv.bias).repeat(4), bins, spread), inplace=True)
-        own = self.logits.weight[labels].flatten(1)[:, :, None]
-        logits = torch.bmm(hidden.view(count, 4 * height * width, own.shape[1]), own).view(count, height, width, 2, 2)
-        logits = logits + cast(Tensor, self.logits.bias)[labels].view(-1, 1, 1, 1, 1)
-        return logits.permute(0, 1, 3, 2, 4).reshape(count, 2 * height, 2 * width)
+        return hidden.view(count, height * width * 4, self.deconv.out_channels)
+
+    def _as_maps(self, logits: Tensor) -> Tensor:
+        """(R, P * P * 4, K), pixels in the order of `_pixels` -> (R, K, m, m)."""
+        half = self.side // 2
+        maps = logits.view(len(logits), half, half, 2, 2, logits.shape[2])
+        return maps.permute(0, 5, 1, 3, 2, 4).reshape(len(logits), logits.shape[2], self.side, self.side)
+
+
+class FullyConnectedMaskHead(MaskHead):
+    """An MLP that predicts all pixels from all bins at once; the paper's comparison (table 2e)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        shared = config.features == "c4"
+        channels = region_channels(config) if shared else map_channels(config)
+        bins = config.box_bins if shared else config.mask_pool
+        self.side = config.mask_side
+        widths = (channels * bins**2, *config.mask_hidden)
+        self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
+        self.logits = nn.Linear(widths[-1], self.channels * self.side**2)
+
+    def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
+        """One of the channels that the last layer puts out."""
+        return self.all_channels(regions)[torch.arange(len(channels), device=channels.device), channels]
+
+    def all_channels(self, regions: Tensor) -> Tensor:
+        """Fully connected layers with ReLU between them."""
+        hidden = regions.flatten(1)
+        for layer in self.hidden:
+            hidden = functional.relu(layer(hidden), inplace=True)
+        logits: Tensor = self.logits(hidden)
+        return logits.view(-1, self.channels, self.side, self.side)
+
+
+def make_mask_head(config: ModelConfig) -> MaskHead:
+    """The mask branch that `config.mask_head` names."""
+    return ConvMaskHead(config) if config.mask_head == "fcn" else FullyConnectedMaskHead(config)
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
@@ -54,10 +153,3 @@ def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tens
     rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)
     level = torch.zeros(len(rois), dtype=torch.int64, device=boxes.device)
     return roi_align([masks[used, None].float()], rois, level, [1.0], side, sampling_ratio=0)[:, 0]
-
-
-def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the pixels of the positive regions (section 3: L_mask); both (R, m, m)."""
-    if not len(logits):
-        return logits.sum()  # zero, and still a function of the parameters: every worker must see every gradient
-    return functional.binary_cross_entropy_with_logits(logits.float(), targets)

@@ -18,10 +18,9 @@ from model.identity import model_id
 from model.inference import Settings, detect, resolve, to_instances
 from model.instances import Instances, Target
 from model.keypoint_head import keypoint_loss, keypoint_targets
-from model.mask_head import mask_loss, mask_targets
+from model.mask_head import mask_targets
 from model.network import Network
 from model.prepare import DTYPES, fingerprint, prepare
-from model.roi_features import roi_features
 from model.roi_sampling import Samples, Truth, sample_regions, truth_on_canvas
 from model.transform import Canvas, canvas_size, check_image, make_canvas
 
@@ -70,31 +69,35 @@ class MaskRCNN(nn.Module):
         losses = network.rpn.losses(features, proposed, canvas.size, [truth.boxes for truth in truths])
 
         samples = sample_regions(proposals, truths, config)
-        logits, deltas = network.box_head(roi_features(features, samples.regions, config.box_pool, config))
+        box_input = network.box_input(features, samples.regions)
+        logits, deltas = network.box_head(box_input)
         losses |= box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
         if "mask" in config.tasks:
-            losses["mask"] = self._mask_loss(features, samples.positives(), truths)
+            positive = samples.labels > 0
+            shared = box_input[positive] if config.features == "c4" else None  # both branches go on from the fifth stage
+            losses["mask"] = self._mask_loss(features, shared, samples.chosen(positive), truths)
         if "keypoint" in config.tasks:
-            with_keypoints = samples.positives(network.keypoint_counts[samples.labels] > 0)
+            with_keypoints = samples.chosen(network.keypoint_counts[samples.labels] > 0)
             losses["keypoint"] = config.keypoint_loss_weight * self._keypoint_loss(features, with_keypoints, truths)
         return losses
 
-    def _mask_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
+    def _mask_loss(
+        self, features: Sequence[Tensor], shared: Tensor | None, samples: Samples, truths: Sequence[Truth]
+    ) -> Tensor:
         """L_mask over the positive regions; targets are sampled from the masks in the images' own pixels."""
-        pooled = roi_features(features, samples.regions, self.config.mask_pool, self.config)
-        logits = self.network.mask_head(pooled, samples.labels)
-        targets = [logits.new_zeros(0, *logits.shape[1:], dtype=torch.float32)]
+        head = self.network.mask_head
+        regions = self.network.mask_input(features, samples.regions) if shared is None else shared
+        targets = [regions.new_zeros(0, head.side, head.side, dtype=torch.float32)]
         for image, truth in enumerate(truths):
             rows = samples.regions.images == image
             if truth.masks is not None and len(truth.masks):
                 boxes = samples.regions.boxes[rows] * truth.ratio.repeat(2)
-                targets.append(mask_targets(truth.masks, boxes, samples.index[rows], logits.shape[-1]))
-        return mask_loss(logits, torch.cat(targets))
+                targets.append(mask_targets(truth.masks, boxes, samples.index[rows], head.side))
+        return head.loss(regions, samples.labels, torch.cat(targets))
 
     def _keypoint_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
         """Cross-entropy of the one-hot heat maps over the positive regions whose class has keypoints."""
-        pooled = roi_features(features, samples.regions, self.config.keypoint_pool, self.config)
-        logits = self.network.keypoint_head(pooled)
+        logits = self.network.keypoint_head(self.network.keypoint_input(features, samples.regions))
         truth = [
             truth.keypoints[samples.index[samples.regions.images == image]]
             for image, truth in enumerate(truths)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from model.backbone import make_backbone
 from model.box_head import BoxHead
 from model.config import ModelConfig
-from model.fpn import ResNetFPN
 from model.keypoint_head import KeypointHead
-from model.mask_head import MaskHead
-from model.rpn import RegionProposalNetwork
+from model.mask_head import make_mask_head
+from model.resnet import STAGES, make_stage
+from model.roi_features import roi_features
+from model.rpn import RegionProposalNetwork, Regions
 
 
 class Network(nn.Module):
@@ -21,12 +25,29 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = ResNetFPN(config)
+        self.backbone = make_backbone(config)
         self.rpn = RegionProposalNetwork(config)
+        if config.features == "c4":
+            self.roi_stage = make_stage(config.backbone, STAGES - 1, config.roi_stage_stride)
         self.box_head = BoxHead(config)
         if "mask" in config.tasks:
-            self.mask_head = MaskHead(config)
+            self.mask_head = make_mask_head(config)
         if "keypoint" in config.tasks:
             self.keypoint_head = KeypointHead(config)
         counts = [0, *(len(category.keypoints) for category in config.categories)]
         self.register_buffer("keypoint_counts", torch.tensor(counts), persistent=False)
+
+    def box_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """What the box branch gets of each region, (R, C, P, P); with C4 the fifth stage has run on it (figure 4, left)."""
+        pooled = roi_features(features, regions, self.config.box_pool, self.config)
+        return self.roi_stage(pooled) if self.config.features == "c4" else pooled
+
+    def mask_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """What the mask branch gets of each region: with C4 the same as the box branch."""
+        if self.config.features == "c4":
+            return self.box_input(features, regions)
+        return roi_features(features, regions, self.config.mask_pool, self.config)
+
+    def keypoint_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """What the keypoint branch gets of each region."""
+        return roi_features(features, regions, self.config.keypoint_pool, self.config)

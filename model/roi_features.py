@@ -1,4 +1,4 @@
-"""Features of regions of interest: pyramid level by size (FPN equation 1), then RoIAlign (section 3)."""
+"""Features of regions of interest: pyramid level by size (FPN equation 1), then RoIAlign, RoIPool or RoIWarp (section 3)."""
 
 from __future__ import annotations
 
@@ -9,32 +9,45 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kernels.roi_align import roi_align
+from model.roi_pool import roi_pool, snap_to_cells
 from model.rpn import Regions
 
-ROI_LEVELS = (2, 3, 4, 5)
-"""Pyramid levels that regions are taken from; P6 serves proposals alone."""
+FINEST_LEVEL, COARSEST_LEVEL = 2, 5
+"""Pyramid levels that regions are taken from, P2 to P5; P6 serves proposals alone."""
 
 
 def pyramid_level(boxes: Tensor, config: ModelConfig) -> Tensor:
-    """int64 (R,): index into P2..P5 for boxes float32 (R, 4) in canvas pixels; larger boxes from coarser maps."""
+    """int64 (R,): index into P2..P5 for boxes float32 (R, 4) in canvas pixels; larger boxes from coarser maps.
+
+    0 for all where there is one map.
+    """
+    if len(config.roi_strides) == 1:
+        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     level = torch.floor(config.roi_canonical_level + torch.log2(side / config.roi_canonical_size) + 1e-6)
-    return (level.clamp(ROI_LEVELS[0], ROI_LEVELS[-1]) - ROI_LEVELS[0]).long()
+    return (level.clamp(FINEST_LEVEL, COARSEST_LEVEL) - FINEST_LEVEL).long()
 
 
 def roi_features(features: Sequence[Tensor], regions: Regions, bins: int, config: ModelConfig) -> Tensor:
-    """(R, C, bins, bins) in the features' dtype. features: P2..P6, each (B, C, H / stride, W / stride).
+    """(R, C, bins, bins) in the features' dtype. features: of the backbone, each (B, C, H / stride, W / stride).
 
-    Scales are 1/4 to 1/32 by construction (torchvision infers them from the first image that it sees, which differs on
-    images thinner than a few strides: vision issue 3747).
+    Scales are 1 / stride by construction (torchvision infers them from the first image that it sees, which differs on images
+    thinner than a few strides: vision issue 3747).
     """
     rois = torch.cat([regions.images[:, None].to(regions.boxes.dtype), regions.boxes], dim=1)
+    maps, levels = features[: len(config.roi_strides)], pyramid_level(regions.boxes, config)
+    scales = [1 / stride for stride in config.roi_strides]
+    if config.roi_pool == "pool":
+        return roi_pool(maps, rois, levels, scales, bins, config.roi_pool_mode)
+    if config.roi_pool == "warp":
+        rois = snap_to_cells(rois, levels, scales)
     return roi_align(
-        features[: len(ROI_LEVELS)],
+        maps,
         rois,
-        pyramid_level(regions.boxes, config),
-        [1 / 2**level for level in ROI_LEVELS],
+        levels,
+        scales,
         bins,
         sampling_ratio=config.roi_sampling_ratio,
         aligned=config.roi_aligned,
+        mode=config.roi_pool_mode,
     )

@@ -81,9 +81,9 @@ class Samples:
     goals: Tensor
     index: Tensor
 
-    def positives(self, chosen: Tensor | None = None) -> Samples:
-        """The foreground regions; of those with `chosen` bool (R,) where given."""
-        rows = torch.where(self.labels > 0 if chosen is None else (self.labels > 0) & chosen)[0]
+    def chosen(self, mask: Tensor) -> Samples:
+        """Those of `mask`, bool (R,)."""
+        rows = torch.where(mask)[0]
         regions = Regions(self.regions.boxes[rows], self.regions.images[rows])
         return Samples(regions, self.labels[rows], self.goals[rows], self.index[rows])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.anchors import anchors_at, cell_anchors, level_strides
+from model.backbone import map_channels
 from model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
 from model.config import ModelConfig
 from model.layers import init_bias
@@ -29,23 +30,26 @@ class Regions:
 
 
 class RPNHead(nn.Module):
-    """3x3 convolution, then objectness and box deltas for each anchor of a cell, shared by all levels."""
+    """3x3 convolutions, then objectness and box deltas for each anchor of a cell, shared by all levels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        channels, anchors = config.fpn_channels, len(config.anchor_sizes[0]) * len(config.anchor_ratios)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        channels, anchors = map_channels(config), len(config.anchor_sizes[0]) * len(config.anchor_ratios)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.rpn_convs))
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            init_bias(layer)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                init_bias(layer)
 
     def forward(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """P2..P6, each (B, C, H, W) -> for each level objectness (B, H*W*A) and deltas (B, H*W*A, 4)."""
+        """Maps (B, C, H, W) -> for each level objectness (B, H*W*A) and deltas (B, H*W*A, 4)."""
         outputs = []
         for level in features:
-            hidden = functional.relu(self.conv(level), inplace=True)
+            hidden = level
+            for conv in self.convs:
+                hidden = functional.relu(conv(hidden), inplace=True)
             objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
             deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(level), -1, 4)
             outputs.append((objectness, deltas))

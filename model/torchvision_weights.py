@@ -1,6 +1,7 @@
 """torchvision's state dicts: their names in ours, and the conventions that go with them.
 
-Understands the ResNet-50 FPN models (Faster, Mask and Keypoint R-CNN) and the key names of torchvision's oldest files.
+Understands the ResNet FPN models (Faster, Mask and Keypoint R-CNN, and the V2 variants with batch norm in their heads) and the
+key names of torchvision's oldest files.
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, name in (
         (r"backbone\.body\.conv1\.", "backbone.body.stem.0."),
         (r"backbone\.body\.bn1\.", "backbone.body.stem.1."),
-        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.lateral.\1.0."),
-        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(?=weight|bias)", r"backbone.fpn.output.\1.0."),
-        (r"rpn\.head\.conv\.(?:0\.0\.)?(?=weight|bias)", "rpn.head.conv."),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?=weight|bias)", r"backbone.fpn.lateral.\1.0."),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?=weight|bias)", r"backbone.fpn.output.\1.0."),
+        (r"backbone\.fpn\.inner_blocks\.", "backbone.fpn.lateral."),
+        (r"backbone\.fpn\.layer_blocks\.", "backbone.fpn.output."),
+        (r"rpn\.head\.conv\.(?=weight|bias)", "rpn.head.convs.0."),
+        (r"rpn\.head\.conv\.(\d)\.0\.", r"rpn.head.convs.\1."),
         (r"rpn\.head\.cls_logits\.", "rpn.head.objectness."),
         (r"rpn\.head\.bbox_pred\.", "rpn.head.deltas."),
         (r"roi_heads\.box_head\.fc6\.", "box_head.hidden.0."),
         (r"roi_heads\.box_head\.fc7\.", "box_head.hidden.1."),
+        (r"roi_heads\.box_head\.5\.", "box_head.hidden.0."),  # V2: four convolutions, Flatten, then this
+        (r"roi_heads\.box_head\.(\d)\.", r"box_head.convs.\1."),
         (r"roi_heads\.box_predictor\.", "box_head."),
-        (r"roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1.0."),
+        (r"roi_heads\.mask_head\.(\d)\.", r"mask_head.convs.\1."),
         (r"roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
         (r"roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
         (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.deconv."),
@@ -67,8 +73,8 @@ def our_name(key: str) -> str:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under MaskLake's names. Frozen norms count no batches, so torchvision's counters are left out."""
-    return {our_name(key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    """The state dict under MaskLake's names."""
+    return {our_name(key): tensor for key, tensor in state.items()}
 
 
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:

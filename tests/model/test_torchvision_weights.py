@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.models.detection import keypointrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    MaskRCNN,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+)
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from model.build import create_model
 from model.errors import CheckpointError
@@ -19,7 +27,7 @@ from model.instances import Instances
 from model.presets import PRESETS
 from model.torchvision_weights import norm_eps_of_file, our_name, rename
 
-BACKGROUND = {"maskrcnn_resnet50_fpn": 9.0, "keypointrcnn_resnet50_fpn": 3.5}
+BACKGROUND = {"maskrcnn_resnet50_fpn": 9.0, "maskrcnn_resnet50_fpn_v2": 9.0, "keypointrcnn_resnet50_fpn": 3.5}
 """Bias of the background logit at which some tens of detections are left."""
 
 
@@ -100,14 +108,37 @@ def test_real_images_give_torchvisions_detections(
     assert max(counts) >= 10
 
 
+def of_backbone(name: str) -> Callable[..., nn.Module]:
+    """Mask R-CNN on another residual network, as torchvision's users build it."""
+
+    def build(weights: None, weights_backbone: None) -> nn.Module:
+        return MaskRCNN(resnet_fpn_backbone(backbone_name=name, weights=weights_backbone), num_classes=91)
+
+    return build
+
+
 @pytest.mark.parametrize(
     ("name", "builder"),
-    [("maskrcnn_resnet50_fpn", maskrcnn_resnet50_fpn), ("keypointrcnn_resnet50_fpn", keypointrcnn_resnet50_fpn)],
+    [
+        ("fasterrcnn_resnet50_fpn", fasterrcnn_resnet50_fpn),
+        ("fasterrcnn_resnet50_fpn_v2", fasterrcnn_resnet50_fpn_v2),
+        ("maskrcnn_resnet50_fpn", maskrcnn_resnet50_fpn),
+        ("maskrcnn_resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2),
+        ("keypointrcnn_resnet50_fpn", keypointrcnn_resnet50_fpn),
+        ("maskrcnn_resnet101_fpn", of_backbone("resnet101")),
+        ("maskrcnn_resnext50_32x4d_fpn", of_backbone("resnext50_32x4d")),
+        ("maskrcnn_resnext101_32x8d_fpn", of_backbone("resnext101_32x8d")),
+    ],
 )
 def test_every_weight_finds_its_place(name: str, builder: Callable[..., nn.Module]) -> None:
     theirs = rename(builder(weights=None, weights_backbone=None).state_dict())
     ours = create_model(name).network.state_dict()
-    assert {key: tensor.shape for key, tensor in theirs.items()} == {key: tensor.shape for key, tensor in ours.items()}
+    assert shapes(theirs) == shapes(ours)
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Of everything but the norms' counters of batches, which are no weights."""
+    return {key: tensor.shape for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def test_key_names_of_the_oldest_files_are_understood() -> None:
