@@ -17,6 +17,8 @@ NormKind = Literal["frozen", "batch", "group", "none"]
 FeatureKind = Literal["fpn", "c4", "c5", "dc5"]
 PoolKind = Literal["align", "pool", "warp"]
 MaskOutput = Literal["sigmoid", "softmax", "agnostic"]
+RpnBackbone = Literal["shared", "own"]
+Learn = Literal["joint", "rpn", "detector"]
 
 
 class _Frozen(BaseModel):
@@ -110,6 +112,9 @@ class ModelConfig(_Frozen):
     """`canvas_over_map`: canvas height // map height (P6 at 800 pixels: 61); `fixed`: 4, 8, 16, 32, 64."""
     rpn_convs: int = Field(default=1, gt=0)
     """3x3 convolutions of the proposal head (two in torchvision's V2)."""
+    rpn_backbone: RpnBackbone = "shared"
+    """Where the proposals' maps come from: the detector's backbone (Ren et al. 2015, section 3.2), or one of the proposal
+    network's own, of the same kind: section 3.1's RPN that "does not share features with Mask R-CNN"."""
     rpn_pre_nms_train: int = Field(default=2000, gt=0)
     """Best anchors of each level, before suppression."""
     rpn_pre_nms_test: int = Field(default=1000, gt=0)

@@ -75,10 +75,16 @@ class Detections:
     keypoints: Tensor | None = None
 
 
+def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None = None) -> Regions:
+    """The first stage alone; features: the detector's maps, where they are there already."""
+    maps = network.proposal_maps(canvas.pixels, features)
+    return network.rpn.propose(maps, network.rpn.head(maps), canvas.size, canvas.sizes)
+
+
 def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
     """Pixels to detections: the two stages, then the branches on what is left."""
     features = network.backbone(canvas.pixels)
-    proposals = network.rpn.propose(features, network.rpn.head(features), canvas.size, canvas.sizes)
+    proposals = propose(network, canvas, features)
     config = network.config
     logits, deltas = network.box_head(network.box_input(features, proposals))
     found = select(logits, deltas, proposals, canvas.sizes, config, settings)

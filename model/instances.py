@@ -44,9 +44,12 @@ class Target:
     masks: uint8 (G, H, W) of 0 and 1, or None when the model has no mask head.
     keypoints: float32 (G, K, 3) as x, y, visibility (0 absent, 1 hidden, 2 visible), or None without a keypoint head; rows
     of categories without keypoints are zeros.
+    proposals: float32 (P, 4), xyxy in the same pixels: regions for a detector that learns alone (`MaskRCNN.learn`), or None for
+    those of the model's own RPN.
     """
 
     boxes: torch.Tensor
     labels: torch.Tensor
     masks: torch.Tensor | None = None
     keypoints: torch.Tensor | None = None
+    proposals: torch.Tensor | None = None

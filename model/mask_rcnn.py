@@ -9,19 +9,21 @@ from typing import Self, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.box_head import box_losses
-from model.config import ModelConfig, Precision, PredictOptions
+from model.config import Learn, ModelConfig, Precision, PredictOptions
 from model.errors import ConfigError
 from model.identity import model_id
-from model.inference import Settings, detect, resolve, to_instances
+from model.inference import Settings, detect, propose, resolve, to_instances
 from model.instances import Instances, Target
 from model.keypoint_head import keypoint_loss, keypoint_targets
 from model.mask_head import mask_targets
 from model.network import Network
 from model.prepare import DTYPES, fingerprint, prepare
 from model.roi_sampling import Samples, Truth, sample_regions, truth_on_canvas
+from model.rpn import Regions
 from model.transform import Canvas, canvas_size, check_image, make_canvas
 
 DEFAULT_OPTIONS = PredictOptions()
@@ -30,7 +32,8 @@ DEFAULT_OPTIONS = PredictOptions()
 class MaskRCNN(nn.Module):
     """Detects objects, outlines each with a mask and places its keypoints, as far as `config` has the branches.
 
-    `forward` gives the training losses, `predict` the detections; both run the parts in `network`.
+    `forward` gives the training losses, `predict` the detections; both run the parts in `network`. `learn` says which of the
+    two stages training changes: at first both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -40,6 +43,9 @@ class MaskRCNN(nn.Module):
         self._class_of = {category.id: index for index, category in enumerate(config.categories, start=1)}
         self._category_ids = np.array([0, *(category.id for category in config.categories)], dtype=np.int64)
         self._prepared: dict[Precision, tuple[object, Network]] = {}
+        self._trainable = frozenset(name for name, weight in self.network.named_parameters() if weight.requires_grad)
+        self._learning: Learn = "joint"
+        self._fixed: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -51,11 +57,32 @@ class MaskRCNN(nn.Module):
         """The preset's name and 12 hex digits over configuration and weights: names this model in every table row."""
         return model_id(self.config, self.network.state_dict())
 
+    def learn(self, what: Learn, fixed_backbone: bool = False) -> Self:
+        """Choose what `forward` trains from now on; the weights and statistics of all other parts stay as they are, bit by bit.
+
+        "joint": both stages, without gradients through the proposals' coordinates (Ren et al. 2015, section 3.2, approximate
+        joint training). "rpn": the proposals' losses alone train the RPN and the backbone below it. "detector": the second
+        stage's losses train the rest, on proposals that the targets bring or that the RPN makes as it is (Mask R-CNN, section
+        3.1). fixed_backbone: no backbone learns (steps 3 and 4 of the 4-step training). Stages of a backbone that the
+        configuration freezes stay frozen in any case. `model.phases` has the paper's orders of these.
+        """
+        parts = frozenset(name for name, _ in self.network.named_children())
+        first = {"rpn", "rpn_backbone" if self.config.rpn_backbone == "own" else "backbone"}
+        second = parts - {"rpn", "rpn_backbone"}
+        learning = {"joint": parts, "rpn": first, "detector": second}[what]
+        self._learning = what
+        self._fixed = parts - (learning - {"backbone", "rpn_backbone"} if fixed_backbone else learning)
+        for name, weight in self.network.named_parameters():
+            weight.requires_grad_(name in self._trainable and name.partition(".")[0] not in self._fixed)
+            weight.grad = None  # of what learnt before: it would still count where all gradients' norm is clipped
+        return self.train(self.training)
+
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses of section 3 (L_cls + L_box + L_mask, and the keypoints' of section 5) with the first stage's.
 
-        images: uint8 RGB (3, H, W) of any sizes; targets: one an image, in its pixels. Returns scalars by name; their sum is
-        the objective. Raises ConfigError for images and targets that do not fit each other or the model.
+        images: uint8 RGB (3, H, W) of any sizes; targets: one an image, in its pixels. Returns scalars by name, those of what
+        learns (`learn`); their sum is the objective. Raises ConfigError for images and targets that do not fit each other or
+        the model.
         """
         if len(images) != len(targets) or not images:
             raise ConfigError(f"training needs one target an image and at least one image: {len(images)} and {len(targets)}")
@@ -63,15 +90,42 @@ class MaskRCNN(nn.Module):
         canvas = self._canvas(images, random.choice(config.min_sizes))
         truths = truth_on_canvas(targets, canvas, config, self._class_of)
 
+        if self._learning == "rpn":
+            maps = network.proposal_maps(canvas.pixels)
+            return network.rpn.losses(maps, network.rpn.head(maps), canvas.size, [truth.boxes for truth in truths])
         features = network.backbone(canvas.pixels)
-        proposed = network.rpn.head(features)
-        proposals = network.rpn.propose(features, proposed, canvas.size, canvas.sizes)
-        losses = network.rpn.losses(features, proposed, canvas.size, [truth.boxes for truth in truths])
+        if self._learning == "detector":
+            return self._detector_losses(features, self._fixed_proposals(features, canvas, truths), truths)
+        maps = network.proposal_maps(canvas.pixels, features)
+        proposed = network.rpn.head(maps)
+        proposals = network.rpn.propose(maps, proposed, canvas.size, canvas.sizes)
+        losses = network.rpn.losses(maps, proposed, canvas.size, [truth.boxes for truth in truths])
+        return losses | self._detector_losses(features, proposals, truths)
 
+    def _fixed_proposals(self, features: Sequence[Tensor], canvas: Canvas, truths: Sequence[Truth]) -> Regions:
+        """What the detector learns on alone: the proposals that the targets bring, else those of the RPN as it is."""
+        given = [truth.proposals for truth in truths if truth.proposals is not None]
+        if len(given) == len(truths):
+            counts = torch.tensor([len(boxes) for boxes in given], device=canvas.pixels.device)
+            images = torch.arange(len(given), device=counts.device).repeat_interleave(counts)
+            return Regions(torch.cat(given), images)
+        if given:
+            raise ConfigError(f"{len(given)} of {len(truths)} targets have proposals: give them to all of a batch, or to none")
+        if self.config.rpn_backbone == "shared" and "backbone" not in self._fixed:
+            raise ConfigError(
+                "the detector cannot learn alone on proposals of a backbone that learns with it, since the RPN would no longer "
+                'fit its maps: give the targets proposals, fix the backbone, or give the RPN its own (rpn_backbone = "own")'
+            )
+        with torch.no_grad():
+            return propose(self.network, canvas, features)
+
+    def _detector_losses(self, features: Sequence[Tensor], proposals: Regions, truths: Sequence[Truth]) -> dict[str, Tensor]:
+        """The second stage's losses on regions drawn from the proposals and the ground truth."""
+        network, config = self.network, self.config
         samples = sample_regions(proposals, truths, config)
         box_input = network.box_input(features, samples.regions)
         logits, deltas = network.box_head(box_input)
-        losses |= box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
+        losses = box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
         if "mask" in config.tasks:
             positive = samples.labels > 0
             shared = box_input[positive] if config.features == "c4" else None  # both branches go on from the fifth stage
@@ -123,6 +177,24 @@ class MaskRCNN(nn.Module):
                 results.update(zip(indices, self._predict_batch(network, batch, settings, options.precision), strict=True))
         return [results[index] for index in range(len(images))]
 
+    def propose(self, images: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+        """Proposals of each image, as many as in training: float32 (P, 4), xyxy in the image's own pixels, best first.
+
+        images: as of `predict`. These are what `Target.proposals` takes.
+        """
+        network = self._network_for("fp32")
+        proposals: list[NDArray[np.float32]] = []
+        network.rpn.train()  # which is about its counts alone
+        try:
+            with torch.inference_mode():
+                for image in images:
+                    canvas = self._canvas([image], self.config.min_sizes[-1])
+                    boxes = propose(network, canvas).boxes * canvas.ratios.flip(1).repeat(1, 2)
+                    proposals.append(boxes.cpu().numpy())
+        finally:
+            network.rpn.eval()
+        return proposals
+
     def _predict_batch(
         self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision
     ) -> list[Instances]:
@@ -154,9 +226,15 @@ class MaskRCNN(nn.Module):
                 yield indices[start : start + batch_size]
 
     def train(self, mode: bool = True) -> Self:
-        """As of torch; what inference had prepared from the weights is forgotten."""
+        """As of torch, but norms of parts that do not learn keep their statistics; what inference had prepared is forgotten.
+
+        The RPN has no norms: its mode says how many proposals it makes, and in training a fixed one makes as many as any.
+        """
         self._prepared.clear()
-        return super().train(mode)
+        super().train(mode)
+        for name in self._fixed - {"rpn"}:
+            self.network.get_submodule(name).eval()
+        return self
 
     def _network_for(self, precision: Precision) -> Network:
         """The network as inference wants it: made once, and again when a weight has changed.

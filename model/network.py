@@ -18,7 +18,7 @@ from model.rpn import RegionProposalNetwork, Regions
 
 
 class Network(nn.Module):
-    """Backbone, region proposal network and the branches; training and inference run the same parts."""
+    """Backbone, region proposal network (on that backbone or its own) and the branches; training and inference run the same."""
 
     keypoint_counts: Tensor
 
@@ -36,6 +36,14 @@ class Network(nn.Module):
             self.keypoint_head = KeypointHead(config)
         counts = [0, *(len(category.keypoints) for category in config.categories)]
         self.register_buffer("keypoint_counts", torch.tensor(counts), persistent=False)
+        if config.rpn_backbone == "own":
+            self.rpn_backbone = make_backbone(config)
+
+    def proposal_maps(self, pixels: Tensor, features: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """The maps that proposals come from: of the RPN's own backbone, else `features`, the detector's (None: not run yet)."""
+        if self.config.rpn_backbone == "own":
+            return self.rpn_backbone(pixels)
+        return self.backbone(pixels) if features is None else features
 
     def box_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
         """What the box branch gets of each region, (R, C, P, P); with C4 the fifth stage has run on it (figure 4, left)."""

@@ -21,7 +21,8 @@ class Truth:
     """Ground truth of one image on its canvas; instances without area are gone.
 
     boxes float32 (G, 4), canvas pixels; classes int64 (G,) from 1; masks uint8 (G, H, W) in the image's own pixels, or None;
-    keypoints float32 (G, K, 3), canvas pixels, or None; ratio float32 (2,): own pixels per canvas pixel, x and y.
+    keypoints float32 (G, K, 3), canvas pixels, or None; ratio float32 (2,): own pixels per canvas pixel, x and y; proposals
+    float32 (P, 4), canvas pixels, or None where none were given.
     """
 
     boxes: Tensor
@@ -29,6 +30,7 @@ class Truth:
     masks: Tensor | None
     keypoints: Tensor | None
     ratio: Tensor
+    proposals: Tensor | None
 
 
 def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, config: ModelConfig, class_of: Mapping[int, int]) -> list[Truth]:
@@ -45,13 +47,15 @@ def _on_canvas(target: Target, ratio: Tensor, config: ModelConfig, class_of: Map
     boxes = target.boxes.to(device, torch.float32).reshape(-1, 4) / ratio.repeat(2)
     real = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     classes = torch.tensor([class_of[label] for label in target.labels.tolist()], dtype=torch.int64, device=device)
-    masks = keypoints = None
+    masks = keypoints = proposals = None
+    if target.proposals is not None:
+        proposals = target.proposals.to(device, torch.float32).reshape(-1, 4) / ratio.repeat(2)
     if "mask" in config.tasks and target.masks is not None:
         masks = target.masks.to(device)[real]
     if "keypoint" in config.tasks and target.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:1])])
         keypoints = (target.keypoints.to(device, torch.float32) / scale)[real]
-    return Truth(boxes[real], classes[real], masks, keypoints, ratio)
+    return Truth(boxes[real], classes[real], masks, keypoints, ratio, proposals)
 
 
 def _check(target: Target, config: ModelConfig, class_of: Mapping[int, int]) -> None:

@@ -1,0 +1,83 @@
+"""The paper's ways to train the two stages: which of them learns, and in which order.
+
+A course is a sequence of phases. Whoever trains takes each as a training of its own, with its own optimiser and schedule:
+
+    for phase in COURSES["four_step"]:
+        model = begin(model, phase)
+        ...  # train, as ever: `forward` gives the losses of what learns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor
+
+from model.checkpoint import load_state
+from model.config import Learn, RpnBackbone
+from model.mask_rcnn import MaskRCNN
+
+Course = Literal["joint", "rpn", "detector", "separate", "four_step"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training in a course: what `MaskRCNN.learn` gets, and where the RPN's maps come from (None: as the model has it)."""
+
+    learn: Learn
+    rpn_backbone: RpnBackbone | None = None
+    fixed_backbone: bool = False
+
+
+_RPN_ALONE = Phase("rpn", "own")
+_DETECTOR_ALONE = Phase("detector", "own")
+
+COURSES: Mapping[Course, tuple[Phase, ...]] = MappingProxyType(
+    {
+        # Ren et al. 2015, section 3.2, "approximate joint training".
+        "joint": (Phase("joint"),),
+        # Halves of a separate training, for proposals that are stored between them.
+        "rpn": (Phase("rpn"),),
+        "detector": (Phase("detector"),),
+        # Mask R-CNN, section 3.1: the RPN "is trained separately and does not share features with Mask R-CNN".
+        "separate": (_RPN_ALONE, _DETECTOR_ALONE),
+        # Ren et al. 2015, section 3.2, "4-step alternating training" (Mask R-CNN, section 4.4): both alone, then an RPN for the
+        # detector's maps, then the detector's own layers for that RPN's proposals.
+        "four_step": (
+            _RPN_ALONE,
+            _DETECTOR_ALONE,
+            Phase("rpn", "shared", fixed_backbone=True),
+            Phase("detector", "shared", fixed_backbone=True),
+        ),
+    }
+)
+"""Phases by the course's name."""
+
+
+def begin(model: MaskRCNN, phase: Phase) -> MaskRCNN:
+    """The model ready for a phase: of the form that it needs, learning what it trains. It may be `model` itself."""
+    kind = model.config.rpn_backbone if phase.rpn_backbone is None else phase.rpn_backbone
+    return with_rpn_backbone(model, kind).learn(phase.learn, phase.fixed_backbone)
+
+
+def with_rpn_backbone(model: MaskRCNN, kind: RpnBackbone) -> MaskRCNN:
+    """The model with proposals from the detector's maps (`shared`) or from a backbone of the RPN's own; itself where it is so.
+
+    A new backbone starts as a copy of the detector's: both networks begin from the same pre-trained layers (steps 1 and 2).
+    Where it goes, the RPN's layers are drawn anew, since they fit the maps that go with it; its authors' program does the same
+    (step 3).
+    """
+    if model.config.rpn_backbone == kind:
+        return model
+    changed = MaskRCNN(model.config.model_copy(update={"rpn_backbone": kind}))
+    state: dict[str, Tensor] = model.network.state_dict()
+    if kind == "own":
+        state |= {f"rpn_{name}": weight for name, weight in state.items() if name.startswith("backbone.")}
+    else:
+        state = {name: weight for name, weight in state.items() if not name.startswith(("rpn.", "rpn_backbone."))}
+        state |= {name: weight for name, weight in changed.network.state_dict().items() if name.startswith("rpn.")}
+    load_state(changed.network, state, "the model")
+    return changed.to(model.device).train(model.training)
