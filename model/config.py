@@ -103,9 +103,9 @@ class ModelConfig(_Frozen):
 
     # Anchors and proposals (section 3.1; Ren et al. 2015; Lin et al. 2017, FPN).
     anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
-    """Canvas pixels, for each of P2..P6, or for the one map of the other features."""
+    """Canvas pixels, for each of P2..P6, or for the one map of the other features: 5 scales (section 3.1; FPN, section 4.1)."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Height over width."""
+    """Height over width: 3 ratios (section 3.1)."""
     anchor_rounding: bool = True
     """Corners of the cell anchors are rounded to whole pixels."""
     anchor_stride: Literal["canvas_over_map", "fixed"] = "canvas_over_map"
@@ -118,9 +118,12 @@ class ModelConfig(_Frozen):
     rpn_pre_nms_train: int = Field(default=2000, gt=0)
     """Best anchors of each level, before suppression."""
     rpn_pre_nms_test: int = Field(default=1000, gt=0)
+    """As before, at inference."""
     rpn_post_nms_train: int = Field(default=2000, gt=0)
-    """Proposals of an image, after suppression."""
+    """Proposals of an image, after suppression (Ren et al. 2015, section 3.3)."""
     rpn_post_nms_test: int = Field(default=1000, gt=0)
+    """As before, at inference: 1000 with FPN, 300 with C4 (section 3.1). Suppression, within a level, is by `rpn_nms_iou`: 0.7
+    (Ren et al. 2015, section 3.3)."""
     rpn_nms_iou: float = Field(default=0.7, ge=0, le=1)
     rpn_score_threshold: float = Field(default=0.0, ge=0, lt=1)
     """Least objectness (a probability) of a proposal at inference."""
@@ -128,8 +131,10 @@ class ModelConfig(_Frozen):
     """Canvas pixels; proposals with a shorter side are dropped."""
     rpn_foreground_iou: float = Field(default=0.7, ge=0, le=1)
     rpn_background_iou: float = Field(default=0.3, ge=0, le=1)
+    """An anchor is an object from IoU `rpn_foreground_iou` with one on, or where none overlaps that object more; background
+    below this; no sample between (Ren et al. 2015, section 3.1.2)."""
     rpn_samples: int = Field(default=256, gt=0)
-    """Anchors of an image in the loss, up to half of them positive."""
+    """Anchors of an image in the loss, at most `rpn_positive_fraction` of them positive (Ren et al. 2015, section 3.1.3)."""
     rpn_positive_fraction: float = Field(default=0.5, gt=0, le=1)
     rpn_delta_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """Factors of dx, dy, dw, dh in the box parametrisation."""
@@ -149,9 +154,11 @@ class ModelConfig(_Frozen):
     roi_sampling_ratio: int = Field(default=2, ge=0)
     """Sampling points of an output bin along each side; 0: as many as the bin has pixels."""
     roi_samples: int = Field(default=512, gt=0)
-    """Training RoIs of an image, positive to negative 1:3."""
+    """Training RoIs of an image, N: 512 with FPN, 64 with C4 (section 3.1)."""
     roi_positive_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Of them at most: positive to negative 1:3 (section 3.1)."""
     roi_foreground_iou: float = Field(default=0.5, ge=0, le=1)
+    """An RoI is positive from this IoU with an object on, else negative (section 3.1)."""
 
     # Heads (figure 4, right; section 5).
     box_pool: int = Field(default=7, gt=0)
@@ -190,9 +197,11 @@ class ModelConfig(_Frozen):
 
     # What is reported (section 3.1, Inference).
     score_threshold: float = Field(default=0.05, ge=0, le=1)
+    """Least score of a detection; the paper names none, 0.05 is its authors' program's (Detectron)."""
     nms_iou: float = Field(default=0.5, ge=0, le=1)
+    """Of suppression within a class (section 3.1 names no number; Detectron's)."""
     max_detections: int = Field(default=100, gt=0)
-    """Of an image; the branches for masks and keypoints run on these alone."""
+    """Of an image, the best; the branches for masks and keypoints run on these alone (section 3.1)."""
     box_min_side: float = Field(default=1e-2, ge=0)
     """Canvas pixels; detections with a shorter side are dropped."""
     mask_threshold: float = Field(default=0.5, ge=0, le=1)

@@ -12,6 +12,7 @@ from model import create_model
 from model.config import Category, ModelConfig
 from model.errors import UnknownPresetError
 from model.instances import Target
+from model.mask_head import make_mask_head
 from model.mask_rcnn import MaskRCNN
 from model.presets import PRESETS, preset
 
@@ -107,13 +108,31 @@ def test_mask_heads_are_a_matter_of_configuration(
     train(narrow(f"maskrcnn_resnet50_{features}").model_copy(update=changes), picture(64, 64, 1))
 
 
-def test_the_papers_numbers() -> None:
-    """Section 3.1: RoIs an image, proposals, anchors."""
-    for kind, samples, proposals in (("c4", 64, 300), ("fpn", 512, 1000)):
-        config = PRESETS[f"maskrcnn_resnet101_{kind}"]
-        assert (config.roi_samples, config.rpn_post_nms_test, config.max_detections) == (samples, proposals, 100)
-        assert config.roi_positive_fraction == 0.25
-        assert sum(len(sizes) for sizes in config.anchor_sizes) * len(config.anchor_ratios) == 15
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"tiny"}))
+def test_the_papers_numbers(name: str) -> None:
+    """docs/models.md, "The paper's numbers", says which section each is from."""
+    config = PRESETS[name]
+    one_map = config.features != "fpn"
+    assert (config.roi_samples, config.rpn_post_nms_test) == ((64, 300) if config.features == "c4" else (512, 1000))
+    assert (config.roi_positive_fraction, config.roi_foreground_iou) == (0.25, 0.5)
+    scales = (32, 64, 128, 256, 512)
+    assert config.anchor_sizes == ((scales,) if one_map else tuple((scale,) for scale in scales))
+    assert config.anchor_ratios == (0.5, 1.0, 2.0)
+    assert (config.rpn_foreground_iou, config.rpn_background_iou) == (0.7, 0.3)
+    assert (config.rpn_samples, config.rpn_positive_fraction) == (256, 0.5)
+    assert (config.rpn_nms_iou, config.rpn_post_nms_train) == (0.7, 2000)
+    assert (config.rpn_pre_nms_train, config.rpn_pre_nms_test) == ((12000, 6000) if one_map else (2000, 1000))
+    assert (config.roi_canonical_size, config.roi_canonical_level) == (224, 4)
+    assert (config.nms_iou, config.score_threshold, config.max_detections) == (0.5, 0.05, 100)
+    assert config.mask_threshold == 0.5
+    assert (min(config.min_sizes), config.min_sizes[-1], config.max_size) == (640 if config.keypoint else 800, 800, 1333)
+    assert config.rpn_backbone == "shared"
+
+
+@pytest.mark.parametrize(("features", "side"), [("fpn", 28), ("c4", 14)])
+def test_the_papers_masks_are_of_its_size(features: str, side: int) -> None:
+    """Figure 4."""
+    assert make_mask_head(PRESETS[f"maskrcnn_resnet50_{features}"]).side == side
 
 
 def test_parameters_of_the_well_known_ones() -> None:
