@@ -191,6 +191,11 @@ def train(
     val_images: Annotated[str | None, typer.Option(help="Folder of its images; default: `images` beside it.")] = None,
     preset: Annotated[str | None, typer.Option(help="Model preset; default: tiny.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Some of box,mask,keypoint; default: what preset and data have.")] = None,
+    learn: Annotated[
+        Literal["joint", "rpn", "detector", "separate", "four_step"] | None,
+        typer.Option(help="How RPN and detector learn (docs/training.md); default: joint."),
+    ] = None,
+    proposals: Annotated[str | None, typer.Option(help="Parquet file of `masklake propose`, for --learn detector.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint, or name of torchvision weights, to start from.")] = None,
     reset_predictors: Annotated[
         bool | None, typer.Option("--reset-predictors", help="The weights are of other categories: start new last layers.")
@@ -228,6 +233,8 @@ def train(
             "val_images": val_images,
             "preset": preset,
             "tasks": None if tasks is None else [task.strip() for task in tasks.split(",")],
+            "learn": learn,
+            "proposals": proposals,
             "weights": weights,
             "reset_predictors": reset_predictors,
             "workers": workers,
@@ -247,6 +254,44 @@ def train(
         print_json(report.model_dump())
     else:
         typer.echo(command.describe(report))
+
+
+@app.command()
+def propose(
+    coco: Annotated[str, typer.Argument(metavar="COCO", help="COCO JSON of the images, local or s3://.")],
+    weights: Annotated[str, typer.Option(help="A MaskLake checkpoint with a trained RPN (`masklake train --learn rpn`).")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The Parquet file to write, local or s3://.")],
+    images: Annotated[str | None, typer.Option(help="Folder of the images; default: `images` beside the JSON.")] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one a GPU, else one a core.", min=1)] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store an RPN's proposals of every image, for `masklake train --learn detector --proposals`."""
+    from jobs import propose as command
+    from pipeline.storage import StorageOptions
+
+    options = command.ProposeOptions(
+        coco=coco,
+        images=images,
+        weights=weights,
+        output=output,
+        allow_missing=allow_missing,
+        device=device,
+        workers=workers,
+        address=address,
+        storage=StorageOptions(endpoint_url=endpoint),
+    )
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
+        report = command.run(options)
+    if as_json:
+        print_json(report.model_dump())
+    else:
+        typer.echo(f"{report.output}: {report.proposals} proposals of {report.images} images by {report.model_id}")
 
 
 @app.command()

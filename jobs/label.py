@@ -98,7 +98,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     """
     storage = Storage(options.storage)
     table = open_table(storage, options.table)
-    checkpoint, model = _load_model(storage, options.weights)
+    checkpoint, model = load_model(storage, options.weights)
     model_id = model.model_id
     label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
@@ -141,7 +141,7 @@ def describe(report: LabelReport) -> str:
     )
 
 
-def _load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
+def load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
     """The checkpoint's bytes, read once for all workers, and the model in them: a bad one is refused before any start."""
     try:
         checkpoint = storage.read_bytes(uri)

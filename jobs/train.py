@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
@@ -31,11 +31,13 @@ from model.checkpoint import dumps
 from model.config import ModelConfig, Task
 from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
+from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
 from pipeline.coco import CocoDataset, read_coco, with_files
 from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType
+from pipeline.proposals import read_proposals
 from pipeline.recipe import Recipe, recipe_of
 from pipeline.sample_stream import SampleStream
 from pipeline.storage import Storage, StorageOptions, canonical, parent
@@ -62,6 +64,12 @@ class TrainOptions(BaseModel):
     tasks: frozenset[Task] | None = Field(
         default=None, min_length=1, description="What to learn; default: what preset and data both have."
     )
+    learn: Course = Field(
+        default="joint", description="RPN and detector: joint, separate, four_step; or one of them alone: rpn, detector."
+    )
+    proposals: str | None = Field(
+        default=None, validate_default=True, description="Parquet file of `masklake propose`, for a detector that learns alone."
+    )
     weights: str | None = Field(default=None, description="Checkpoint or torchvision weights to start from.")
     reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
     workers: int = Field(default=1, gt=0, description="Training processes.")
@@ -82,6 +90,18 @@ class TrainOptions(BaseModel):
     storage: StorageOptions = StorageOptions()
     address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
 
+    @field_validator("proposals")
+    @classmethod
+    def _check_proposals(cls, proposals: str | None, info: ValidationInfo) -> str | None:
+        if proposals is not None and info.data.get("learn") != "detector":
+            raise ValueError('stored proposals are for learn = "detector"; elsewhere the model makes its own')
+        return proposals
+
+    @property
+    def course(self) -> tuple[Phase, ...]:
+        """What learns, phase by phase."""
+        return COURSES[self.learn]
+
     @property
     def run_uri(self) -> str:
         """The run's folder."""
@@ -89,7 +109,9 @@ class TrainOptions(BaseModel):
 
 
 class TrainReport(BaseModel):
-    """What a run left behind. scores: COCO's numbers by kind (bbox, segm, keypoints), 0 to 1."""
+    """What a run left behind. scores: COCO's numbers by kind (bbox, segm, keypoints), 0 to 1; recall: of proposals, 0 to 1,
+    where the RPN learnt alone. Epochs are those of all phases together.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -103,6 +125,7 @@ class TrainReport(BaseModel):
     device: str
     seconds: float = Field(description="Of training steps, over all starts.")
     scores: dict[IouType, dict[str, Any]]
+    recall: dict[str, float | None]
 
 
 def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions:
@@ -140,21 +163,24 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     recipe = _validated(Recipe, {**recipe_of(options.preset).model_dump(), **options.recipe}, "recipe")
     latest = read_latest(storage, options.run_uri)
     done = latest["epoch"] if latest else 0
-    if done >= recipe.epochs and storage.exists(Storage.join(options.run_uri, METRICS)):
+    epochs = len(options.course) * recipe.epochs
+    if done >= epochs and storage.exists(Storage.join(options.run_uri, METRICS)):
         say(f"run '{options.name}' is complete: {done} epochs. Its results are in {options.run_uri}.")
         return _report(storage, options, done)
     data, validation = _read_data(storage, options, say)
     model = build_model(options, data, storage)
-    record = _check_record(storage, options, model.config)
+    _check_detector(options, model.config)
+    record = _check_record(storage, options, recipe, model.config)
     spec = _sample_spec(model.config, options)
-    rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty)
+    proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
+    rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty, proposals)
     capacity = connect(options.address)
     gpu = plan_workers(options, capacity)
     # Only now does the run's name belong to this data, model and seed: what was refused leaves nothing behind.
     storage.write_bytes(Storage.join(options.run_uri, RUN_RECORD), json.dumps(record, indent=1).encode())
     _set_up_ray_train(capacity)
     if done:
-        say(f"run '{options.name}' goes on after epoch {done} of {recipe.epochs}")
+        say(f"run '{options.name}' goes on after epoch {done} of {epochs}")
     plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done)
     _fit(plan, storage, say)
     _draw(storage, options)
@@ -196,6 +222,15 @@ def build_model(options: TrainOptions, data: CocoDataset, storage: Storage) -> M
     torch.manual_seed(options.seed)
     tasks = _tasks(options, data)
     changes = {**options.model, "mask": "mask" in tasks, "keypoint": "keypoint" in tasks}
+    rpn_backbone = changes.pop("rpn_backbone", None)
+    model = _model_with(options, data, storage, changes)
+    if rpn_backbone is None:
+        return model
+    return with_rpn_backbone(model, _changed(model.config, {"rpn_backbone": rpn_backbone}).rpn_backbone)
+
+
+def _model_with(options: TrainOptions, data: CocoDataset, storage: Storage, changes: Mapping[str, Any]) -> MaskRCNN:
+    """The preset's model, or the weights', with fields of its configuration changed."""
     if options.weights is None:
         config = _changed(preset_config(options.preset), {**changes, "categories": data.categories})
         if config.backbone.norm == "frozen":
@@ -232,6 +267,17 @@ def _changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     return _validated(ModelConfig, values, "model")
 
 
+def _check_detector(options: TrainOptions, config: ModelConfig) -> None:
+    """Raises ConfigError where a detector would learn alone, but on proposals of an RPN that is untrained or out of step."""
+    if options.learn != "detector" or options.proposals is not None:
+        return
+    if options.weights is None or config.rpn_backbone == "shared":
+        raise ConfigError(
+            'learn = "detector" needs proposals: give --proposals (a file of `masklake propose`), or --weights of a model '
+            "whose trained RPN has a backbone of its own; --learn separate trains both, one after the other."
+        )
+
+
 def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
     return SampleSpec(
         categories=config.categories,
@@ -242,13 +288,19 @@ def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
     )
 
 
-def _check_record(storage: Storage, options: TrainOptions, config: ModelConfig) -> dict[str, Any]:
-    """What the run is; refuses to go on with another data set, model or seed under the same name."""
+def _check_record(storage: Storage, options: TrainOptions, recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
+    """What the run is; refuses to go on with another data set, model or seed under the same name.
+
+    A course of several phases also keeps its number of epochs: a longer phase would change what the later ones started from.
+    """
     record = {
         "train": canonical(options.train),
         "seed": options.seed,
         "weights": options.weights,
         "augmentation": options.augmentation.model_dump(mode="json"),
+        "learn": options.learn,
+        "proposals": options.proposals,
+        "epochs": recipe.epochs if len(options.course) > 1 else None,
         "model": config.model_dump(mode="json"),
     }
     uri = Storage.join(options.run_uri, RUN_RECORD)
@@ -322,14 +374,14 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     options, recipe = plan.options, plan.recipe
     device = "GPU" if plan.gpu else "CPU"
     say(
-        f"training '{options.preset}' for {recipe.epochs} epochs of {plan.steps_per_epoch} steps, "
+        f"training '{options.preset}' for {_describe_epochs(options.course, recipe)} of {plan.steps_per_epoch} steps, "
         f"{recipe.batch_size * options.workers} images a step on {options.workers} {device} worker"
         f"{'s' if options.workers > 1 else ''}; the workers start"
     )
     board = start_board()
     job = TrainingJob(
         run_uri=options.run_uri,
-        epochs=recipe.epochs,
+        course=options.course,
         steps_per_epoch=plan.steps_per_epoch,
         recipe=recipe,
         spec=plan.spec,
@@ -351,6 +403,12 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
             error = failure
     _judge(ray.get(board.failure.remote()), error, storage, plan)
     say(f"trained in {time.monotonic() - start:.0f} s")
+
+
+def _describe_epochs(course: tuple[Phase, ...], recipe: Recipe) -> str:
+    if len(course) == 1:
+        return f"{recipe.epochs} epochs"
+    return f"{len(course)} phases ({', '.join(phase.learn for phase in course)}) of {recipe.epochs} epochs each, an epoch"
 
 
 def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> TorchTrainer:
@@ -401,7 +459,7 @@ def _judge(failure: Exception | None, error: BaseException | None, storage: Stor
             f"{_last_line(error)}. The same command goes on after the last complete epoch."
         ) from error
     latest = read_latest(storage, plan.options.run_uri)
-    if latest is None or latest["epoch"] < plan.recipe.epochs:
+    if latest is None or latest["epoch"] < len(plan.options.course) * plan.recipe.epochs:
         raise TrainingError("training was interrupted. The same command goes on after the last complete epoch.")
 
 
@@ -433,6 +491,7 @@ def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:
         device=metrics["device"],
         seconds=metrics["seconds"],
         scores=metrics["scores"],
+        recall=metrics.get("recall", {}),
     )
 
 
@@ -445,5 +504,6 @@ def describe(report: TrainReport) -> str:
     for kind, score in report.scores.items():
         ap, ap50 = ("-" if value is None else f"{100 * value:.1f}" for value in (score["ap"], score["ap50"]))
         lines.append(f"  {KIND_NAMES[kind]:9} AP {ap}, AP50 {ap50}")
+    lines += [f"  {name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in report.recall.items()]
     lines += [f"  checkpoint  {report.checkpoint}", f"  metrics     {report.metrics}", f"  curves      {report.curves}"]
     return "\n".join(lines)

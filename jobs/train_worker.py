@@ -1,4 +1,7 @@
-"""What each Ray Train worker does: epochs of steps, a checkpoint after each, and its share of the evaluation.
+"""What each Ray Train worker does: phase by phase epochs of steps, a checkpoint after each, and its share of the evaluation.
+
+The phases of a course (`model.phases`) are one run: an epoch's number says which phase it is of, so that a start at any epoch,
+the first or after a kill, goes on in the right one.
 
 A run's folder, `<output>/<name>/`, holds `checkpoint_0001/` and so on (Ray Train uploads them), `latest.json` (the newest one
 that is complete: written after it, read by a resume), and at the end `model.safetensors` and `metrics.json`.
@@ -30,10 +33,11 @@ from model.checkpoint import dumps, load_checkpoint
 from model.config import PredictOptions
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
+from model.phases import Phase, begin
 from pipeline.coco import CocoDataset
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import TrainingError
-from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, result_rows
+from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, proposal_recall, result_rows
 from pipeline.fetch import fetch
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from pipeline.storage import Storage, relative_to
@@ -66,10 +70,13 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that a worker needs. initial: the untrained (or given) model's checkpoint bytes, in the object store."""
+    """All that a worker needs. initial: the untrained (or given) model's checkpoint bytes, in the object store.
+
+    Each phase of the course is a training by the whole recipe, its epochs among it.
+    """
 
     run_uri: str
-    epochs: int
+    course: tuple[Phase, ...]
     steps_per_epoch: int
     recipe: Recipe
     spec: SampleSpec
@@ -80,6 +87,15 @@ class TrainingJob:
     keep_best: bool
     board: Any
     threads: int | None
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases together."""
+        return len(self.course) * self.recipe.epochs
+
+    def phase(self, epoch: int) -> Phase:
+        """The phase of the epoch that follows `epoch` done ones; the last one's where none follows."""
+        return self.course[min(epoch // self.recipe.epochs, len(self.course) - 1)]
 
 
 @dataclass
@@ -128,27 +144,46 @@ def _train(job: TrainingJob) -> None:
     if job.threads is not None:  # elsewhere Ray has set as many as the worker has CPUs
         torch.set_num_threads(job.threads)
     batches = _begun(_batches(job))  # the processes that load start while this one reads its model
-    state = restore(job, ray.train.torch.get_device())
-    # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
-    replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    device = ray.train.torch.get_device()
+    state = restore(job, device)
     if context.get_world_rank() == 0:
         after = f"going on after epoch {state.epoch}" if state.epoch else "waiting for the first images"
         job.board.say.remote(f"the workers are up, {after}")
     while state.epoch < job.epochs:
-        _seed(job.spec.seed, state.epoch, context.get_world_rank())
-        row = _run_epoch(job, state, replica, batches)
-        state.epoch += 1
-        row |= {"epoch": state.epoch}
-        if job.validation is not None and _is_due(job, state.epoch):
-            row |= _evaluate(job, ray.get(job.validation), state, context.get_world_rank(), context.get_world_size())
-        state.history.append(row)
-        _save(job, state, context.get_world_rank())
+        _run_phase(job, state, batches)
+        if state.epoch < job.epochs:
+            state = _begin(job, state.epoch, load_checkpoint(dumps(state.model), device), state.history)
     if context.get_world_rank() == 0:
         _finish(job, state)
 
 
+def _begin(job: TrainingJob, epoch: int, model: MaskRCNN, history: list[dict[str, Any]]) -> State:
+    """The first state of the phase that comes after `epoch`; what it draws anew is the same on every worker."""
+    _seed(job.spec.seed, epoch, 0)
+    model = begin(model, job.phase(epoch))
+    return State(epoch, model, build_optimizer(model, job.recipe, 0.0), history)
+
+
+def _run_phase(job: TrainingJob, state: State, batches: Iterator[Any]) -> None:
+    """What is left of a phase's epochs."""
+    context = ray.train.get_context()
+    rank, phase = context.get_world_rank(), job.phase(state.epoch)
+    end = (state.epoch // job.recipe.epochs + 1) * job.recipe.epochs
+    # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
+    replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    while state.epoch < end:
+        _seed(job.spec.seed, state.epoch, rank)
+        row = _run_epoch(job, state, replica, batches)
+        state.epoch += 1
+        row |= {"epoch": state.epoch, "learn": phase.learn}
+        if job.validation is not None and _is_due(job, state.epoch):
+            row |= _evaluate(job, ray.get(job.validation), phase, state.model, rank, context.get_world_size())
+        state.history.append(row)
+        _save(job, state, rank)
+
+
 def _is_due(job: TrainingJob, epoch: int) -> bool:
-    return epoch == job.epochs or bool(job.evaluate_every and epoch % job.evaluate_every == 0)
+    return epoch % job.recipe.epochs == 0 or bool(job.evaluate_every and epoch % job.evaluate_every == 0)
 
 
 def _seed(seed: int, epoch: int, rank: int) -> None:
@@ -186,7 +221,8 @@ def _begun(batches: Iterator[Any]) -> Iterator[Any]:
 def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches: Iterator[Any]) -> dict[str, Any]:
     """One epoch's steps; returns its history row (mean losses, seconds, images a second)."""
     world = ray.train.get_context().get_world_size()
-    total_steps = job.epochs * job.steps_per_epoch
+    first_step = state.epoch % job.recipe.epochs * job.steps_per_epoch  # in its phase
+    total_steps = job.recipe.epochs * job.steps_per_epoch
     peak = peak_rate(job.recipe, job.recipe.batch_size * world)
     state.model.train()
     sums, steps, rate = _Losses(), 0, 0.0
@@ -194,7 +230,7 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     start = said = time.perf_counter()
     while batch is not None and steps < job.steps_per_epoch:
         images, targets = to_training(batch, job.spec)
-        rate = peak * rate_factor(job.recipe, state.epoch * job.steps_per_epoch + steps, total_steps)
+        rate = peak * rate_factor(job.recipe, first_step + steps, total_steps)
         set_rate(state.optimizer, rate)
         sums.add(_step(replica, images, targets, state.optimizer, job.recipe))
         steps += 1
@@ -276,7 +312,8 @@ def _say_step(job: TrainingJob, epoch: int, step: int, losses: Mapping[str, floa
         return
     parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
     left = (job.epochs * job.steps_per_epoch - epoch * job.steps_per_epoch - step) * seconds / step
-    line = f"epoch {epoch + 1}/{job.epochs}, step {step}/{job.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
+    phase = f" ({job.phase(epoch).learn})" if len(job.course) > 1 else ""
+    line = f"epoch {epoch + 1}/{job.epochs}{phase}, step {step}/{job.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
     job.board.say.remote(f"{line}; {images / seconds:.1f} images/s, about {_duration(left)} left")
 
 
@@ -287,21 +324,32 @@ def _duration(seconds: float) -> str:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(job: TrainingJob, validation: Validation, state: State, rank: int, world: int) -> dict[str, Any]:
-    """The model's AP, from the detections of all workers; only worker 0 has the answer, the others an empty one."""
+def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: MaskRCNN, rank: int, world: int) -> dict[str, Any]:
+    """How good the model is, from the answers of all workers; only worker 0 has the result, the others an empty one.
+
+    It is the detections' AP; of an RPN that learns alone, the recall of its proposals.
+    """
     start = time.perf_counter()
-    found = predict_share(state.model.eval(), validation, job.storage, rank, world)
+    share = propose_share if phase.learn == "rpn" else predict_share
+    found = share(model.eval(), validation, job.storage, rank, world)
     shares: list[Any] = [found]
     if world > 1:
         shares = [None] * world if rank == 0 else []
         torch.distributed.gather_object(found, shares if rank == 0 else None)
     if rank != 0:
         return {}
-    scores = coco_metrics(validation.truth, (row for share in shares for row in share), max_dets=validation.max_dets)
+    answers = [row for share in shares for row in share]
+    row: dict[str, Any]
+    if phase.learn == "rpn":
+        row = {"recall": proposal_recall(validation.truth, answers)}
+        named = row["recall"]
+    else:
+        scores = coco_metrics(validation.truth, answers, max_dets=validation.max_dets)
+        named = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
+        row = {"ap": named, "scores": {kind: vars(score) for kind, score in scores.items()}}
     images = len(validation.truth.images)
-    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(scores)}")
-    named = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
-    return {"ap": named, "scores": {kind: vars(score) for kind, score in scores.items()}}
+    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(named)}")
+    return row
 
 
 def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
@@ -309,32 +357,48 @@ def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
     return {f"{KIND_NAMES[kind]} AP": score.ap, f"{KIND_NAMES[kind]} AP50": score.ap50}
 
 
-def describe_scores(scores: Mapping[IouType, Score]) -> str:
-    """One line of APs in percent, as papers write them."""
-    parts = [(name, value) for kind, score in scores.items() for name, value in named_ap(kind, score).items()]
-    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in parts)
+def describe_scores(scores: Mapping[str, float | None]) -> str:
+    """One line of scores in percent, as papers write them."""
+    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in scores.items())
 
 
 def predict_share(
     model: MaskRCNN, validation: Validation, storage: Storage, rank: int = 0, world: int = 1
 ) -> list[dict[str, Any]]:
     """COCO result rows of every `world`-th image from `rank` on. An image that cannot be used has no detections."""
-    mine = validation.truth.images[rank::world]
     categories = {category.id: category for category in model.config.categories}
     most = max(validation.max_dets)
     options = PredictOptions(max_detections=max(most, model.config.max_detections))
-    chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
     rows: list[dict[str, Any]] = []
+    for loaded in _share(validation, storage, rank, world):
+        answers = model.predict([image for _, image in loaded], options)
+        for (image_id, _), found in zip(loaded, answers, strict=True):
+            rows.extend(result_rows(image_id, found, categories))
+    return rows
+
+
+def propose_share(
+    model: MaskRCNN, validation: Validation, storage: Storage, rank: int = 0, world: int = 1
+) -> list[dict[str, Any]]:
+    """`image_id` and `boxes` (float32 (P, 4), xyxy, best first) of every `world`-th image from `rank` on that can be used."""
+    return [
+        {"image_id": image_id, "boxes": boxes}
+        for loaded in _share(validation, storage, rank, world)
+        for (image_id, _), boxes in zip(loaded, model.propose([image for _, image in loaded]), strict=True)
+    ]
+
+
+def _share(validation: Validation, storage: Storage, rank: int, world: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """A worker's images with their ids, some at a time, and the next ones loaded meanwhile."""
+    mine = validation.truth.images[rank::world]
+    chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
     with ThreadPoolExecutor(1) as ahead:
         loading = ahead.submit(_load_images, storage, validation.folder, chunks[0]) if chunks else None
         for number in range(len(chunks)):
             ready = loading.result() if loading is not None else []
             if number + 1 < len(chunks):
                 loading = ahead.submit(_load_images, storage, validation.folder, chunks[number + 1])
-            answers = model.predict([image for _, image in ready], options) if ready else []
-            for (image_id, _), found in zip(ready, answers, strict=True):
-                rows.extend(result_rows(image_id, found, categories))
-    return rows
+            yield ready
 
 
 def _load_images(storage: Storage, folder: str, images: Sequence[Any]) -> list[tuple[int, Tensor]]:
@@ -352,17 +416,19 @@ def _load_images(storage: Storage, folder: str, images: Sequence[Any]) -> list[t
 
 
 def restore(job: TrainingJob, device: torch.device) -> State:
-    """The newest complete checkpoint's state, or the initial model's."""
+    """The newest complete checkpoint's state, or the initial model's, ready for the epoch that follows."""
     latest = read_latest(job.storage, job.run_uri)
     if latest is None:
-        model = load_checkpoint(ray.get(job.initial), device)
-        return State(0, model, build_optimizer(model, job.recipe, 0.0))
+        return _begin(job, 0, load_checkpoint(ray.get(job.initial), device), [])
     folder = Storage.join(job.run_uri, latest["checkpoint"])
     model = load_checkpoint(job.storage.read_bytes(Storage.join(folder, MODEL)), device)
+    state = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
+    if state["epoch"] % job.recipe.epochs == 0 and state["epoch"] < job.epochs:  # the saved optimiser is the last phase's
+        return _begin(job, state["epoch"], model, state["history"])
+    model = begin(model, job.phase(state["epoch"]))
     optimizer = build_optimizer(model, job.recipe, 0.0)
     saved = io.BytesIO(job.storage.read_bytes(Storage.join(folder, OPTIMIZER)))
     optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
-    state = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
     return State(state["epoch"], model, optimizer, state["history"])
 
 
@@ -378,16 +444,21 @@ def _save(job: TrainingJob, state: State, rank: int) -> None:
         torch.save(state.optimizer.state_dict(), Path(folder, OPTIMIZER))
         Path(folder, STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
-    if job.keep_best and _is_best(state.history):
+    if job.keep_best and _is_best(_candidates(job, state.history)):
         job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
     latest = {"epoch": state.epoch, "checkpoint": name}
     job.storage.write_bytes(Storage.join(job.run_uri, LATEST), json.dumps(latest).encode())
 
 
+def _candidates(job: TrainingJob, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The epochs whose model may be exported: the last phase's."""
+    return [row for row in history if row["epoch"] > job.epochs - job.recipe.epochs]
+
+
 def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last epoch was evaluated and no earlier one scored more (masks where there are any, else boxes)."""
     scores = [best_score(row) for row in history]
-    return scores[-1] is not None and all(score is None or score <= scores[-1] for score in scores)
+    return bool(scores) and scores[-1] is not None and all(score is None or score <= scores[-1] for score in scores)
 
 
 def best_score(row: Mapping[str, Any]) -> float | None:
@@ -400,10 +471,9 @@ def _finish(job: TrainingJob, state: State) -> None:
     """The model under its final name, then the metrics: their presence says that the run is complete."""
     kept = state.history[-1]
     model_id = state.model.model_id
-    if job.keep_best and any(best_score(row) is not None for row in state.history):
-        kept = max(
-            (row for row in state.history if best_score(row) is not None), key=lambda row: (best_score(row), row["epoch"])
-        )
+    scored = [row for row in _candidates(job, state.history) if best_score(row) is not None]
+    if job.keep_best and scored:
+        kept = max(scored, key=lambda row: (best_score(row), row["epoch"]))
         model_id = load_checkpoint(job.storage.read_bytes(Storage.join(job.run_uri, MODEL))).model_id
     else:
         job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
@@ -416,6 +486,7 @@ def _finish(job: TrainingJob, state: State) -> None:
         "device": state.model.device.type,
         "seconds": sum(row["seconds"] for row in state.history),
         "scores": kept.get("scores", {}),
+        "recall": kept.get("recall", {}),
         "history": [{key: value for key, value in row.items() if key != "scores"} for row in state.history],
     }
     job.storage.write_bytes(Storage.join(job.run_uri, METRICS), json.dumps(metrics, indent=1).encode())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,27 +20,35 @@ TOTAL = "loss"
 def training_curves(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """A PNG of 1200 x 480 pixels with the losses at the left and the AP at the right.
 
-    history: one row an epoch: `epoch` (from 1), `losses` (mean over the epoch by name; "loss" is their sum), and `ap` (by name,
-    0..1) where the epoch was evaluated.
+    history: one row an epoch: `epoch` (from 1), `losses` (mean over the epoch by name; "loss" is their sum), and where it was
+    evaluated `ap` (by name, 0..1), or the `recall` of proposals. What is learnt (`learn`) changes at a dotted line.
     """
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    _draw(left, history, "losses", "loss", "mean over the epoch")
-    _draw(right, history, "ap", "average precision on the validation images", "AP")
+    _draw(left, history, [row.get("losses") or {} for row in history], "loss", "mean over the epoch")
+    scores = [{**(row.get("ap") or {}), **(row.get("recall") or {})} for row in history]
+    _draw(right, history, scores, "on the validation images", "average precision (AP) or recall (AR)")
     right.set_ylim(0, 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
-def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], field: str, title: str, unit: str) -> None:
-    names = sorted({name for row in history for name in row.get(field) or {}}, key=lambda name: (name != TOTAL, name))
+def _draw(
+    axes: Axes, history: Sequence[Mapping[str, Any]], values: Sequence[Mapping[str, float | None]], title: str, unit: str
+) -> None:
+    """values: by name, for each row of the history; empty where nothing was measured. A line ends where others are measured."""
+    measured = [(row["epoch"], numbers) for row, numbers in zip(history, values, strict=True) if numbers]
+    names = sorted({name for _, numbers in measured for name in numbers}, key=lambda name: (name != TOTAL, name))
     for name in names:
-        points = [(row["epoch"], row[field][name]) for row in history if (row.get(field) or {}).get(name) is not None]
+        points = [(epoch, math.nan if (y := numbers.get(name)) is None else y) for epoch, numbers in measured]
         style = {"color": "black", "linewidth": 2.5} if name == TOTAL else {"linewidth": 1.2}
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name, **style)
+    for before, after in itertools.pairwise(history):
+        if before.get("learn") != after.get("learn"):
+            axes.axvline(before["epoch"] + 0.5, color="gray", linestyle=":", linewidth=1)
     if names:
         axes.legend(loc="best", fontsize="small")
     else:

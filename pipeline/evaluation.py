@@ -8,7 +8,7 @@ an image can be asked for (pycocotools' own summary knows only 100).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,9 @@ COCO_SIGMAS: tuple[float, ...] = tuple(
 )
 OTHER_SIGMA = 0.05
 """For keypoints that COCO never measured: the middle of its range."""
+
+PROPOSAL_COUNTS = (100, 1000)
+"""Proposals of an image whose recall is measured: as many as detections are reported, and as an FPN's RPN makes."""
 
 AREAS = ("all", "small", "medium", "large")
 """Below 32 x 32 pixels, below 96 x 96, above; keypoints have no small."""
@@ -95,6 +98,27 @@ def coco_metrics(
         if kind not in answerable(truth, rows):
             raise ConfigError(f"{kind} cannot be scored: {truth.source} or the detections have none.")
     return {kind: _score(truth, rows, kind, sorted(set(max_dets)), sigmas or {}) for kind in kinds}
+
+
+def proposal_recall(
+    truth: CocoDataset, proposals: Iterable[Mapping[str, Any]], counts: Sequence[int] = PROPOSAL_COUNTS
+) -> dict[str, float | None]:
+    """Average recall of boxes without classes: the mean over IoU 0.50 to 0.95, among the first `counts` of each image.
+
+    proposals: rows of `image_id` and `boxes`, (P, 4) xyxy, the best first. Returns, for each count, `proposal AR<count>`.
+    """
+    thing = Category(id=1, name="object")
+    annotations = {
+        image_id: tuple(replace(row, category_id=thing.id) for row in rows) for image_id, rows in truth.annotations.items()
+    }
+    objects = replace(truth, categories=(thing,), annotations=annotations)
+    rows = [
+        {"image_id": row["image_id"], "category_id": thing.id, "score": 1 / place, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for row in proposals
+        for place, (x1, y1, x2, y2) in enumerate(row["boxes"].tolist(), start=1)
+    ]
+    found = coco_metrics(objects, rows, ["bbox"], counts)["bbox"]
+    return {f"proposal AR{count}": found.by_max_dets[count]["ar"] for count in counts}
 
 
 def answerable(truth: CocoDataset, detections: Sequence[Mapping[str, Any]]) -> tuple[IouType, ...]:

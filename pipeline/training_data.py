@@ -28,6 +28,7 @@ from pipeline.coco import CocoDataset, Segmentation, to_rle
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError, EmptyInputError
 from pipeline.fetch import fetch
+from pipeline.proposals import proposals_of
 from pipeline.schema import Status
 from pipeline.storage import Storage, relative_to
 
@@ -42,6 +43,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int64())),
         ("rles", pa.list_(pa.binary())),
         ("keypoints", pa.list_(pa.float32())),  # G x K x (x, y, visibility)
+        ("proposals", pa.list_(pa.float32())),  # P x (x1, y1, x2, y2), or null where the model makes its own
     ]
 )
 
@@ -75,22 +77,29 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, or None without masks."""
+    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, or None without masks.
+
+    proposals: stored ones, or None where the model makes its own.
+    """
 
     image: torch.Tensor
     boxes: NDArray[np.float32]  # (G, 4) xyxy
     labels: NDArray[np.int64]  # (G,)
     rles: list[bytes] | None
     keypoints: NDArray[np.float32]  # (G, K, 3)
+    proposals: NDArray[np.float32] | None = None  # (P, 4) xyxy
 
 
-def training_rows(dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empty: bool = False) -> pa.Table:
-    """One row an image: image_id, uri, width, height, annotations (JSON, without crowds).
+def training_rows(
+    dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empty: bool = False, proposals: pa.Table | None = None
+) -> pa.Table:
+    """One row an image: image_id, uri, width, height, annotations (JSON, without crowds), and stored proposals where given.
 
     Images without an instance are left out unless `keep_empty`; so are instances without an outline where masks are learnt.
-    Raises EmptyInputError when nothing is left to learn from.
+    proposals: PROPOSAL_SCHEMA rows.
+    Raises EmptyInputError when nothing is left to learn from, AnnotationError for an image without its proposals.
     """
-    rows = []
+    rows, names = [], []
     for image in dataset.images:
         instances = [
             {"category_id": a.category_id, "bbox": a.bbox, "segmentation": a.segmentation, "keypoints": a.keypoints}
@@ -100,10 +109,12 @@ def training_rows(dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empt
         if instances or keep_empty:
             uri = relative_to(folder, image.file_name)
             rows.append((image.id, uri, image.width, image.height, json.dumps(instances)))
+            names.append(image.file_name)
     if not rows:
         raise EmptyInputError(f"{dataset.source}: no image has an instance to learn from.")
-    names = ["image_id", "uri", "width", "height", "annotations"]
-    return pa.table([pa.array(column) for column in zip(*rows, strict=True)], names=names)
+    columns = ["image_id", "uri", "width", "height", "annotations"]
+    table = pa.table([pa.array(column) for column in zip(*rows, strict=True)], names=columns)
+    return table if proposals is None else table.append_column("proposals", proposals_of(table, names, proposals))
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,16 @@ def load_samples(
         if decoded is not None and decoded.status is Status.OK and decoded.image is not None:
             reason = _wrong_size(row, decoded.image)
             if reason is None:
-                samples.append((seed[2], make_sample(decoded.image, json.loads(row["annotations"]), spec, seed)))
+                samples.append((seed[2], _sample_of(row, decoded.image, spec, seed)))
         if reason is not None and not skip_bad:
             samples.append((seed[2], f"{row['uri']}: {reason}"))
     return _to_table(samples)
+
+
+def _sample_of(row: Mapping[str, Any], image: torch.Tensor, spec: SampleSpec, seed: tuple[int, int, int]) -> Sample:
+    proposals = row.get("proposals")
+    boxes = None if proposals is None else np.array(proposals, np.float64).reshape(-1, 4)
+    return make_sample(image, json.loads(row["annotations"]), spec, seed, boxes)
 
 
 def _wrong_size(row: Mapping[str, Any], image: torch.Tensor) -> str | None:
@@ -181,9 +198,13 @@ class Window:
 
 
 def make_sample(
-    image: torch.Tensor, annotations: Sequence[Mapping[str, Any]], spec: SampleSpec, seed: tuple[int, ...]
+    image: torch.Tensor,
+    annotations: Sequence[Mapping[str, Any]],
+    spec: SampleSpec,
+    seed: tuple[int, ...],
+    proposals: NDArray[np.float64] | None = None,
 ) -> Sample:
-    """Image uint8 (3, H, W) and its annotation rows, as the augmentation leaves them."""
+    """Image uint8 (3, H, W), its annotation rows and stored proposals, (P, 4) xyxy, as the augmentation leaves them."""
     random = np.random.default_rng(seed)
     boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -196,6 +217,7 @@ def make_sample(
         labels=np.array([label for _, label, _, _ in kept], np.int64),
         rles=[rle for _, _, rle, _ in kept] if spec.masks else None,
         keypoints=np.array([points for _, _, _, points in kept], np.float32).reshape(len(kept), spec.keypoints, 3),
+        proposals=None if proposals is None else _move_proposals(proposals, window),
     )
 
 
@@ -247,6 +269,13 @@ def _instance(
     return moved, annotation["category_id"], counts, _move_keypoints(annotation, window, spec)
 
 
+def _move_proposals(boxes: NDArray[np.float64], window: Window) -> NDArray[np.float32]:
+    """Proposals (P, 4) as they lie in the window, in their order; those of which less than a pixel is left are gone."""
+    inside = np.clip(boxes - np.array([window.left, window.top] * 2), 0, [window.width, window.height] * 2)
+    moved = _mirrored(inside * (window.zoom * 2), window)
+    return moved[(moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)].astype(np.float32)
+
+
 def _cut_mask(segmentation: Segmentation, size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
     """The window's part of a mask of `size` (H, W). Only its columns are decoded: a large image may hold hundreds of masks."""
     counts = to_rle(segmentation, *size)["counts"]
@@ -268,14 +297,15 @@ def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
 
-def _mirrored(box: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
-    x1, y1, x2, y2 = box
+def _mirrored(boxes: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
+    """Boxes (..., 4) after the window's flips."""
+    x1, y1, x2, y2 = np.moveaxis(boxes, -1, 0)
     height, width = window.size
     if window.mirror:
         x1, x2 = width - x2, width - x1
     if window.upside_down:
         y1, y2 = height - y2, height - y1
-    return np.array([x1, y1, x2, y2])
+    return np.stack([x1, y1, x2, y2], axis=-1)
 
 
 def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleSpec) -> NDArray[np.float64]:
@@ -314,6 +344,7 @@ def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
         "labels": sample.labels,
         "rles": sample.rles or [],
         "keypoints": sample.keypoints.ravel(),
+        "proposals": None if sample.proposals is None else sample.proposals.ravel(),
     }
 
 
@@ -332,9 +363,14 @@ def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], 
                 labels=torch.tensor(row["labels"], dtype=torch.int64),
                 masks=_decode_masks(row["rles"], height, width) if spec.masks else None,
                 keypoints=keypoints if spec.keypoints else None,
+                proposals=_as_boxes(row["proposals"]),
             )
         )
     return images, targets
+
+
+def _as_boxes(values: Sequence[float] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float32).reshape(-1, 4)
 
 
 def _decode_masks(rles: Sequence[bytes], height: int, width: int) -> torch.Tensor:

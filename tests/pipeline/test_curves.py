@@ -22,8 +22,19 @@ def test_a_png_of_the_stated_size(history: list[dict[str, object]]) -> None:
     assert (image.format, image.size) == ("PNG", (1200, 480))
 
 
-def test_more_history_draws_more() -> None:
-    def ink(history: list[dict[str, object]]) -> int:
-        return int((np.asarray(Image.open(io.BytesIO(training_curves(history, "run"))).convert("L")) < 200).sum())
+def ink(history: list[dict[str, object]]) -> int:
+    return int((np.asarray(Image.open(io.BytesIO(training_curves(history, "run"))).convert("L")) < 200).sum())
 
+
+def test_more_history_draws_more() -> None:
     assert ink(HISTORY) > ink([]) + 500
+
+
+def test_a_change_of_what_learns_is_a_line() -> None:
+    phases = [{**row, "learn": learn} for row, learn in zip(HISTORY, ("rpn", "detector"), strict=True)]
+    assert ink(phases) > ink([{**row, "learn": "joint"} for row in HISTORY])
+
+
+def test_the_recall_of_proposals_is_drawn_with_the_scores() -> None:
+    recall = {**HISTORY[0], "recall": {"proposal AR100": 0.2}}
+    assert ink([recall, HISTORY[1]]) > ink(HISTORY)

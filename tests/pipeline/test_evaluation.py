@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from model.errors import ConfigError
 from pipeline.coco import parse_coco, to_document
-from pipeline.evaluation import coco_metrics, keypoint_sigmas, mean_iou
+from pipeline.evaluation import coco_metrics, keypoint_sigmas, mean_iou, proposal_recall
 
 HEIGHT, WIDTH = 90, 120
 SIGMAS = {"bird": [0.1, 0.02, 0.05]}
@@ -209,3 +209,43 @@ def test_a_document_survives_the_reader() -> None:
     document, _ = random_case(2)
     truth = parse_coco(document, "truth.json")
     assert parse_coco(to_document(truth), "truth.json") == truth
+
+
+def test_recall_of_proposals_is_pycocotools_without_categories() -> None:
+    document, _ = random_case(4)
+    random = np.random.default_rng(0)
+    proposals = []
+    for image in range(1, 9):
+        corner, size = random.uniform(0, (80, 60), (150, 2)), random.uniform(4, (40, 30), (150, 2))
+        proposals.append({"image_id": image, "boxes": np.concatenate([corner, corner + size], axis=1)})
+    rows = [
+        {"image_id": row["image_id"], "category_id": 3, "score": 1 - n / 150, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for row in proposals
+        for n, (x1, y1, x2, y2) in enumerate(row["boxes"].tolist())
+    ]
+    truth = parse_coco(document, "random")
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = COCO()
+        theirs.dataset = to_document(truth)
+        theirs.createIndex()
+        evaluation = COCOeval(theirs, theirs.loadRes(rows), "bbox")
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = [20, 100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    recall = evaluation.eval["recall"][:, 0, 0]  # IoU thresholds, detections
+    expected = {"proposal AR20": recall[:, 0].mean(), "proposal AR100": recall[:, 1].mean()}
+    assert proposal_recall(truth, proposals, (20, 100)) == pytest.approx(expected)
+    assert expected["proposal AR20"] < expected["proposal AR100"]
+
+
+def test_one_proposal_on_each_object_is_full_recall_when_it_is_among_the_first() -> None:
+    square = {"image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20], "area": 400}
+    document = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": WIDTH, "height": HEIGHT}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [square],
+    }
+    boxes = np.array([[60.0, 60, 70, 70]] * 2 + [[10, 10, 30, 30]])
+    found = proposal_recall(parse_coco(document, "one"), [{"image_id": 1, "boxes": boxes}], (2, 3))
+    assert found == {"proposal AR2": 0, "proposal AR3": 1}

@@ -1,0 +1,110 @@
+"""`masklake propose`: an RPN's proposals of every image of a COCO file, stored for a detector that learns on them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.cluster import connect
+from jobs.label import load_model
+from jobs.label_plan import Device, WorkerPlan, plan_workers
+from pipeline.coco import CocoDataset, read_coco, with_files
+from pipeline.errors import AnnotationError, LabellingError
+from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
+from pipeline.storage import Storage, StorageOptions, canonical, parent, relative_to
+
+BLOCK_IMAGES = 16
+"""Images a worker is given at once: enough to hide a request's latency."""
+
+
+class ProposeOptions(BaseModel):
+    """What to propose for, and where to write it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coco: str = Field(description="COCO JSON of the images, local or s3://.")
+    images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
+    weights: str = Field(description="Path or URI of a MaskLake checkpoint.")
+    output: str = Field(description="The Parquet file to write (`pipeline.proposals.PROPOSAL_SCHEMA`).")
+    allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
+    device: Device = "auto"
+    workers: int | None = Field(default=None, gt=0, description="Model replicas; default: one a GPU, else one a core.")
+    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    storage: StorageOptions = StorageOptions()
+
+
+class ProposeReport(BaseModel):
+    """What was written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    model_id: str
+    images: int
+    proposals: int
+
+
+def run(options: ProposeOptions) -> ProposeReport:
+    """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use."""
+    storage = Storage(options.storage)
+    folder = canonical(options.images) if options.images is not None else Storage.join(parent(options.coco), "images")
+    data = with_files(storage, read_coco(storage, options.coco), folder, options.allow_missing)
+    checkpoint, model = load_model(storage, options.weights)
+    workers = plan_workers(connect(options.address), len(data.images), options.workers, options.device)
+    images = proposals = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "proposals.parquet")
+        with pq.ParquetWriter(path, PROPOSAL_SCHEMA, compression="zstd") as writer:
+            for block in _blocks(storage, _rows(data, folder), checkpoint, workers):
+                usable = _usable(block, options.allow_missing)
+                writer.write_table(usable)
+                images += usable.num_rows
+                proposals += len(usable["boxes"].combine_chunks().flatten()) // 4
+        storage.upload(path, options.output)
+    return ProposeReport(output=options.output, model_id=model.model_id, images=images, proposals=proposals)
+
+
+def _rows(data: CocoDataset, folder: str) -> pa.Table:
+    names = [image.file_name for image in data.images]
+    return pa.table({"file_name": names, "uri": [relative_to(folder, name) for name in names]})
+
+
+def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: WorkerPlan) -> Iterator[pa.Table]:
+    """The workers' answers, in any order."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
+    arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
+    with ray.data.DataContext.current(context):
+        blocks = ray.data.from_arrow(rows).repartition(target_num_rows_per_block=BLOCK_IMAGES)
+        answers = blocks.map_batches(
+            Proposer,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers.workers),
+            num_cpus=workers.cpus_each,
+            num_gpus=workers.gpus_each or None,
+        )
+        try:
+            yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LabellingError(f"the proposals were not made: {reason}; nothing was written") from error
+
+
+def _usable(block: pa.Table, allow_missing: bool) -> pa.Table:
+    """The block's proposals; AnnotationError for the first image that has none, unless such are left out."""
+    failed = [(row["file_name"], row["error"]) for row in block.select(["file_name", "error"]).to_pylist() if row["error"]]
+    if failed and not allow_missing:
+        name, reason = failed[0]
+        raise AnnotationError(f"{name}: {reason}. Mend or remove it, or leave such images out with --allow-missing.")
+    return block.filter(block["error"].is_null()).select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)

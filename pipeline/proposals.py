@@ -1,0 +1,86 @@
+"""Stored proposals: an RPN's boxes of each image, as one Parquet file that a detector learns on later.
+
+Training a detector on them saves running the RPN at every step (Mask R-CNN, section 3.1: "RPN is trained separately"). They are
+made of images as they are, and follow the augmentation of the image that they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from model.checkpoint import load_checkpoint
+from pipeline.coco import NAMED
+from pipeline.decode import DecodeLimits, decode
+from pipeline.errors import AnnotationError
+from pipeline.fetch import fetch
+from pipeline.storage import Storage, translated
+
+PROPOSAL_SCHEMA = pa.schema(
+    [
+        ("file_name", pa.string()),  # as the COCO file has it
+        ("width", pa.int32()),  # pixels of the upright image
+        ("height", pa.int32()),
+        ("boxes", pa.large_list(pa.float32())),  # P x (x1, y1, x2, y2) in those pixels, the best first
+    ]
+)
+
+
+def read_proposals(storage: Storage, uri: str) -> pa.Table:
+    """PROPOSAL_SCHEMA rows of the file at `uri`. Raises AnnotationError when it is none of `masklake propose`."""
+    filesystem, path = storage.arrow(uri)
+    with translated(uri), filesystem.open_input_file(path) as file:
+        try:
+            table = pq.read_table(file)
+            return table.select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
+            raise AnnotationError(f"{uri} holds no proposals ({error}). Give a file of `masklake propose`.") from error
+
+
+def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> pa.ChunkedArray:
+    """The boxes of each training row; names: the rows' file names.
+
+    Raises AnnotationError for rows without proposals, or whose image had another size when they were made.
+    """
+    place = {name: number for number, name in enumerate(proposals["file_name"].to_pylist())}
+    if missing := [name for name in names if name not in place]:
+        raise AnnotationError(
+            f"{len(missing)} of {len(names)} images have no proposals, such as {', '.join(missing[:NAMED])}: "
+            "run `masklake propose` on this COCO file."
+        )
+    chosen = proposals.take(pa.array([place[name] for name in names], pa.int64()))
+    for side in ("width", "height"):
+        for name, own, theirs in zip(names, rows[side].to_pylist(), chosen[side].to_pylist(), strict=True):
+            if own != theirs:
+                raise AnnotationError(f"{name}: its proposals are of an image of another size; run `masklake propose` again.")
+    return chosen["boxes"]
+
+
+class Proposer:
+    """Runs a model's RPN on blocks of images, as Ray Data builds it on a worker."""
+
+    def __init__(self, storage: Storage, checkpoint: Any, device: str, threads: int) -> None:
+        """checkpoint: a Ray object reference to the bytes; threads: torch's, on a CPU."""
+        import ray
+
+        torch.set_num_threads(threads)
+        self._storage = storage
+        self._model = load_checkpoint(ray.get(checkpoint), device=device)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Rows of `file_name` and `uri` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image cannot be used."""
+        limits, rows = DecodeLimits(), []
+        fetched = fetch(self._storage, block["uri"].to_pylist(), max_bytes=limits.max_bytes)
+        for name, got in zip(block["file_name"].to_pylist(), fetched, strict=True):
+            decoded = None if got.data is None else decode(got.data, limits)
+            row: dict[str, Any] = {"file_name": name, "error": got.error if decoded is None else decoded.error}
+            if decoded is not None and decoded.image is not None:
+                height, width = decoded.image.shape[1:]
+                [boxes] = self._model.propose([decoded.image])
+                row |= {"width": width, "height": height, "boxes": boxes.ravel()}
+            rows.append(row)
+        return pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA.append(pa.field("error", pa.string())))

@@ -1,0 +1,180 @@
+"""RPN and detector trained separately, in four steps, and on stored proposals: through Ray Train, to one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jobs.propose import ProposeOptions
+from jobs.propose import run as propose
+from jobs.shapes import generate
+from jobs.train import TrainOptions, TrainReport, build_model, run
+from jobs.train_worker import TrainingJob, _candidates, _is_due
+from model import PredictOptions
+from model.checkpoint import dumps, load_checkpoint
+from model.errors import ConfigError
+from model.mask_rcnn import MaskRCNN
+from model.phases import COURSES
+from pipeline.coco import read_coco
+from pipeline.errors import AnnotationError
+from pipeline.recipe import Recipe
+from pipeline.storage import Storage
+
+HEADS = {"box_head", "mask_head", "keypoint_head"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    generate(folder / "train", 4, 64, seed=1)
+    generate(folder / "val", 2, 64, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[None]:
+    """`run` starts a cluster in this process; the tests here share it, others must not find it."""
+    import ray
+
+    yield
+    ray.shutdown()
+
+
+def small_run(data: Path, output: Path, learn: str, **changes: Any) -> TrainOptions:
+    values: dict[str, Any] = {
+        "train": str(data / "train" / "instances.json"),
+        "output": str(output),
+        "name": learn,
+        "learn": learn,
+        "threads": 1,
+        "recipe": {"epochs": 1, "batch_size": 2},
+    }
+    return TrainOptions.model_validate({**values, **changes})
+
+
+def checkpoint(report: TrainReport, epoch: int) -> MaskRCNN:
+    return load_checkpoint(Path(report.checkpoint).parent / f"checkpoint_{epoch:04d}" / "model.safetensors")
+
+
+def weights(model: MaskRCNN) -> Mapping[str, Tensor]:
+    return model.network.state_dict()
+
+
+def changed_parts(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    return {name.partition(".")[0] for name in before if name not in after or not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_four_steps_are_one_run_that_resumes_in_the_right_step(data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = small_run(data, tmp_path, "four_step", val=str(data / "val" / "instances.json"), workers=2)
+    report = run(options, lines.append)
+    assert any("4 phases (rpn, detector, rpn, detector) of 1 epochs each" in line for line in lines), lines
+    assert (report.epochs, set(report.scores)) == (4, {"bbox", "segm", "keypoints"})
+    assert Image.open(report.curves).size == (1200, 480)
+
+    history = json.loads(Path(report.metrics).read_text())["history"]
+    assert [row["learn"] for row in history] == ["rpn", "detector", "rpn", "detector"]
+    assert [set(row["losses"]) for row in history[:2]] == [
+        {"loss", "rpn_objectness", "rpn_box"},
+        {"loss", "classifier", "box", "mask", "keypoint"},
+    ]
+    assert [set(row.get("recall", ())) for row in history[::2]] == [{"proposal AR100", "proposal AR1000"}] * 2
+
+    # The newest two checkpoints are kept: the ends of steps 3 and 4.
+    third, fourth, final = checkpoint(report, 3), checkpoint(report, 4), load_checkpoint(report.checkpoint)
+    assert changed_parts(weights(third), weights(fourth)) == HEADS
+    assert final.model_id == fourth.model_id == report.model_id
+    assert final.config.rpn_backbone == "shared"
+
+    # What a kill in step 4 leaves: the third epoch is the newest that is known to be complete.
+    folder = Path(report.metrics).parent
+    (folder / "latest.json").write_text(json.dumps({"epoch": 3, "checkpoint": "checkpoint_0003"}))
+    (folder / "metrics.json").unlink()
+    lines.clear()
+    again = run(options, lines.append)
+    assert any("goes on after epoch 3 of 4" in line for line in lines), lines
+    assert any(line.startswith("epoch 4/4 (detector), step 1/1") for line in lines), lines
+    assert changed_parts(weights(third), weights(load_checkpoint(again.checkpoint))) == HEADS
+    with pytest.raises(ConfigError, match="started with another epochs"):
+        run(options.model_copy(update={"recipe": {"epochs": 2, "batch_size": 2}}), lines.append)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_a_separate_training_ends_in_one_checkpoint_of_both_networks(data: Path, tmp_path: Path) -> None:
+    options = small_run(data, tmp_path, "separate")
+    report = run(options)
+    start = build_model(options, read_coco(Storage(), options.train), Storage())
+    first, second = checkpoint(report, 1), checkpoint(report, 2)
+    assert changed_parts(weights(start), weights(first)) == {"rpn"}, "and a backbone that is new"
+    assert changed_parts(weights(first), weights(second)) == {"backbone", *HEADS}
+    final = load_checkpoint(report.checkpoint)
+    assert final.config.rpn_backbone == "own"
+    picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    assert len(final.predict([picture], PredictOptions(score_threshold=0.0))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+def test_a_detector_learns_on_stored_proposals(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "rpn.safetensors").write_bytes(dumps(build_model(*untrained(data, tmp_path))))
+    stored = {"weights": str(tmp_path / "rpn.safetensors"), "output": str(tmp_path / "proposals.parquet")}
+    proposed = propose(ProposeOptions(coco=str(data / "train" / "instances.json"), workers=1, **stored))
+    table = pq.read_table(proposed.output)
+    assert (proposed.images, table.num_rows) == (4, 4)
+    assert proposed.proposals == sum(len(boxes) // 4 for boxes in table["boxes"].to_pylist()) > 4 * 100
+
+    report = run(small_run(data, tmp_path, "detector", weights=stored["weights"], proposals=proposed.output))
+    before, after = load_checkpoint(stored["weights"]), load_checkpoint(report.checkpoint)
+    assert changed_parts(weights(before), weights(after)) == {"backbone", *HEADS}
+    others = {"train": str(data / "val" / "instances.json"), "name": "other", "proposals": proposed.output}
+    with pytest.raises(AnnotationError, match="2 of 2 images have no proposals"):
+        run(small_run(data, tmp_path, "detector", weights=stored["weights"], **others))
+
+
+def untrained(data: Path, output: Path) -> tuple[Any, Any, Storage]:
+    options = small_run(data, output, "rpn", model={"rpn_backbone": "own"})
+    return options, read_coco(Storage(), options.train), Storage()
+
+
+def test_what_cannot_be_learnt_alone_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stored proposals are for learn"):
+        small_run(data, tmp_path, "separate", proposals="p.parquet")
+    with pytest.raises(ConfigError, match="needs proposals: give --proposals"):
+        run(small_run(data, tmp_path, "detector"))
+    with pytest.raises(ConfigError, match="model: rpn_backbone: input should be"):
+        build_model(small_run(data, tmp_path, "rpn", model={"rpn_backbone": "ours"}), *untrained(data, tmp_path)[1:])
+
+
+def test_an_epochs_number_says_its_phase_and_the_last_phases_models_are_exported() -> None:
+    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainingJob))
+    job = TrainingJob(**{**values, "course": COURSES["four_step"], "recipe": Recipe(epochs=3), "evaluate_every": 2})
+    assert job.epochs == 12
+    assert [COURSES["four_step"].index(job.phase(epoch)) for epoch in range(13)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
+    assert [epoch for epoch in range(1, 13) if _is_due(job, epoch)] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert [row["epoch"] for row in _candidates(job, [{"epoch": epoch} for epoch in range(1, 12)])] == [10, 11]
+
+
+def test_weights_of_one_network_begin_both(data: Path, tmp_path: Path) -> None:
+    options, dataset, storage = untrained(data, tmp_path)
+    shared = build_model(options.model_copy(update={"model": {}}), dataset, storage)
+    (tmp_path / "w.safetensors").write_bytes(dumps(shared))
+    own = build_model(options.model_copy(update={"weights": str(tmp_path / "w.safetensors")}), dataset, storage)
+    for name, weight in weights(shared).items():
+        assert torch.equal(weights(own)[name], weight)
+        if name.startswith("backbone."):
+            assert torch.equal(weights(own)[f"rpn_{name}"], weight)

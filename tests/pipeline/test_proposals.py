@@ -1,0 +1,95 @@
+"""Stored proposals reach the training sample of their image, moved as the image is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from model.config import Category
+from pipeline.coco import parse_coco
+from pipeline.errors import AnnotationError, InputNotFoundError
+from pipeline.proposals import PROPOSAL_SCHEMA, read_proposals
+from pipeline.storage import Storage
+from pipeline.training_data import Augmentation, SampleSpec, load_samples, make_sample, to_training, training_rows
+
+CAT = Category(id=9, name="cat")
+
+
+def spec(**changes: Any) -> SampleSpec:
+    return SampleSpec((CAT,), masks=False, keypoints=0, augmentation=Augmentation(**changes), seed=0)
+
+
+def annotation(x: float, y: float, w: float, h: float) -> dict[str, Any]:
+    return {"category_id": 9, "bbox": [x, y, w, h], "segmentation": None, "keypoints": ()}
+
+
+def stored(**changes: Any) -> pa.Table:
+    rows = [{"file_name": f"{n}.png", "width": 48, "height": 24, "boxes": [n, 2, 20, 12]} for n in (2, 0, 1)]
+    return pa.Table.from_pylist([{**row, **changes} for row in rows], schema=PROPOSAL_SCHEMA)
+
+
+def dataset() -> Any:
+    images = [{"id": 10 + n, "file_name": f"{n}.png", "width": 48, "height": 24} for n in range(3)]
+    rows = [{"image_id": 10 + n, "category_id": 9, "bbox": [4, 3, 8, 8], "area": 64} for n in range(3)]
+    return parse_coco({"images": images, "annotations": rows, "categories": [{"id": 9, "name": "cat"}]}, "cats.json")
+
+
+@pytest.mark.parametrize("changes", [{}, {"flip_vertical": True}, {"scale": (0.5, 2.0)}, {"crop": 40}])
+def test_a_proposal_on_an_object_stays_on_it(changes: dict[str, Any]) -> None:
+    """However the image is changed: what becomes of an instance's box becomes of the same box among the proposals."""
+    box = np.array([[20.0, 30, 61, 52]])
+    sizes = set()
+    for n in range(20):
+        sample = make_sample(
+            torch.zeros(3, 90, 120, dtype=torch.uint8), [annotation(20, 30, 41, 22)], spec(**changes), (0, 0, n), box
+        )
+        np.testing.assert_array_equal(sample.proposals, sample.boxes)
+        sizes.add(tuple(sample.boxes.ravel()))
+    assert len(sizes) > 1, "the augmentation did something"
+
+
+def test_proposals_outside_of_the_window_go_and_the_order_stays() -> None:
+    boxes = np.array([[0.0, 0, 30, 30], [500, 0, 540, 30], [2, 3, 40, 50], [0, 0, 0.5, 40]])
+    image = torch.zeros(3, 100, 600, dtype=torch.uint8)
+    sample = make_sample(image, [annotation(2, 3, 30, 30)], spec(flip=False, crop=64), (0,), boxes)
+    assert sample.proposals is not None
+    assert len(sample.proposals) == 2
+    assert (sample.proposals[0][2:] <= sample.proposals[1][2:]).all()
+    none = make_sample(image, [annotation(2, 3, 30, 30)], spec(flip=False, crop=64), (0,), np.zeros((0, 4)))
+    assert none.proposals is not None
+    assert none.proposals.shape == (0, 4)
+
+
+def test_they_travel_to_the_model(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for n in range(3):
+        Image.new("RGB", (48, 24)).save(tmp_path / f"{n}.png")
+    rows = training_rows(dataset(), str(tmp_path), spec(flip=False), proposals=stored())
+    batch = load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage(), skip_bad=False)
+    _, targets = to_training(batch, spec())
+    assert [target.proposals.tolist() for target in targets] == [[[n, 2, 20, 12]] for n in range(3)]
+    without = load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage(), skip_bad=False)
+    assert [target.proposals for target in to_training(without, spec())[1]] == [None] * 3
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    pq.write_table(stored(), tmp_path / "good.parquet")
+    assert read_proposals(Storage(), str(tmp_path / "good.parquet")).equals(stored())
+    with pytest.raises(InputNotFoundError):
+        read_proposals(Storage(), str(tmp_path / "none.parquet"))
+    pq.write_table(pa.table({"file_name": ["a"]}), tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    for name in ("other", "text"):
+        with pytest.raises(AnnotationError, match=r"holds no proposals.*masklake propose"):
+            read_proposals(Storage(), str(tmp_path / f"{name}.parquet"))
+    with pytest.raises(AnnotationError, match=r"1 of 3 images have no proposals, such as 1\.png"):
+        training_rows(dataset(), str(tmp_path), spec(), proposals=stored().slice(0, 2))
+    with pytest.raises(AnnotationError, match=r"0\.png: its proposals are of an image of another size"):
+        training_rows(dataset(), str(tmp_path), spec(), proposals=stored(width=47))
