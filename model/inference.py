@@ -5,7 +5,8 @@ Everything on the device works on one table of detections for the whole batch; a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from model.errors import ConfigError
 from model.instances import Instances
 from model.keypoints import decode_heatmaps
 from model.network import Network
-from model.rle import encode_boxed_masks
+from model.rle import encode_boxed_masks, encode_on_device, on_device
 from model.rpn import Regions
 from model.transform import Canvas, Size
 
@@ -134,28 +135,25 @@ def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, c
 def to_instances(
     found: Detections, canvas: Canvas, originals: Sequence[Size], category_ids: NDArray[np.int64], threshold: float
 ) -> list[Instances]:
-    """Detections to the original images' pixels and to host arrays: one copy, then masks to RLE image by image.
+    """Detections to the original images' pixels and to host arrays: one copy, and masks to RLE.
 
     originals: (height, width) of each image; category_ids: int64 (classes,), by class.
     """
-    table = _pack(found, canvas.ratios).cpu()
+    table, encode = _to_host(found, _pack(found, canvas.ratios), originals, threshold)
     images, classes = table[:, 0].long(), table[:, 1].long().numpy()
     counts = torch.bincount(images, minlength=len(originals)).tolist()
-    width = 7 if found.masks is None else 7 + found.masks.shape[1] * found.masks.shape[2]
     results, start = [], 0
     for count, size in zip(counts, originals, strict=True):
         rows = slice(start, start + count)
         part, start = table[rows], start + count
-        boxes = part[:, 3:7].contiguous()
-        rles, areas = None, None
-        if found.masks is not None:
-            probabilities = part[:, 7:width].reshape(count, *found.masks.shape[1:])
-            rles, areas = encode_boxed_masks(probabilities, boxes, size, threshold)
-        keypoints = None if found.keypoints is None else part[:, width:].reshape(count, *found.keypoints.shape[1:])
+        rles, areas = encode(rows, size)
+        keypoints = None
+        if found.keypoints is not None:
+            keypoints = part[:, 7 : 7 + math.prod(found.keypoints.shape[1:])].reshape(count, *found.keypoints.shape[1:])
         results.append(
             Instances(
                 size=size,
-                boxes=boxes.numpy(),
+                boxes=part[:, 3:7].contiguous().numpy(),
                 scores=part[:, 2].contiguous().numpy(),
                 labels=category_ids[classes[rows]],
                 rles=rles,
@@ -166,8 +164,31 @@ def to_instances(
     return results
 
 
+def _to_host(
+    found: Detections, table: Tensor, originals: Sequence[Size], threshold: float
+) -> tuple[Tensor, Callable[[slice, Size], tuple[list[bytes] | None, NDArray[np.int64] | None]]]:
+    """The table on the host, and what gives RLE and pixels of the masks in some of its rows, all of one image.
+
+    On a GPU all masks are pasted and cut at once and only their edges are copied; elsewhere they are rows of the table.
+    """
+    masks = found.masks
+    if masks is None:
+        return table.cpu(), lambda rows, size: (None, None)
+    if on_device(masks):
+        rles, areas, table = encode_on_device(masks, table[:, 3:7], found.images, originals, threshold, table)
+        return table, lambda rows, size: (rles[rows], areas[rows])
+    width = table.shape[1]
+    table = torch.cat((table, masks.flatten(1)), dim=1).cpu()
+
+    def encode(rows: slice, size: Size) -> tuple[list[bytes], NDArray[np.int64]]:
+        probabilities = table[rows, width:].reshape(-1, *masks.shape[1:])
+        return encode_boxed_masks(probabilities, table[rows, 3:7].contiguous(), size, threshold)
+
+    return table, encode
+
+
 def _pack(found: Detections, ratios: Tensor) -> Tensor:
-    """One float32 row a detection: image, class, score, box, then mask and keypoints, in original pixels."""
+    """One float32 row a detection: image, class, score, box, then keypoints, in original pixels."""
     ratio = ratios[found.images].flip(1)  # horizontal, vertical: as x and y
     columns = [
         found.images[:, None].float(),
@@ -175,8 +196,6 @@ def _pack(found: Detections, ratios: Tensor) -> Tensor:
         found.scores[:, None],
         found.boxes * ratio.repeat(1, 2),
     ]
-    if found.masks is not None:
-        columns.append(found.masks.flatten(1))
     if found.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:, :1])], dim=1)
         columns.append((found.keypoints * scale[:, None]).flatten(1))

@@ -8,6 +8,9 @@ The resized mask is not computed either. Along an image column it is linear betw
 crosses the threshold at most once there, at a place that a division finds: the work follows the box's width times m, not
 its area. Where rounding could decide a pixel, the mask is resized after all, so that the bytes stay those of torch.
 
+On a GPU the pixels are so cheap that they are computed after all, though never stored (`model.kernels.mask_rle`); what comes
+to the host are the edges.
+
 Shape letters: N masks, m mask side, M = m + 2 with its border, H x W the image, E edges (where a mask switches between 0
 and 1, as positions in column-major order).
 """
@@ -15,6 +18,7 @@ and 1, as positions in column-major order).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +28,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.kernels.mask_rle import mask_edges
+
 PADDING = 1  # zero cells around the mask before it is resized, torchvision's convention
 MAX_COLUMNS = 1 << 17  # image columns handled at once: bounds the memory for many large boxes to some tens of MB
 MAX_RESIZED_SIDE = 1 << 17  # pixels of a box's side beyond which undecided columns are not resized to decide them
 TORCH_SMALL = 128  # height plus width of an output up to which torch resizes by other code
 FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
+EDGES_PER_COLUMN = 1  # of the image, room for each mask on a GPU: two in each of a box's columns, boxes half as wide as images
 
 Longs = NDArray[np.int64]
 
@@ -47,6 +54,8 @@ def encode_boxed_masks(
     shapes that do not fit.
     """
     _validate(probs, boxes, size, convention)
+    if on_device(probs, convention):
+        return encode_on_device(probs, boxes, boxes.new_zeros(len(boxes), dtype=torch.int64), [size], threshold, boxes)[:2]
     regions = _regions(boxes.detach().float().cpu(), probs.shape[-1], size)
     masks = F.pad(probs.detach().float().cpu(), (PADDING,) * 4)
     edges, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -54,17 +63,40 @@ def encode_boxed_masks(
         part_edges, part_counts = _edges(masks[part], regions.part(part), size[0], threshold)
         edges.append(part_edges)
         counts.append(part_counts)
-    runs, lengths = _runs(np.concatenate(edges), np.concatenate(counts), size[0] * size[1])
-    owner, place = _ragged(lengths)
-    areas = np.bincount(owner, weights=runs * (place % 2), minlength=len(lengths)).astype(np.int64)
-    return pack_counts(runs, lengths), areas
+    return _packed(np.concatenate(edges), np.concatenate(counts), np.full(len(probs), math.prod(size), np.int64))
+
+
+def on_device(probs: Tensor, convention: str = "torchvision") -> bool:
+    """Whether masks are pasted and cut where they are: there is a kernel for torchvision's convention on CUDA."""
+    return probs.is_cuda and convention == "torchvision"
+
+
+def encode_on_device(
+    probs: Tensor, boxes: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]], threshold: float, beside: Tensor
+) -> tuple[list[bytes], Longs, Tensor]:
+    """`encode_boxed_masks` for the masks of several images, pasted and cut on their device, with a single copy to the host.
+
+    probs: float (N, m, m), boxes: (N, 4) in the images' own pixels, images: int64 (N,), index into ``sizes``, each (H, W).
+    beside: any other tensor of the device that is wanted on the host; it comes in the same copy.
+
+    Returns counts and pixels as `encode_boxed_masks` does, with the same bytes, and ``beside`` on the host. Raggeder masks
+    than there is room for, more than an edge per image column on average, cost a second copy.
+    """
+    table = torch.tensor(sizes, dtype=torch.int64).to(boxes.device, non_blocking=True)[images]
+    widest = max(width for _, width in sizes)
+    room = EDGES_PER_COLUMN * widest * len(probs)
+    found = mask_edges(probs, boxes, table, threshold, widest, room)
+    counts, edges, pixels, beside = _to_host(*found, table.prod(1), beside)
+    if (total := int(counts.sum())) > room:
+        edges = mask_edges(probs, boxes, table, threshold, widest, total)[1].cpu()
+    return *_packed(edges[:total].numpy(), counts.numpy(), pixels.numpy()), beside
 
 
 def encode(bitmap: NDArray[np.uint8]) -> bytes:
     """Compressed counts of one mask: (H, W) of zeros and ones (anything non-zero is set)."""
     flat = (np.asarray(bitmap) != 0).ravel(order="F")
     edges = np.flatnonzero(np.diff(flat, prepend=False))
-    return pack_counts(*_runs(edges, np.array([len(edges)]), flat.size))[0]
+    return pack_counts(*_runs(edges, np.array([len(edges)]), np.array([flat.size])))[0]
 
 
 def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -285,17 +317,32 @@ def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs
     return edges[odd], np.bincount(owners[odd], minlength=masks)
 
 
-def _runs(edges: Longs, counts: Longs, pixels: int) -> tuple[Longs, Longs]:
-    """Run lengths of all masks, one after another, and how many each has.
+def _to_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the host, in one copy. Those of wider elements come first, so that all are aligned."""
+    together = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors]).cpu()
+    parts = torch.split(together, [t.nbytes for t in tensors])
+    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def _packed(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:
+    """COCO strings and areas of masks with so many edges each, in images of so many pixels."""
+    runs, lengths = _runs(edges, counts, pixels)
+    owner, place = _ragged(lengths)
+    areas = np.bincount(owner, weights=runs * (place % 2), minlength=len(lengths)).astype(np.int64)
+    return pack_counts(runs, lengths), areas
+
+
+def _runs(edges: Longs, counts: Longs, pixels: Longs) -> tuple[Longs, Longs]:
+    """Run lengths of all masks, one after another, and how many each has; ``pixels`` are those of each mask's image.
 
     A run of ones that reaches the last pixel has its edge there and needs no run of zeros behind it.
     """
     owners = np.repeat(np.arange(len(counts)), counts)
-    inner = edges < pixels
+    inner = edges < pixels[owners]
     edges, owners = edges[inner], owners[inner]
     lengths = np.bincount(owners, minlength=len(counts)) + 1
     ends = np.cumsum(lengths)
-    runs = np.full(int(lengths.sum()), pixels, dtype=np.int64)
+    runs = np.repeat(pixels, lengths)
     last = np.zeros(len(runs), dtype=bool)
     last[ends - 1] = True
     runs[~last] = edges

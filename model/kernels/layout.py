@@ -1,8 +1,12 @@
-"""What the implementations of RoIAlign agree on: the dtypes and level counts each serves, and how results lie in memory."""
+"""What the implementations of an operator agree on: the dtypes and level counts each serves, how results lie in memory, and how
+a slow one is announced.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,3 +25,9 @@ def empty_gradient(feature: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised gradient of a level, in channels_last memory whatever the level's own order is."""
     batch, channels, height, width = feature.shape
     return feature.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn of a fallback, the first time only: it would be said for every batch."""
+    warnings.warn(message, stacklevel=2)

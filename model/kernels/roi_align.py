@@ -6,15 +6,13 @@ it as one of their own.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled
+from model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled, warn_once
 from model.kernels.roi_align_cpu import roi_align_cpu, roi_align_cpu_backward
 from model.kernels.roi_align_reference import roi_align_reference
 
@@ -120,13 +118,8 @@ def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
     if device == "cuda" and dtype in TRITON_DTYPES and levels <= TRITON_LEVELS:
         return "triton"
     path: Path = "bag" if dtype in BAG_DTYPES else "reference"
-    _warn_once(f"no fast RoIAlign for {levels} levels of {dtype} on {device}: falling back to the slower {path}")
+    warn_once(f"no fast RoIAlign for {levels} levels of {dtype} on {device}: falling back to the slower {path}")
     return path
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 def _forward(path: Path) -> Callable[..., Tensor]:

@@ -274,6 +274,38 @@ def test_bf16_agrees_with_fp32_in_the_large(trained: tuple[MaskRCNN, list[tuple[
         assert np.median(distance) < 1
 
 
+@pytest.mark.filterwarnings("ignore:no kernel finds the edges of masks on cpu")
+def test_masks_cut_on_the_device_are_those_cut_on_the_host(
+    model: MaskRCNN, picture: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does after the network, here with the reference in the kernel's place; keypoints come in the same copy."""
+    pictures = [picture(60, 90), picture(50, 80)]
+    expected = model.predict(pictures, LOOSE)
+    monkeypatch.setattr("model.inference.on_device", lambda masks: True)
+    for left, right in zip(model.predict(pictures, LOOSE), expected, strict=True):
+        assert left.rles == right.rles
+        assert_same(left, right)
+    none = model.predict(pictures, PredictOptions(score_threshold=1.0))
+    assert [len(found.scores) for found in none] == [0, 0]
+    assert all(found.rles == [] and found.areas is not None and len(found.areas) == 0 for found in none)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_the_cpu_finds(trained: tuple[MaskRCNN, list[tuple[Tensor, Target]], list[float]]) -> None:
+    """Boxes by rounding alone; masks by a few pixels of their borders."""
+    model, pictures, _ = trained
+    images = [image for image, _ in pictures]
+    expected = model.predict(images)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = model.to("cuda").predict(images)
+    model.to("cpu")
+    for left, right in zip(found, expected, strict=True):
+        assert left.labels.tolist() == right.labels.tolist()
+        np.testing.assert_allclose(left.boxes, right.boxes, atol=0.1)
+        assert np.abs(left.areas - right.areas).max() <= 0.02 * right.areas.max()
+
+
 def test_predictions_follow_changed_weights(model: MaskRCNN, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 64)
     before = model.predict([image], LOOSE)[0]

@@ -15,4 +15,5 @@ import torch
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import model.kernels.mask_rle_triton
         import model.kernels.roi_align_triton  # noqa: F401

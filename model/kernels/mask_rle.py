@@ -1,0 +1,64 @@
+"""Where pasted masks change: one operator for the masks of a whole batch, Triton on CUDA and the reference elsewhere.
+
+What run-length encodings are made of, so that neither pasted masks nor the small ones have to leave the device. Registered
+with torch as ``torch.ops.masklake.mask_edges``. On a CPU `model.rle` computes the same edges with less work.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.kernels.layout import warn_once
+from model.kernels.mask_rle_reference import mask_edges_reference
+
+Path = Literal["triton", "reference"]
+
+
+def mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
+    """List the pixels at which masks, pasted into their images and cut at a threshold, change between 0 and 1.
+
+    masks: (N, m, m), floating; resized in float32. boxes: (N, 4), xyxy in the images' pixels. sizes: int64 (N, 2), height and
+    width of each mask's image, on the masks' device. A pixel is set where the mask, padded by a cell of zeros and resized
+    bilinearly to its box (grown alike and truncated to whole pixels: torchvision's convention), is greater than ``threshold``.
+    widest: the largest width in ``sizes``. room: how many edges to return at most.
+
+    Returns int64 counts (N,) of each mask's edges, and edges (room,): their positions in column-major order (x * height + y),
+    ascending within a mask, mask after mask, zeros behind them. If the counts sum to more than ``room``, the edges beyond are
+    missing. A run that reaches the image's last pixel has no edge behind it. Masks whose box is not finite or lies outside
+    its image have none. Raises ValueError for shapes that do not fit.
+    """
+    if masks.dim() != 3 or masks.shape[1] != masks.shape[2] or boxes.shape != (len(masks), 4) or sizes.shape != (len(masks), 2):
+        raise ValueError(
+            f"masks must be (N, m, m), boxes (N, 4) and sizes (N, 2), "
+            f"got {tuple(masks.shape)}, {tuple(boxes.shape)} and {tuple(sizes.shape)}"
+        )
+    if masks.shape[1] < 1 or widest < 1 or room < 0:
+        raise ValueError(f"masks and images need a pixel and room cannot be negative, got {masks.shape[1]}, {widest}, {room}")
+    counts, edges = _mask_edges(masks.detach(), boxes.detach(), sizes, threshold, widest, room)
+    return counts, edges
+
+
+@torch.library.custom_op("masklake::mask_edges", mutates_args=())
+def _mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
+    if choose_path(masks.device.type) == "triton":
+        # Imported where it runs: Triton exists on Linux only.
+        from model.kernels.mask_rle_triton import mask_edges_triton
+
+        return mask_edges_triton(masks, boxes, sizes, threshold, widest, room)
+    return mask_edges_reference(masks, boxes, sizes, threshold, widest, room)
+
+
+@_mask_edges.register_fake
+def _(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
+    return masks.new_empty((masks.shape[0],), dtype=torch.int64), masks.new_empty((room,), dtype=torch.int64)
+
+
+def choose_path(device: str) -> Path:
+    """Which implementation serves masks on this device; warns once where it is the slow one."""
+    if device == "cuda":
+        return "triton"
+    warn_once(f"no kernel finds the edges of masks on {device}: falling back to the slow reference")
+    return "reference"
