@@ -39,12 +39,12 @@ def roi_align(
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 
-    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite give zeros, as do samples
-    farther than a pixel outside the map. Differentiable in the features; gradients repeat bit for bit on the CPU, and on
-    CUDA under `torch.use_deterministic_algorithms`. Raises ValueError for arguments that do not fit together.
+    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite, or name an image or a level
+    that does not exist, give zeros, as do samples farther than a pixel outside the map. Differentiable in the features;
+    gradients repeat bit for bit on the CPU, and on CUDA under `torch.use_deterministic_algorithms`. Autocast casts nothing
+    here. Raises ValueError for arguments that do not fit together.
     """
     _validate(features, rois, levels, scales, output_size, sampling_ratio, mode)
-    # Autocast changes nothing here: coordinates in half precision would be wrong by pixels, features keep their dtype.
     pooled: Tensor = _roi_align(
         list(features), rois.detach(), levels, [float(s) for s in scales], output_size, sampling_ratio, aligned, mode
     )
@@ -86,8 +86,7 @@ def _roi_align_backward(
     mode: str,
 ) -> list[Tensor]:
     path = choose_path(features[0].device.type, features[0].dtype, len(features))
-    if torch.are_deterministic_algorithms_enabled() and path == "triton":
-        path = "bag"  # runs on every device without atomics
+    path = choose_backward_path(path, torch.are_deterministic_algorithms_enabled())
     return _backward(path)(grad, features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
 
 
@@ -111,6 +110,28 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _roi_align.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
+_AUTOCAST = torch.library.Library("masklake", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _run_without_autocast(name: str, device: str) -> None:
+    """The operator's rule for autocast: it runs as it is called.
+
+    Coordinates in half precision would be wrong by pixels, and the features' dtype is the caller's choice.
+    """
+    operator = getattr(torch.ops.masklake, name).default
+
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return operator(*arguments)
+
+    _AUTOCAST.impl(name, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
+
+
+for _name in ("roi_align", "roi_align_backward"):
+    for _device in ("cpu", "cuda"):
+        _run_without_autocast(_name, _device)
+
+
 def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
     """Which implementation pools features of this device and dtype; warns once where it is not the fast one."""
     if device == "cpu" and dtype in BAG_DTYPES:
@@ -120,6 +141,11 @@ def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
     path: Path = "bag" if dtype in BAG_DTYPES else "reference"
     warn_once(f"no fast RoIAlign for {levels} levels of {dtype} on {device}: falling back to the slower {path}")
     return path
+
+
+def choose_backward_path(path: Path, deterministic: bool) -> Path:
+    """Which implementation differentiates what ``path`` pooled: the bag runs on every device without atomics."""
+    return "bag" if deterministic and path == "triton" else path
 
 
 def _forward(path: Path) -> Callable[..., Tensor]:
@@ -162,6 +188,10 @@ def _validate(
             raise ValueError(f"features must be (B, C, H, W) with equal B and C, got {[tuple(f.shape) for f in features]}")
         if feature.dtype != first.dtype or feature.device != first.device or not feature.is_floating_point():
             raise ValueError(f"features must share one floating dtype and one device, got {feature.dtype} on {feature.device}")
+        if feature.shape[2] < 1 or feature.shape[3] < 1:
+            raise ValueError(f"a level without pixels cannot be sampled, got {[tuple(f.shape) for f in features]}")
+    if rois.device != first.device or levels.device != first.device:
+        raise ValueError(f"features, rois and levels must share a device, got {first.device}, {rois.device}, {levels.device}")
     if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
         raise ValueError(f"rois must be (R, 5) and levels (R,), got {tuple(rois.shape)} and {tuple(levels.shape)}")
     if output_size < 1 or sampling_ratio < 0:

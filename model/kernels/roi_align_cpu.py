@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels.layout import empty_gradient
+
 # Rows gathered by one bag call: bounds the memory for indices and keeps a chunk's output in the cache while it is copied.
 ROWS_PER_CHUNK = 1 << 16
 # RoIs whose neighbours are worked out at once. Their samples along an axis are padded to the largest number among them.
@@ -56,6 +58,8 @@ def roi_align_cpu(
     """
     bins, channels = output_size**2, features[0].shape[1]
     pooled = features[0].new_empty((len(rois), bins, channels))
+    if pooled.numel() == 0:
+        return pooled.view(len(rois), output_size, output_size, channels).permute(0, 3, 1, 2)
     missing = torch.ones(len(rois), dtype=torch.bool, device=rois.device)
     tables = [_table(f) for f in features]
     for bags in _bags(features, rois, levels, scales, Sampling(output_size, sampling_ratio, aligned), mode):
@@ -84,6 +88,8 @@ def roi_align_cpu_backward(
 
     Indices and weights are computed again: that costs less than the memory to keep them.
     """
+    if grad.numel() == 0:
+        return [empty_gradient(f, f.dtype).zero_() for f in features]
     grad_table = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
     bags = _bags(features, rois, levels, scales, Sampling(output_size, sampling_ratio, aligned), mode)
     backward = _max_backward if mode == "max" else _average_backward
@@ -141,12 +147,12 @@ class _Axis:
 def _bags(
     features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], sampling: Sampling, mode: str
 ) -> Iterator[_Bags]:
-    """Everything to sum, level by level. RoIs that are not finite, or have no samples, are in no bag."""
+    """Everything to sum, level by level. RoIs that are not finite, have no samples or no such image, are in no bag."""
     exact = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    finite = torch.isfinite(exact).all(1)
+    usable = torch.isfinite(exact).all(1) & (exact[:, 0] >= 0) & (exact[:, 0] < features[0].shape[0])
     split = _sample_bags if mode == "max" else _average_bags
     for level, (scale, feature) in enumerate(zip(scales, features, strict=True)):
-        of_level = torch.nonzero((levels == level) & finite).flatten()
+        of_level = torch.nonzero((levels == level) & usable).flatten()
         for members in torch.split(of_level, ROIS_PER_CHUNK) if len(of_level) else ():
             y, x = _axes(exact[members, 1:], scale, feature.shape, sampling)
             if not sampling.sampling_ratio:  # boxes without an extent have no samples

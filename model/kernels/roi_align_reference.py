@@ -32,6 +32,9 @@ def roi_align_reference(
     empty = features[0].new_zeros((0, features[0].shape[1], output_size, output_size))
     pooled = []
     for roi, level in zip(rois.to(compute), levels.tolist(), strict=True):
+        if not (0 <= level < len(features) and 0 <= roi[0] < len(features[0])):
+            pooled.append(features[0].new_zeros(empty.shape[1:], dtype=compute))
+            continue
         image = features[level][int(roi[0])].to(compute)
         pooled.append(_align_one(image, roi[1:], scales[level], output_size, sampling_ratio, aligned, mode))
     return torch.stack(pooled).to(features[0].dtype) if pooled else empty

@@ -3,6 +3,9 @@
 Each program pools one row of P bins of one RoI for a block of channels. It finds the RoI's level itself, so RoIs need no
 sorting and no gathering by level. Values of any supported dtype are accumulated in float32, addresses are 64-bit.
 
+Strides come from a table, for levels differ; so the compiler cannot see that channels lie together. WIDE says that they do, and
+that all other strides are multiples of 16: then threads load and add 16 bytes at once instead of one element.
+
 Shape letters: R RoIs, B images, C channels, L levels, P output bins a side.
 """
 
@@ -22,6 +25,11 @@ from torch import Tensor
 
 from model.kernels.layout import TRITON_LEVELS, empty_gradient, empty_pooled
 
+FORWARD_ELEMENTS = 4096  # of a program, bins times channels: what registers hold
+# Four a thread of at most eight warps: gradients are then read as the four sums that are added at once lie, and are not
+# shuffled between threads for every sample.
+BACKWARD_ELEMENTS = 1024
+
 
 @triton.jit
 def _level_pointer(f0, f1, f2, f3, f4, level):
@@ -36,6 +44,21 @@ def _level_pointer(f0, f1, f2, f3, f4, level):
     if level == 4:
         pointer = f4
     return pointer
+
+
+@triton.jit
+def _layout(geometry, level, WIDE: tl.constexpr):
+    """Strides of a level's image, channel, row and column."""
+    stride_b = tl.load(geometry + level * 6 + 2)
+    stride_c = tl.load(geometry + level * 6 + 3)
+    stride_y = tl.load(geometry + level * 6 + 4)
+    stride_x = tl.load(geometry + level * 6 + 5)
+    if WIDE:
+        stride_b = tl.multiple_of(stride_b, 16)
+        stride_c = 1
+        stride_y = tl.multiple_of(stride_y, 16)
+        stride_x = tl.multiple_of(stride_x, 16)
+    return stride_b, stride_c, stride_y, stride_x
 
 
 @triton.jit
@@ -65,6 +88,15 @@ def _roi_geometry(rois, scales, roi, level, P: tl.constexpr, SAMPLING: tl.conste
         grid_w = tl.ceil(bin_w).to(tl.int32)
         grid_h = tl.ceil(bin_h).to(tl.int32)
     return x1, y1, bin_w, bin_h, grid_w, grid_h, finite
+
+
+@triton.jit
+def _place(rois, levels, roi, images, num_levels):
+    """A RoI's image and level, and whether both exist; they are 0 where not."""
+    level = tl.load(levels + roi)
+    number = tl.load(rois + roi * 5)
+    known = (level >= 0) & (level < num_levels) & (number >= 0) & (number < images)
+    return tl.where(known, number, 0.0).to(tl.int64), tl.where(known, level, 0), known
 
 
 @triton.jit
@@ -124,6 +156,7 @@ def _forward_kernel(
     scales,
     # sizes
     channels,
+    images,
     num_levels,
     # strides
     out_roi,
@@ -136,6 +169,7 @@ def _forward_kernel(
     SAMPLING: tl.constexpr,
     ALIGNED: tl.constexpr,
     MAX: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -143,17 +177,12 @@ def _forward_kernel(
     ph = (row % P).to(tl.float32)
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     pw = tl.arange(0, P2)
-    level = tl.load(levels + roi)
-    known = (level >= 0) & (level < num_levels)
-    level = tl.where(known, level, 0)
+    image, level, known = _place(rois, levels, roi, images, num_levels)
     x1, y1, bin_w, bin_h, grid_w, grid_h, finite = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
     height = tl.load(geometry + level * 6)
     width = tl.load(geometry + level * 6 + 1)
-    image = tl.load(rois + roi * 5).to(tl.int64) * tl.load(geometry + level * 6 + 2)
-    stride_c = tl.load(geometry + level * 6 + 3)
-    stride_y = tl.load(geometry + level * 6 + 4)
-    stride_x = tl.load(geometry + level * 6 + 5)
-    feature = _level_pointer(f0, f1, f2, f3, f4, level) + image + (channel * stride_c)[None, :]
+    stride_b, stride_c, stride_y, stride_x = _layout(geometry, level, WIDE)
+    feature = _level_pointer(f0, f1, f2, f3, f4, level) + image * stride_b + (channel * stride_c)[None, :]
     bins = tl.where(known & finite, P, 0)
     wanted = (pw < bins)[:, None] & (channel < channels)[None, :]
 
@@ -165,7 +194,7 @@ def _forward_kernel(
             x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
             value = _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x)
             if MAX:
-                pooled = tl.maximum(pooled, value)
+                pooled = tl.maximum(pooled, value, propagate_nan=tl.PropagateNan.ALL)
             else:
                 pooled += value
     samples = tl.maximum(grid_h, 0) * tl.maximum(grid_w, 0)
@@ -195,6 +224,7 @@ def _backward_kernel(
     scales,
     # sizes
     channels,
+    images,
     num_levels,
     # strides
     grad_roi,
@@ -207,6 +237,8 @@ def _backward_kernel(
     SAMPLING: tl.constexpr,
     ALIGNED: tl.constexpr,
     MAX: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_GRADIENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -214,13 +246,10 @@ def _backward_kernel(
     ph = (row % P).to(tl.float32)
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     pw = tl.arange(0, P2)
-    level = tl.load(levels + roi)
-    known = (level >= 0) & (level < num_levels)
-    level = tl.where(known, level, 0)
+    image, level, known = _place(rois, levels, roi, images, num_levels)
     x1, y1, bin_w, bin_h, grid_w, grid_h, finite = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
     height = tl.load(geometry + level * 6)
     width = tl.load(geometry + level * 6 + 1)
-    image = tl.load(rois + roi * 5).to(tl.int64)
     bins = tl.where(known & finite, P, 0)
     wanted = (pw < bins)[:, None] & (channel < channels)[None, :]
     source = grad + roi * grad_roi + channel[None, :] * grad_c + (row % P) * grad_y + pw[:, None].to(tl.int64) * grad_x
@@ -228,25 +257,23 @@ def _backward_kernel(
 
     winner = tl.full((P2, BLOCK_C), 0, tl.int32)
     if MAX:  # the sample that won, found again: cheaper than keeping a number for every output
-        stride_y = tl.load(geometry + level * 6 + 4)
-        stride_x = tl.load(geometry + level * 6 + 5)
-        feature = _level_pointer(f0, f1, f2, f3, f4, level) + image * tl.load(geometry + level * 6 + 2)
-        feature = feature + (channel * tl.load(geometry + level * 6 + 3))[None, :]
+        stride_b, stride_c, stride_y, stride_x = _layout(geometry, level, WIDE)
+        feature = _level_pointer(f0, f1, f2, f3, f4, level) + image * stride_b + (channel * stride_c)[None, :]
         pooled = tl.full((P2, BLOCK_C), float("-inf"), tl.float32)
         for iy in range(grid_h):
             y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.full((P2,), 0.0, tl.float32)
             for ix in range(grid_w):
                 x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
                 sample = _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x)
-                winner = tl.where(sample > pooled, iy * grid_w + ix, winner)
-                pooled = tl.maximum(pooled, sample)
+                # What is no number is the largest, as it is for torch.
+                larger = (sample > pooled) | ((sample != sample) & (pooled == pooled))
+                winner = tl.where(larger, iy * grid_w + ix, winner)
+                pooled = tl.where(larger, sample, pooled)
     else:
         value = value / tl.maximum(tl.maximum(grid_h, 0) * tl.maximum(grid_w, 0), 1)
 
-    stride_y = tl.load(gradient_geometry + level * 6 + 4)
-    stride_x = tl.load(gradient_geometry + level * 6 + 5)
-    gradient = _level_pointer(g0, g1, g2, g3, g4, level) + image * tl.load(gradient_geometry + level * 6 + 2)
-    gradient = gradient + (channel * tl.load(gradient_geometry + level * 6 + 3))[None, :]
+    into_b, into_c, into_y, into_x = _layout(gradient_geometry, level, WIDE_GRADIENT)
+    gradient = _level_pointer(g0, g1, g2, g3, g4, level) + image * into_b + (channel * into_c)[None, :]
     for iy in range(grid_h):
         y = y1 + ph * bin_h + (iy + 0.5) * bin_h / grid_h + tl.full((P2,), 0.0, tl.float32)
         for ix in range(grid_w):
@@ -254,7 +281,7 @@ def _backward_kernel(
             chosen = wanted
             if MAX:
                 chosen = wanted & (winner == iy * grid_w + ix)
-            _scatter(gradient, value, chosen, y, x, height, width, stride_y, stride_x)
+            _scatter(gradient, value, chosen, y, x, height, width, into_y, into_x)
 
 
 def roi_align_triton(
@@ -275,16 +302,18 @@ def roi_align_triton(
     out = empty_pooled(features, len(rois), output_size)
     if out.numel() == 0:
         return out
-    _forward_kernel[_grid(features, rois, output_size)](
-        out,
-        *_arguments(features),
-        *_roi_arguments(rois, levels),
-        *_level_tables(features, tuple(scales)),
-        features[0].shape[1],
-        len(features),
-        *out.stride(),
-        **_constants(features, output_size, sampling_ratio, aligned, mode),
-    )
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _forward_kernel[_grid(rois, features[0].shape[1], output_size, FORWARD_ELEMENTS)](
+            out,
+            *_arguments(features),
+            *_roi_arguments(rois, levels),
+            *_level_tables(features, tuple(scales)),
+            features[0].shape[1],
+            features[0].shape[0],
+            len(features),
+            *out.stride(),
+            **_constants(features, output_size, sampling_ratio, aligned, mode, FORWARD_ELEMENTS),
+        )
     return out
 
 
@@ -304,9 +333,12 @@ def roi_align_triton_backward(
     The order of additions changes from run to run, and with it the last bits; the bag's backward pass is deterministic.
     """
     sums = [empty_gradient(f, torch.float32).zero_() for f in features]
-    if grad.numel() > 0:
-        geometry, scale_table = _level_tables(features, tuple(scales))
-        _backward_kernel[_grid(features, rois, output_size)](
+    if grad.numel() == 0:
+        return [s.to(f.dtype) for s, f in zip(sums, features, strict=True)]
+    geometry, scale_table = _level_tables(features, tuple(scales))
+    constants = _constants(features, output_size, sampling_ratio, aligned, mode, BACKWARD_ELEMENTS)
+    with torch.cuda.device_of(grad):  # type: ignore[no-untyped-call]
+        _backward_kernel[_grid(rois, features[0].shape[1], output_size, BACKWARD_ELEMENTS)](
             grad,
             *_arguments(features),
             *_arguments(sums),
@@ -315,30 +347,44 @@ def roi_align_triton_backward(
             _level_tables(sums, tuple(scales))[0],
             scale_table,
             features[0].shape[1],
+            features[0].shape[0],
             len(features),
             *grad.stride(),
-            **_constants(features, output_size, sampling_ratio, aligned, mode),
+            WIDE_GRADIENT=_is_wide(sums),
+            num_warps=max(1, constants["P2"] * constants["BLOCK_C"] // 128),
+            **constants,
         )
     return [s.to(f.dtype) for s, f in zip(sums, features, strict=True)]
 
 
-def _grid(features: Sequence[Tensor], rois: Tensor, output_size: int) -> tuple[int, int]:
-    channels = features[0].shape[1]
-    return len(rois) * output_size, triton.cdiv(channels, _channel_block(channels))
+def _grid(rois: Tensor, channels: int, output_size: int, elements: int) -> tuple[int, int]:
+    return len(rois) * output_size, triton.cdiv(channels, _channel_block(channels, output_size, elements))
 
 
-def _channel_block(channels: int) -> int:
-    return min(256, triton.next_power_of_2(channels))
+def _channel_block(channels: int, output_size: int, elements: int) -> int:
+    """Channels of a program: at most 256, and so many that they make no more than ``elements`` with a row of bins."""
+    return min(256, triton.next_power_of_2(channels), max(1, elements // triton.next_power_of_2(output_size)))
 
 
-def _constants(features: Sequence[Tensor], output_size: int, sampling_ratio: int, aligned: bool, mode: str) -> dict[str, Any]:
+def _is_wide(features: Sequence[Tensor]) -> bool:
+    """Whether rows of channels can be read 16 bytes at a time: they lie together, and every one begins at such a border."""
+    return all(
+        f.stride(1) == 1 and f.data_ptr() % 16 == 0 and not any(f.stride(axis) % 16 for axis in (0, 2, 3)) for f in features
+    )
+
+
+def _constants(
+    features: Sequence[Tensor], output_size: int, sampling_ratio: int, aligned: bool, mode: str, elements: int
+) -> dict[str, Any]:
     return {
         "P": output_size,
         "P2": triton.next_power_of_2(output_size),
         "SAMPLING": sampling_ratio,
         "ALIGNED": aligned,
         "MAX": mode == "max",
-        "BLOCK_C": _channel_block(features[0].shape[1]),
+        "WIDE": _is_wide(features),
+        "BLOCK_C": _channel_block(features[0].shape[1], output_size, elements),
+        "enable_fp_fusion": True,
     }
 
 

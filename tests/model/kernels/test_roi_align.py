@@ -9,7 +9,8 @@ import pytest
 import torch
 import torchvision
 
-from model.kernels.roi_align import choose_path, roi_align
+from model.kernels.layout import warn_once
+from model.kernels.roi_align import Path, choose_backward_path, choose_path, roi_align
 from model.kernels.roi_align_reference import roi_align_reference
 
 SCALES = (0.25, 0.125, 0.0625)
@@ -185,6 +186,8 @@ def test_registered_operator_passes_opcheck(mode: str) -> None:
     features, (rois, levels) = pyramid(channels=3), scattered_rois(5)
     arguments = ([f.requires_grad_() for f in features], rois, levels, list(SCALES), 3, 2, False, mode)
     torch.library.opcheck(torch.ops.masklake.roi_align.default, arguments)
+    plain = [f.detach() for f in features]
+    torch.library.opcheck(torch.ops.masklake.roi_align_backward.default, (torch.ones(5, 3, 3, 3), plain, *arguments[1:]))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -197,16 +200,61 @@ def test_compiles_into_one_graph() -> None:
     assert all(f.grad is not None and f.grad.any() for f in leaf)
 
 
-def test_autocast_leaves_coordinates_alone() -> None:
-    features, (rois, levels) = pyramid(), scattered_rois(20)
-    expected = roi_align(features, rois, levels, SCALES, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_casts_nothing(dtype: torch.dtype) -> None:
+    """Not coordinates, which would be wrong by pixels beyond 256, nor features or gradients: the operators have a rule."""
+    for name in ("roi_align", "roi_align_backward"):
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"masklake::{name}", key)
+    features, (rois, levels) = [f.requires_grad_() for f in pyramid(dtype)], scattered_rois(20)
+    rois = rois + torch.tensor([0, 0.37, 0.37, 0.37, 0.37])
+    pooled = roi_align(features, rois, levels, SCALES, 4)
+    gradients = torch.autograd.grad(pooled.float().square().sum(), features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(roi_align(features, rois, levels, SCALES, 4), expected)
+        cast = roi_align(features, rois, levels, SCALES, 4)
+        assert cast.dtype == dtype
+        assert torch.equal(cast, pooled)
+        compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")(features, rois, levels, SCALES, 4)
+        assert torch.equal(compiled, pooled)
+        within = torch.autograd.grad(cast.float().square().sum(), features)
+    assert all(torch.equal(left, right) for left, right in zip(within, gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_no_channels(mode: str) -> None:
+    features, (rois, levels) = [f.requires_grad_() for f in pyramid(channels=0)], scattered_rois(5)
+    pooled = roi_align(features, rois, levels, SCALES, 4, mode=mode)
+    assert pooled.shape == (5, 0, 4, 4)
+    pooled.sum().backward()
+    assert [f.grad.shape for f in features] == [f.shape for f in features]
+
+
+def test_images_and_levels_that_do_not_exist_give_zeros_and_no_gradient() -> None:
+    box = [8.0, 8, 40, 40]
+    rois = torch.tensor([[2, *box], [-1, *box], [float("nan"), *box], [0, *box], [0, *box], [1, *box]])
+    levels = torch.tensor([0, 0, 0, 3, -1, 2])
+    features = [f.requires_grad_() for f in pyramid()]
+    for mode in ("avg", "max"):
+        pooled = roi_align(features, rois, levels, SCALES, 2, mode=mode)
+        torch.testing.assert_close(pooled, roi_align_reference(features, rois, levels, SCALES, 2, mode=mode))
+        assert not pooled[:5].any()
+        gradients = torch.autograd.grad(pooled.sum(), features)
+        assert [bool(g.any()) for g in gradients] == [False, False, True]
+        assert not gradients[2][0].any()
+
+
+def test_gradients_are_not_differentiable_and_say_so() -> None:
+    features, (rois, levels) = [f.requires_grad_() for f in pyramid()], scattered_rois(5)
+    pooled = roi_align(features, rois, levels, SCALES, 2)
+    (first,) = torch.autograd.grad(pooled.square().sum(), features[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.sum().backward()
 
 
 def test_unsupported_dtype_falls_back_with_one_warning() -> None:
     features, (rois, levels) = pyramid(), scattered_rois(4)
     small = [f.to(torch.float8_e4m3fn) for f in features]
+    warn_once.cache_clear()
     with pytest.warns(UserWarning, match="falling back to the slower reference"):
         pooled = roi_align(small, rois, levels, SCALES, 2)
     with warnings.catch_warnings():
@@ -216,11 +264,46 @@ def test_unsupported_dtype_falls_back_with_one_warning() -> None:
     torch.testing.assert_close(pooled.float(), expected, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:no fast RoIAlign")
+def test_gradients_of_an_unsupported_dtype_are_those_of_float32() -> None:
+    features, (rois, levels) = pyramid(), scattered_rois(4)
+    small, grad = [f.to(torch.float8_e5m2) for f in features], torch.ones(4, 6, 2, 2)
+    arguments = (rois, levels, list(SCALES), 2, 2, False, "avg")
+    ours = torch.ops.masklake.roi_align_backward(grad.to(torch.float8_e5m2), small, *arguments)
+    exact = torch.ops.masklake.roi_align_backward(grad, features, *arguments)
+    for mine, other in zip(ours, exact, strict=True):
+        assert mine.dtype == torch.float8_e5m2
+        torch.testing.assert_close(mine.float(), other, atol=0.02, rtol=0.2)
+
+
 def test_paths() -> None:
     assert choose_path("cpu", torch.bfloat16, 4) == "bag"
     assert choose_path("cuda", torch.bfloat16, 5) == "triton"
-    with pytest.warns(UserWarning, match=r"float64 on cuda"):
-        assert choose_path("cuda", torch.float64, 4) == "bag"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "levels", "path"),
+    [
+        ("cuda", torch.float64, 4, "bag"),
+        ("cuda", torch.float16, 6, "bag"),
+        ("cuda", torch.float8_e5m2, 4, "reference"),
+        ("xpu", torch.float32, 4, "bag"),
+        ("cpu", torch.float8_e5m2, 4, "reference"),
+    ],
+)
+def test_what_no_kernel_serves_falls_back_with_one_warning(device: str, dtype: torch.dtype, levels: int, path: str) -> None:
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=rf"{levels} levels of {dtype} on {device}") as caught:
+        assert choose_path(device, dtype, levels) == choose_path(device, dtype, levels) == path
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "deterministic", "backward"),
+    [("triton", False, "triton"), ("triton", True, "bag"), ("bag", True, "bag"), ("reference", True, "reference")],
+)
+def test_deterministic_gradients_come_without_atomics(path: Path, deterministic: bool, backward: Path) -> None:
+    assert choose_backward_path(path, deterministic) == backward
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -233,6 +316,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         roi_align([features[0], features[1][:, :2], features[2]], rois, levels, SCALES, 4)
     with pytest.raises(ValueError, match="floating dtype"):
         roi_align([f.long() for f in features], rois, levels, SCALES, 4)
+    with pytest.raises(ValueError, match="level without pixels"):
+        roi_align([features[0], features[1][:, :, :0], features[2]], rois, levels, SCALES, 4)
+    with pytest.raises(ValueError, match="share a device"):
+        roi_align(features, rois.to("meta"), levels, SCALES, 4)
     with pytest.raises(ValueError, match="output_size"):
         roi_align(features, rois, levels, SCALES, 0)
     with pytest.raises(ValueError, match="mode"):
