@@ -39,16 +39,16 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
 def _draw(
     axes: Axes, history: Sequence[Mapping[str, Any]], values: Sequence[Mapping[str, float | None]], title: str, unit: str
 ) -> None:
-    """values: by name, for each row of the history; empty where nothing was measured. A line ends where others are measured."""
-    measured = [(row["epoch"], numbers) for row, numbers in zip(history, values, strict=True) if numbers]
-    names = sorted({name for _, numbers in measured for name in numbers}, key=lambda name: (name != TOTAL, name))
+    """values: by name, for each row of the history; empty where nothing was measured. Lines end where `learn` changes."""
+    changes = [a["epoch"] + 0.5 for a, b in itertools.pairwise(history) if a.get("learn") != b.get("learn")]
+    names = sorted({name for numbers in values for name in numbers}, key=lambda name: (name != TOTAL, name))
     for name in names:
-        points = [(epoch, math.nan if (y := numbers.get(name)) is None else y) for epoch, numbers in measured]
+        measured = [(row["epoch"], numbers.get(name)) for row, numbers in zip(history, values, strict=True)]
+        points = sorted([(x, y) for x, y in measured if y is not None] + [(x, math.nan) for x in changes])
         style = {"color": "black", "linewidth": 2.5} if name == TOTAL else {"linewidth": 1.2}
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name, **style)
-    for before, after in itertools.pairwise(history):
-        if before.get("learn") != after.get("learn"):
-            axes.axvline(before["epoch"] + 0.5, color="gray", linestyle=":", linewidth=1)
+    for x in changes:
+        axes.axvline(x, color="gray", linestyle=":", linewidth=1)
     if names:
         axes.legend(loc="best", fontsize="small")
     else:
