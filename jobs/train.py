@@ -285,6 +285,7 @@ def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
         keypoints=config.num_keypoints,
         augmentation=options.augmentation,
         seed=options.seed,
+        keypoint_offset=config.keypoint_offset,
     )
 
 

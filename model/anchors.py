@@ -6,6 +6,7 @@ An anchor is named by its index in a level, (y * W + x) * A + a: the order in wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from torch import Tensor
 from model.config import ModelConfig
 
 
-def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounding: bool) -> Tensor:
-    """float32 (A, 4): xyxy around the origin, ratio by ratio and in each size by size; area size^2, ratio height / width."""
+def cell_anchors(
+    sizes: Sequence[float], ratios: Sequence[float], rounding: bool, order: Literal["ratio", "size"] = "ratio"
+) -> Tensor:
+    """float32 (A, 4): xyxy around the origin, area size^2, ratio height / width.
+
+    order: ratio by ratio and in each size by size, or the other way round.
+    """
     roots = torch.tensor(ratios, dtype=torch.float32).sqrt()
     scales = torch.tensor(sizes, dtype=torch.float32)
-    heights = (roots[:, None] * scales).flatten()
-    widths = ((1 / roots)[:, None] * scales).flatten()
-    cells = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    heights, widths = roots[:, None] * scales, (1 / roots)[:, None] * scales
+    cells = torch.stack([-widths, -heights, widths, heights], dim=2) / 2
+    cells = (cells if order == "ratio" else cells.transpose(0, 1)).reshape(-1, 4)
     return cells.round() if rounding else cells
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.torchvision_ops import batched_nms, box_iou, nms
 
-__all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "suppress", "top_per_image", "wide_enough"]
+__all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "has_area", "suppress", "top_per_image", "wide_enough"]
 
 Weights = tuple[float, float, float, float]
 
@@ -47,6 +47,11 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 def wide_enough(boxes: Tensor, side: float) -> Tensor:
     """bool (...): both sides are at least `side` pixels. False for boxes with a non-finite corner."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= side).all(dim=-1) & boxes.isfinite().all(dim=-1)
+
+
+def has_area(boxes: Tensor) -> Tensor:
+    """bool (...): both sides are longer than 0."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:

@@ -19,6 +19,7 @@ PoolKind = Literal["align", "pool", "warp"]
 MaskOutput = Literal["sigmoid", "softmax", "agnostic"]
 RpnBackbone = Literal["shared", "own"]
 Learn = Literal["joint", "rpn", "detector"]
+PasteKind = Literal["torchvision", "detectron2"]
 
 
 class _Frozen(BaseModel):
@@ -87,11 +88,16 @@ class ModelConfig(_Frozen):
     """Behind the convolutions of the pyramid and of the branches; `group` helps training from scratch (He et al. 2019)."""
 
     # The canvas (section 3.1).
+    image_channels: Literal["rgb", "bgr"] = "rgb"
+    """The order in which the network takes them; images come as RGB all the same."""
+    image_divisor: float = Field(default=255.0, gt=0)
+    """What bytes are divided by first: 255 for values of 0..1, 1 for values of 0..255."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """RGB, of pixel values scaled to 0..1."""
+    """Of the divided values, in the order of `image_channels`."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resize: Literal["bilinear_floor"] = "bilinear_floor"
-    """Float bilinear without antialiasing, after normalising; sizes are rounded down."""
+    resize: Literal["bilinear_floor", "pil"] = "bilinear_floor"
+    """`bilinear_floor`: float bilinear without antialiasing, after normalising; sizes are rounded down. `pil`: of bytes, as
+    Pillow does it: antialiased when shrinking; sizes are rounded to the nearest."""
     min_sizes: tuple[int, ...] = Field(default=(800,), min_length=1)
     """Pixels of the canvas' shorter side: inference takes the last, training any."""
     max_size: int = Field(default=1333, gt=0)
@@ -108,6 +114,8 @@ class ModelConfig(_Frozen):
     """Height over width: 3 ratios (section 3.1)."""
     anchor_rounding: bool = True
     """Corners of the cell anchors are rounded to whole pixels."""
+    anchor_order: Literal["ratio", "size"] = "ratio"
+    """What the anchors of a cell are sorted by first."""
     anchor_stride: Literal["canvas_over_map", "fixed"] = "canvas_over_map"
     """`canvas_over_map`: canvas height // map height (P6 at 800 pixels: 61); `fixed`: 4, 8, 16, 32, 64."""
     rpn_convs: int = Field(default=1, gt=0)
@@ -125,10 +133,12 @@ class ModelConfig(_Frozen):
     """As before, at inference: 1000 with FPN, 300 with C4 (section 3.1). Suppression, within a level, is by `rpn_nms_iou`: 0.7
     (Ren et al. 2015, section 3.3)."""
     rpn_nms_iou: float = Field(default=0.7, ge=0, le=1)
+    rpn_rank: Literal["probability", "logit"] = "probability"
+    """What proposals are ranked by: close to 1, probabilities of different logits are equal."""
     rpn_score_threshold: float = Field(default=0.0, ge=0, lt=1)
     """Least objectness (a probability) of a proposal at inference."""
     rpn_min_side: float = Field(default=1e-3, ge=0)
-    """Canvas pixels; proposals with a shorter side are dropped."""
+    """Canvas pixels; proposals with a shorter side are dropped, and those without an area."""
     rpn_foreground_iou: float = Field(default=0.7, ge=0, le=1)
     rpn_background_iou: float = Field(default=0.3, ge=0, le=1)
     """An anchor is an object from IoU `rpn_foreground_iou` with one on, or where none overlaps that object more; background
@@ -143,8 +153,10 @@ class ModelConfig(_Frozen):
 
     # Regions of interest (section 3 "RoIAlign", 3.1; FPN equation 1).
     roi_canonical_size: float = Field(default=224.0, gt=0)
-    """Canvas pixels of the square that belongs to `roi_canonical_level`: level = floor(4 + log2(sqrt(area) / 224) + 1e-6)."""
+    """Canvas pixels of the square that belongs to `roi_canonical_level`."""
     roi_canonical_level: int = 4
+    roi_level_rule: Literal["torchvision", "detectron2"] = "torchvision"
+    """floor(4 + log2(sqrt(area) / 224) + 1e-6), or floor(4 + log2(sqrt(area) / 224 + 1e-8)): exact powers of two differ."""
     roi_pool: PoolKind = "align"
     """RoIAlign; RoIPool, which rounds regions and bins to feature pixels; RoIWarp, which rounds regions alone (table 2c)."""
     roi_pool_mode: Literal["avg", "max"] = "avg"
@@ -194,6 +206,11 @@ class ModelConfig(_Frozen):
 
     keypoint_loss_weight: float = Field(default=1.0, ge=0)
     """Factor of the keypoint loss in the objective: it starts at log(56 * 56) = 8, ten times the others."""
+    keypoint_score: Literal["logit", "probability"] = "logit"
+    """Of the best pixel of the resized heat map; its probability is normalised over the pixels of the map before resizing."""
+    keypoint_offset: float = 0.0
+    """Pixels from a data set's keypoints to the model's: added to what it learns from, taken off what it finds. 0.5 where a
+    keypoint at pixel 3 means the middle of that pixel."""
 
     # What is reported (section 3.1, Inference).
     score_threshold: float = Field(default=0.05, ge=0, le=1)
@@ -203,11 +220,14 @@ class ModelConfig(_Frozen):
     max_detections: int = Field(default=100, gt=0)
     """Of an image, the best; the branches for masks and keypoints run on these alone (section 3.1)."""
     box_min_side: float = Field(default=1e-2, ge=0)
-    """Canvas pixels; detections with a shorter side are dropped."""
+    """Canvas pixels; detections with a shorter side are dropped before suppression."""
+    clip_to_image: bool = False
+    """Boxes are cut once more to the original image, and those left without an area are dropped, after everything else."""
     mask_threshold: float = Field(default=0.5, ge=0, le=1)
     """A pixel belongs to the mask above this probability."""
-    paste: Literal["torchvision"] = "torchvision"
-    """How an m x m mask becomes pixels: pad by 1, grow the box by (m + 2) / m, truncate it to integers, bilinear, `>`."""
+    paste: PasteKind = "torchvision"
+    """How an m x m mask becomes pixels. `torchvision`: pad by 1, grow the box by (m + 2) / m, truncate it to integers,
+    bilinear, `>`. `detectron2`: bilinear at the pixels' centres in the real-valued box, zero outside the mask, `>=`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

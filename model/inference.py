@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.boxes import clip_boxes, decode_boxes, suppress, top_per_image, wide_enough
-from model.config import ModelConfig, PredictOptions, Task
+from model.boxes import clip_boxes, decode_boxes, has_area, suppress, top_per_image, wide_enough
+from model.config import ModelConfig, PasteKind, PredictOptions, Task
 from model.errors import ConfigError
 from model.instances import Instances
 from model.keypoints import decode_heatmaps
@@ -75,6 +75,12 @@ class Detections:
     masks: Tensor | None = None
     keypoints: Tensor | None = None
 
+    def chosen(self, rows: Tensor) -> Detections:
+        """Those of `rows`, int64 (n,)."""
+        masks = None if self.masks is None else self.masks[rows]
+        keypoints = None if self.keypoints is None else self.keypoints[rows]
+        return Detections(self.boxes[rows], self.scores[rows], self.classes[rows], self.images[rows], masks, keypoints)
+
 
 def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None = None) -> Regions:
     """The first stage alone; features: the detector's maps, where they are there already."""
@@ -127,19 +133,25 @@ def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, c
     if len(chosen):
         some = Regions(regions.boxes[chosen], regions.images[chosen])
         logits = network.keypoint_head(network.keypoint_input(features, some))
-        keypoints[chosen] = decode_heatmaps(logits, some.boxes)
+        keypoints[chosen] = decode_heatmaps(logits, some.boxes, config.keypoint_score)
     beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
     return keypoints.masked_fill(beyond[:, :, None], torch.nan)
 
 
 def to_instances(
-    found: Detections, canvas: Canvas, originals: Sequence[Size], category_ids: NDArray[np.int64], threshold: float
+    found: Detections,
+    canvas: Canvas,
+    originals: Sequence[Size],
+    category_ids: NDArray[np.int64],
+    config: ModelConfig,
+    threshold: float,
 ) -> list[Instances]:
     """Detections to the original images' pixels and to host arrays: one copy, and masks to RLE.
 
     originals: (height, width) of each image; category_ids: int64 (classes,), by class.
     """
-    table, encode = _to_host(found, _pack(found, canvas.ratios), originals, threshold)
+    found = _in_originals(found, canvas.ratios, originals, config)
+    table, encode = _to_host(found, originals, threshold, config.paste)
     images, classes = table[:, 0].long(), table[:, 1].long().numpy()
     counts = torch.bincount(images, minlength=len(originals)).tolist()
     results, start = [], 0
@@ -165,38 +177,46 @@ def to_instances(
 
 
 def _to_host(
-    found: Detections, table: Tensor, originals: Sequence[Size], threshold: float
+    found: Detections, originals: Sequence[Size], threshold: float, paste: PasteKind
 ) -> tuple[Tensor, Callable[[slice, Size], tuple[list[bytes] | None, NDArray[np.int64] | None]]]:
-    """The table on the host, and what gives RLE and pixels of the masks in some of its rows, all of one image.
+    """The detections' table on the host, and what gives RLE and pixels of the masks in some of its rows, all of one image.
 
     On a GPU all masks are pasted and cut at once and only their edges are copied; elsewhere they are rows of the table.
     """
-    masks = found.masks
+    masks, table = found.masks, _pack(found)
     if masks is None:
         return table.cpu(), lambda rows, size: (None, None)
-    if on_device(masks):
-        rles, areas, table = encode_on_device(masks, table[:, 3:7], found.images, originals, threshold, table)
+    if on_device(masks, paste):
+        rles, areas, table = encode_on_device(masks, found.boxes, found.images, originals, threshold, table)
         return table, lambda rows, size: (rles[rows], areas[rows])
     width = table.shape[1]
     table = torch.cat((table, masks.flatten(1)), dim=1).cpu()
 
     def encode(rows: slice, size: Size) -> tuple[list[bytes], NDArray[np.int64]]:
         probabilities = table[rows, width:].reshape(-1, *masks.shape[1:])
-        return encode_boxed_masks(probabilities, table[rows, 3:7].contiguous(), size, threshold)
+        return encode_boxed_masks(probabilities, table[rows, 3:7].contiguous(), size, threshold, paste)
 
     return table, encode
 
 
-def _pack(found: Detections, ratios: Tensor) -> Tensor:
-    """One float32 row a detection: image, class, score, box, then keypoints, in original pixels."""
+def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], config: ModelConfig) -> Detections:
+    """The same in the original images' pixels; ratios: of the canvas, originals: (height, width) of each image."""
     ratio = ratios[found.images].flip(1)  # horizontal, vertical: as x and y
-    columns = [
-        found.images[:, None].float(),
-        found.classes[:, None].float(),
-        found.scores[:, None],
-        found.boxes * ratio.repeat(1, 2),
-    ]
+    boxes, keypoints = found.boxes * ratio.repeat(1, 2), None
     if found.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:, :1])], dim=1)
-        columns.append((found.keypoints * scale[:, None]).flatten(1))
+        shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
+        keypoints = found.keypoints * scale[:, None] - shift
+    moved = replace(found, boxes=boxes, keypoints=keypoints)
+    if not config.clip_to_image:
+        return moved
+    moved = replace(moved, boxes=clip_boxes(boxes, boxes.new_tensor(originals)[found.images]))
+    return moved.chosen(torch.where(has_area(moved.boxes))[0])
+
+
+def _pack(found: Detections) -> Tensor:
+    """One float32 row a detection: image, class, score, box, then keypoints."""
+    columns = [found.images[:, None].float(), found.classes[:, None].float(), found.scores[:, None], found.boxes]
+    if found.keypoints is not None:
+        columns.append(found.keypoints.flatten(1))
     return torch.cat(columns, dim=1)

@@ -9,7 +9,7 @@ Shape letters: N people, K keypoints, S heat map side, M = N * K maps, c patches
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,13 @@ Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
 
-def decode_heatmaps(logits: Tensor, boxes: Tensor) -> Tensor:
+def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "probability"] = "logit") -> Tensor:
     """The best position of every keypoint after its heat map is resized to its box (bicubic, torchvision's convention).
 
     logits: float32 (N, K, S, S). boxes: float32 (N, 4), xyxy in pixels. Returns float32 (N, K, 3) on the host: x and y in
-    the boxes' pixels and the resized map's logit there. Sides below one pixel, or not finite, count as one.
+    the boxes' pixels and the resized map's logit there, or that pixel's probability normalised over the S x S pixels of the
+    map before resizing, so that large and small people compare (Detectron2). Sides below one pixel, or not finite, count
+    as one.
     """
     people, keypoints, side, _ = logits.shape
     maps = logits.detach().float().cpu().reshape(-1, side, side).numpy()
@@ -48,6 +50,8 @@ def decode_heatmaps(logits: Tensor, boxes: Tensor) -> Tensor:
         for start in range(0, len(chosen), MAPS_PER_CHUNK):
             part = chosen[start : start + MAPS_PER_CHUNK]
             at[part], scores[part] = argmax(maps[part], pixels[part])
+    if score == "probability":
+        scores = np.exp(scores - torch.from_numpy(maps).flatten(1).logsumexp(1).numpy())
     offsets = (at.reshape(people, keypoints, 2) + np.float32(0.5)) * (sizes / counts.astype(np.float32))[:, None]
     points = offsets.astype(np.float32) + corners[:, None, :2]
     return torch.from_numpy(np.concatenate((points, scores.reshape(people, keypoints, 1)), axis=2))

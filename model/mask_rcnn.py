@@ -202,7 +202,7 @@ class MaskRCNN(nn.Module):
         canvas = Canvas(canvas.pixels.to(DTYPES[precision]), canvas.sizes, canvas.ratios)
         found = detect(network, canvas, settings)
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
-        return to_instances(found, canvas, originals, self._category_ids, settings.mask_threshold)
+        return to_instances(found, canvas, originals, self._category_ids, self.config, settings.mask_threshold)
 
     def _canvas(self, images: Sequence[Tensor], min_size: int) -> Canvas:
         for image in images:

@@ -8,6 +8,9 @@ The resized mask is not computed either. Along an image column it is linear betw
 crosses the threshold at most once there, at a place that a division finds: the work follows the box's width times m, not
 its area. Where rounding could decide a pixel, the mask is resized after all, so that the bytes stay those of torch.
 
+Both conventions of pasting are the same geometry, a mask with a border of zero cells in a box that has grown by them:
+torchvision truncates that box to whole pixels, Detectron2 keeps it as it is.
+
 On a GPU the pixels are so cheap that they are computed after all, though never stored (`model.kernels.mask_rle`); what comes
 to the host are the edges.
 
@@ -19,8 +22,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +32,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.config import PasteKind
 from model.kernels.mask_rle import mask_edges
 
-PADDING = 1  # zero cells around the mask before it is resized, torchvision's convention
+PADDING = 1  # zero cells around the mask before it is resized; Detectron2 says that beyond the mask there is nothing
 MAX_COLUMNS = 1 << 17  # image columns handled at once: bounds the memory for many large boxes to some tens of MB
 MAX_RESIZED_SIDE = 1 << 17  # pixels of a box's side beyond which undecided columns are not resized to decide them
 TORCH_SMALL = 128  # height plus width of an output up to which torch resizes by other code
@@ -38,29 +43,32 @@ FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot o
 EDGES_PER_COLUMN = 1  # of the image, room for each mask on a GPU: two in each of a box's columns, boxes half as wide as images
 
 Longs = NDArray[np.int64]
+Doubles = NDArray[np.float64]
 
 
 def encode_boxed_masks(
-    probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5, convention: str = "torchvision"
+    probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5, convention: PasteKind = "torchvision"
 ) -> tuple[list[bytes], Longs]:
     """Encode masks as they would look pasted into the image, at a cost that follows the boxes' widths.
 
-    probs: float32 (N, m, m) in 0..1. boxes: float32 (N, 4), xyxy in the image's pixels. size: (H, W). A pixel is set where
-    the resized mask is greater than ``threshold``. convention: "torchvision" pads the mask by one cell, grows the box
-    alike, truncates it to whole pixels and resizes bilinearly.
+    probs: float32 (N, m, m) in 0..1. boxes: float32 (N, 4), xyxy in the image's pixels. size: (H, W). convention:
+    "torchvision" pads the mask by one cell, grows the box alike, truncates it to whole pixels, resizes bilinearly, and sets
+    a pixel where that is greater than ``threshold``; "detectron2" samples the mask bilinearly at the pixels' centres
+    (`grid_sample`, zeros outside), and sets a pixel of the grown box where that is ``threshold`` or more.
 
     Returns COCO compressed counts, byte-identical to `pycocotools.mask.encode` of the pasted masks, and each mask's pixels.
-    Masks whose box lies outside the image or is not finite are empty. Raises ValueError for an unknown convention or
-    shapes that do not fit.
+    Masks whose box lies outside the image or is not finite (with "detectron2" also: has no area) are empty. Raises
+    ValueError for an unknown convention or shapes that do not fit.
     """
     _validate(probs, boxes, size, convention)
     if on_device(probs, convention):
         return encode_on_device(probs, boxes, boxes.new_zeros(len(boxes), dtype=torch.int64), [size], threshold, boxes)[:2]
-    regions = _regions(boxes.detach().float().cpu(), probs.shape[-1], size)
+    paste = _PASTES[convention]
+    regions = paste.regions(boxes.detach().float().cpu(), probs.shape[-1], size)
     masks = F.pad(probs.detach().float().cpu(), (PADDING,) * 4)
     edges, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for part in _chunks(regions.columns):
-        part_edges, part_counts = _edges(masks[part], regions.part(part), size[0], threshold)
+        part_edges, part_counts = _edges(masks[part], regions.part(part), size[0], threshold, paste)
         edges.append(part_edges)
         counts.append(part_counts)
     return _packed(np.concatenate(edges), np.concatenate(counts), np.full(len(probs), math.prod(size), np.int64))
@@ -161,8 +169,8 @@ def unpack_counts(counts: bytes) -> Longs:
 
 
 def _validate(probs: Tensor, boxes: Tensor, size: Sequence[int], convention: str) -> None:
-    if convention != "torchvision":
-        raise ValueError(f"unknown mask convention {convention!r}: only 'torchvision' is known")
+    if convention not in _PASTES:
+        raise ValueError(f"unknown mask convention {convention!r}: one of {', '.join(_PASTES)}")
     if probs.dim() != 3 or probs.shape[1] != probs.shape[2] or boxes.shape != (probs.shape[0], 4):
         raise ValueError(f"probs must be (N, m, m) and boxes (N, 4), got {tuple(probs.shape)} and {tuple(boxes.shape)}")
     if min(size) < 1:
@@ -171,16 +179,21 @@ def _validate(probs: Tensor, boxes: Tensor, size: Sequence[int], convention: str
 
 @dataclass(frozen=True)
 class _Regions:
-    """Whole-pixel boxes of N masks and what of them lies in the image; every array is int64 (N,).
+    """Grown boxes of N masks and what of them lies in the image; every array is (N,), int64 where nothing else is said.
 
-    x, y: the box's first pixel, possibly outside the image. box_w, box_h: its size. left, top: the first visible pixel.
-    columns, rows: visible pixels along x and y, both 0 where none is.
+    boxes: float32 (N, 4), as they were. x, y: the pixel that the grown box begins in, possibly outside the image. lead_x,
+    lead_y: float64, how far behind that pixel's corner. box_w, box_h: its size, int64 where the convention has whole pixels
+    and computes in float32, else float64. left, top: the first visible pixel. columns, rows: visible pixels along x and y,
+    both 0 where none is.
     """
 
+    boxes: NDArray[np.float32]
     x: Longs
     y: Longs
-    box_w: Longs
-    box_h: Longs
+    lead_x: Doubles
+    lead_y: Doubles
+    box_w: Longs | Doubles
+    box_h: Longs | Doubles
     left: Longs
     top: Longs
     columns: Longs
@@ -190,7 +203,7 @@ class _Regions:
         return _Regions(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
 
-def _regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
+def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
     """Grow boxes by the mask's padding and truncate them towards zero to whole pixels, both corners inclusive."""
     scale = float(side + 2 * PADDING) / side
     half_w = (boxes[:, 2] - boxes[:, 0]) * 0.5 * scale
@@ -204,7 +217,26 @@ def _regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
     top, bottom = np.maximum(y0, 0), np.minimum(y1 + 1, size[0])
     seen = (right > left) & (bottom > top)
     box_w, box_h = np.maximum(x1 - x0 + 1, 1), np.maximum(y1 - y0 + 1, 1)
-    return _Regions(x0, y0, box_w, box_h, left, top, (right - left) * seen, (bottom - top) * seen)
+    lead = np.zeros(len(x0))
+    columns, rows = (right - left) * seen, (bottom - top) * seen
+    return _Regions(boxes.numpy(), x0, y0, lead, lead, box_w, box_h, left, top, columns, rows)
+
+
+def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
+    """Grow boxes by the mask's padding; their corners stay where they are, pixels are seen from their centres."""
+    corners = boxes.double().numpy()
+    extent = corners[:, 2:] - corners[:, :2]
+    real = np.isfinite(corners).all(1) & (extent > 0).all(1)
+    corners, extent = np.where(real[:, None], corners, 0.0), np.where(real[:, None], extent, 1.0)
+    begin = np.clip(corners[:, :2] - extent * (PADDING / side), -FAR, FAR)
+    end = np.clip(corners[:, 2:] + extent * (PADDING / side), -FAR, FAR)
+    origin = np.floor(begin).astype(np.int64)
+    first = np.maximum(origin, 0)
+    last = np.minimum(np.ceil(end).astype(np.int64), np.array(size[::-1]))
+    seen = np.maximum(last - first, 0) * (real & (last > first).all(1))[:, None]
+    parts = (origin, begin - origin, np.where(end > begin, end - begin, 1.0), first, seen)
+    (x, y), lead, size_of_box, visible, pixels = (part.T for part in parts)
+    return _Regions(boxes.numpy(), x, y, *lead, *size_of_box, *visible, *pixels)
 
 
 def _chunks(columns: Longs) -> Iterator[slice]:
@@ -214,16 +246,16 @@ def _chunks(columns: Longs) -> Iterator[slice]:
     return (slice(start, end) for start, end in itertools.pairwise(bounds))
 
 
-def _edges(masks: Tensor, regions: _Regions, height: int, threshold: float) -> tuple[Longs, Longs]:
+def _edges(masks: Tensor, regions: _Regions, height: int, threshold: float, paste: _Paste) -> tuple[Longs, Longs]:
     """Edges (E,) of n masks (n, M, M), sorted within each mask, and how many each mask has (n,)."""
     owner, place = _ragged(regions.columns)
     profiles = _column_profiles(masks, regions, owner, place)
-    at, row, decided = _trace(profiles, regions.box_h[owner], threshold)
+    at, row, decided = _trace(profiles, regions.box_h[owner], regions.lead_y[owner], threshold, paste.slack)
     undecided = ~decided & (np.maximum(regions.box_w, regions.box_h) <= MAX_RESIZED_SIDE)[owner]
     if undecided.any():
         kept = ~undecided[at]
         at, row = at[kept], row[kept]
-        exact_at, exact_row = _resized_edges(masks, regions, owner, place, np.flatnonzero(undecided), threshold)
+        exact_at, exact_row = _exact_edges(masks, regions, owner, place, np.flatnonzero(undecided), threshold, paste)
         where = np.searchsorted(at, exact_at)
         at, row = np.insert(at, where, exact_at), np.insert(row, where, exact_row)
     owners = owner[at]
@@ -233,15 +265,17 @@ def _edges(masks: Tensor, regions: _Regions, height: int, threshold: float) -> t
     return _cancel_pairs(edges, owners, len(masks))
 
 
-def _trace(profiles: NDArray[np.float32], box_h: Longs, threshold: float) -> tuple[Longs, Longs, NDArray[np.bool_]]:
-    """Follow every image column down its profile (columns, M), resized to ``box_h`` rows.
+def _trace(
+    profiles: NDArray[np.float32], box_h: Longs | Doubles, lead: Doubles, threshold: float, slack: float
+) -> tuple[Longs, Longs, NDArray[np.bool_]]:
+    """Follow every image column down its profile (columns, M), resized to ``box_h`` rows that begin ``lead`` late.
 
     Returns each edge's column and the box's row where the new run starts, in order, and which columns are decided: all
     their pixels are farther from the threshold than torch's float32 arithmetic can differ from this one.
     """
     side = profiles.shape[1]
-    shift = side * 2.0**-23  # of the sampling position, in cells
-    blur = shift + 2.0**-22  # of the profile, whose values are in 0..1
+    shift = slack * side * 2.0**-23  # of the sampling position, in cells
+    blur = shift + slack * 2.0**-22  # of the profile, whose values are in 0..1
     decided = (np.abs(profiles - np.float32(threshold)) > blur).all(axis=1)
     decided &= threshold > blur  # the border of zeros has to be below the threshold
     above = profiles > threshold
@@ -249,7 +283,7 @@ def _trace(profiles: NDArray[np.float32], box_h: Longs, threshold: float) -> tup
     low, high = profiles[at, cell].astype(np.float64), profiles[at, cell + 1].astype(np.float64)
     step = _step(side, box_h[at]).astype(np.float64)
     with np.errstate(invalid="ignore"):  # not-a-number probabilities stay undecided
-        crossing = (cell + (threshold - low) / (high - low) + 0.5) / step - 0.5
+        crossing = (cell + (threshold - low) / (high - low) + 0.5) / step - 0.5 + lead[at]
         row = np.ceil(crossing)
         gap = np.minimum(row - crossing, crossing - row + 1) * step
     rise = np.abs(high - low)
@@ -257,20 +291,37 @@ def _trace(profiles: NDArray[np.float32], box_h: Longs, threshold: float) -> tup
     return at, np.where(np.isfinite(row), row, 0).astype(np.int64), decided
 
 
-def _resized_edges(
-    masks: Tensor, regions: _Regions, owner: Longs, place: Longs, columns: Longs, threshold: float
+def _exact_edges(
+    masks: Tensor, regions: _Regions, owner: Longs, place: Longs, columns: Longs, threshold: float, paste: _Paste
 ) -> tuple[Longs, Longs]:
     """The edges of some columns, as in `_trace`, from masks that torch has resized."""
     at, row = [], []
     owners, starts = np.unique(owner[columns], return_index=True)
     for number, some in zip(owners.tolist(), np.split(columns, starts[1:]), strict=True):
-        inside = torch.from_numpy(place[some] + (regions.left[number] - regions.x[number]))
-        pixels = _resized_columns(masks[number], int(regions.box_h[number]), int(regions.box_w[number]), inside)
-        above = F.pad((pixels > threshold).T, (1, 1)).numpy()  # a zero above and below each column
+        pixels, first = paste.columns(masks[number], regions, number, place[some])
+        above = F.pad(paste.is_set(pixels, threshold).T, (1, 1)).numpy()  # a zero above and below each column
         changes = np.nonzero(above[:, 1:] != above[:, :-1])
         at.append(some[changes[0]])
-        row.append(changes[1])
+        row.append(changes[1] + first)
     return np.concatenate(at), np.concatenate(row)
+
+
+def _whole_columns(mask: Tensor, regions: _Regions, number: int, place: Longs) -> tuple[Tensor, int]:
+    """All rows of the box at some of its visible columns, resized by torch; the first one is the box's own first."""
+    inside = torch.from_numpy(place + (regions.left[number] - regions.x[number]))
+    return _resized_columns(mask, int(regions.box_h[number]), int(regions.box_w[number]), inside), 0
+
+
+def _sampled_columns(mask: Tensor, regions: _Regions, number: int, place: Longs) -> tuple[Tensor, int]:
+    """The visible rows of the box at some of its visible columns, in Detectron2's float32; and the box's row of the first."""
+    x0, y0, x1, y1 = torch.from_numpy(regions.boxes[number])
+    top = int(regions.top[number])
+    x = torch.from_numpy(place + regions.left[number]).float() + 0.5
+    y = torch.arange(top, top + int(regions.rows[number]), dtype=torch.float32) + 0.5
+    along_y, along_x = torch.meshgrid((y - y0) / (y1 - y0) * 2 - 1, (x - x0) / (x1 - x0) * 2 - 1, indexing="ij")
+    inner = mask[PADDING:-PADDING, PADDING:-PADDING]
+    grid = torch.stack((along_x, along_y), dim=-1)
+    return F.grid_sample(inner[None, None], grid[None], align_corners=False)[0, 0], top - int(regions.y[number])
 
 
 def _resized_columns(mask: Tensor, box_h: int, box_w: int, columns: Tensor) -> Tensor:
@@ -293,19 +344,43 @@ def _resize(mask: Tensor, height: int, width: int) -> Tensor:
 def _column_profiles(masks: Tensor, regions: _Regions, owner: Longs, column: Longs) -> NDArray[np.float32]:
     """The small masks' rows along every visible image column: (columns, M), interpolated along x like torch does."""
     count, side, _ = masks.shape
-    inside = (column + (regions.left - regions.x)[owner]).astype(np.float32)
-    source = np.maximum(_step(side, regions.box_w)[owner] * (inside + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    step = _step(side, regions.box_w)[owner]
+    inside: NDArray[Any] = (column + (regions.left - regions.x)[owner] - regions.lead_x[owner]).astype(step.dtype)
+    source = np.clip(step * (inside + 0.5) - 0.5, 0, side)
     low = np.minimum(source.astype(np.int64), side - 1)
-    upper = source - low.astype(np.float32)
+    upper = source - low.astype(step.dtype)
     pair = np.stack((low, np.minimum(low + 1, side - 1)), axis=1) + owner[:, None] * side
-    weights = torch.from_numpy(np.stack((1 - upper, upper), axis=1))
+    weights = torch.from_numpy(np.stack((1 - upper, upper), axis=1).astype(np.float32))
     table = masks.transpose(1, 2).reshape(count * side, side)
     return F.embedding_bag(torch.from_numpy(pair), table, per_sample_weights=weights, mode="sum").numpy()
 
 
-def _step(side: int, pixels: Longs) -> NDArray[np.float32]:
-    """Mask cells per image pixel, in float32 as torch has it."""
-    return np.float32(side) / pixels.astype(np.float32)
+def _step(side: int, pixels: Longs | Doubles) -> NDArray[Any]:
+    """Mask cells per image pixel: of whole pixels in float32 as torch has it, else in float64."""
+    real: NDArray[Any] = pixels.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
+    return real.dtype.type(side) / real
+
+
+@dataclass(frozen=True)
+class _Paste:
+    """What the conventions differ in.
+
+    regions: from boxes, the mask's side and the image's size. columns: some visible columns of one mask as the other system
+    computes them, and the box's row of their first pixel. is_set: of such values and the threshold. slack: how far that
+    system's arithmetic may be from `_trace`, in units of two roundings; a pixel nearer than that is left to `columns`.
+    """
+
+    regions: Callable[[Tensor, int, tuple[int, int]], _Regions]
+    columns: Callable[[Tensor, _Regions, int, Longs], tuple[Tensor, int]]
+    is_set: Callable[[Tensor, float], Tensor]
+    slack: float
+
+
+_PASTES: Mapping[str, _Paste] = {
+    "torchvision": _Paste(_whole_regions, _whole_columns, torch.gt, slack=1.0),
+    # Seven roundings from a pixel to its place in the mask, and four products of two weights each.
+    "detectron2": _Paste(_real_regions, _sampled_columns, torch.ge, slack=4.0),
+}
 
 
 def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs]:

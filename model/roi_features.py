@@ -24,7 +24,11 @@ def pyramid_level(boxes: Tensor, config: ModelConfig) -> Tensor:
     if len(config.roi_strides) == 1:
         return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = torch.floor(config.roi_canonical_level + torch.log2(side / config.roi_canonical_size) + 1e-6)
+    ratio = side / config.roi_canonical_size
+    if config.roi_level_rule == "detectron2":
+        level = torch.floor(config.roi_canonical_level + torch.log2(ratio + 1e-8))
+    else:
+        level = torch.floor(config.roi_canonical_level + torch.log2(ratio) + 1e-6)
     return (level.clamp(FINEST_LEVEL, COARSEST_LEVEL) - FINEST_LEVEL).long()
 
 

@@ -54,7 +54,8 @@ def _on_canvas(target: Target, ratio: Tensor, config: ModelConfig, class_of: Map
         masks = target.masks.to(device)[real]
     if "keypoint" in config.tasks and target.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:1])])
-        keypoints = (target.keypoints.to(device, torch.float32) / scale)[real]
+        shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
+        keypoints = ((target.keypoints.to(device, torch.float32) + shift) / scale)[real]
     return Truth(boxes[real], classes[real], masks, keypoints, ratio, proposals)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model.anchors import anchors_at, cell_anchors, level_strides
 from model.backbone import map_channels
-from model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
+from model.boxes import clip_boxes, decode_boxes, encode_boxes, has_area, suppress, top_per_image, wide_enough
 from model.config import ModelConfig
 from model.layers import init_bias
 from model.sampling import match, sample
@@ -64,7 +64,7 @@ class RegionProposalNetwork(nn.Module):
         self.config = config
         self.head = RPNHead(config)
         for level, sizes in enumerate(config.anchor_sizes):
-            cells = cell_anchors(sizes, config.anchor_ratios, config.anchor_rounding)
+            cells = cell_anchors(sizes, config.anchor_ratios, config.anchor_rounding, config.anchor_order)
             self.register_buffer(f"cells{level}", cells, persistent=False)
 
     def _levels(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> list[tuple[Tensor, int, tuple[int, int]]]:
@@ -89,10 +89,12 @@ class RegionProposalNetwork(nn.Module):
             if self.training
             else (config.rpn_pre_nms_test, config.rpn_post_nms_test)
         )
-        boxes, scores, levels = self._best_of_levels(features, outputs, canvas, before)
-        boxes = clip_boxes(boxes, sizes[:, None])
+        boxes, logits, levels = self._best_of_levels(features, outputs, canvas, before)
+        boxes, chances = clip_boxes(boxes, sizes[:, None]), logits.sigmoid()
+        scores = chances if config.rpn_rank == "probability" else logits
         least = 0.0 if self.training else config.rpn_score_threshold
-        images, place = torch.where(wide_enough(boxes, config.rpn_min_side) & (scores >= least))
+        real = wide_enough(boxes, config.rpn_min_side) & has_area(boxes) & scores.isfinite()
+        images, place = torch.where(real & (chances >= least))
         boxes, scores, levels = boxes[images, place], scores[images, place], levels[place]
         keep = suppress(boxes, scores, levels, images, config.rpn_nms_iou)
         keep = keep[top_per_image(images[keep], after)]
@@ -103,18 +105,18 @@ class RegionProposalNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The `count` most likely anchors of each level, moved by their deltas.
 
-        Returns boxes float32 (B, P, 4), objectness float32 (B, P) in 0..1, level int64 (P,).
+        Returns boxes float32 (B, P, 4), objectness logits float32 (B, P), level int64 (P,).
         """
-        boxes, scores, levels = [], [], []
+        boxes, logits, levels = [], [], []
         for index, (level, (objectness, deltas)) in enumerate(zip(self._levels(features, canvas), outputs, strict=True)):
             cells, width, stride = level
             top, where = objectness.detach().float().topk(min(count, objectness.shape[1]), dim=1)
             chosen = deltas.detach().gather(1, where[..., None].expand(-1, -1, 4))
             anchors = anchors_at(where, cells, width, stride)
             boxes.append(decode_boxes(chosen, anchors, self.config.rpn_delta_weights, self.config.delta_clamp))
-            scores.append(top.sigmoid())
+            logits.append(top)
             levels.append(torch.full((top.shape[1],), index, device=top.device))
-        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
+        return torch.cat(boxes, dim=1), torch.cat(logits, dim=1), torch.cat(levels)
 
     def losses(
         self,

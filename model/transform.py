@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +19,8 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 
 Size = tuple[int, int]
+
+_WEIGHT_BITS = 22  # of Pillow's fixed-point weights for bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,18 @@ def resized_size(size: Size, min_size: int, config: ModelConfig) -> Size:
     scale = min(min_size / min(size), config.max_size / max(size))
     if scale >= 1 and not config.upscale:
         return size
+    if config.resize == "pil":
+        return _nearest_size(size, min_size, config.max_size)
     height, width = (max(int(side * scale), 1) for side in size)  # an image thinner than a pixel keeps one
+    return height, width
+
+
+def _nearest_size(size: Size, min_size: int, max_size: int) -> Size:
+    """Rounded to the nearest pixel; the shorter side is exact before the limit, as in Detectron2's order of arithmetic."""
+    scale = min_size / min(size)
+    sides = [float(min_size), scale * size[1]] if size[0] < size[1] else [scale * size[0], float(min_size)]
+    shrink = min(max_size / max(sides), 1.0)
+    height, width = (max(int(side * shrink + 0.5), 1) for side in sides)
     return height, width
 
 
@@ -75,7 +90,11 @@ def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, de
     pixels = torch.zeros(len(images), 3, height, width, device=device).to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (config.image_mean, config.image_std))
     for place, image, (h, w) in zip(pixels, _to_device(images, device), targets, strict=True):
-        normalised = (image.float() / 255 - mean) / std
+        if config.image_channels == "bgr":
+            image = image.flip(0)
+        if config.resize == "pil":
+            image = resize_like_pillow(image, (h, w))
+        normalised = (image.float() / config.image_divisor - mean) / std
         if (h, w) != image.shape[-2:]:
             normalised = functional.interpolate(normalised[None], size=(h, w), mode="bilinear", align_corners=False)[0]
         place[:, :h, :w] = normalised
@@ -91,3 +110,38 @@ def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     packed = torch.cat([image.reshape(-1) for image in images]).pin_memory().to(device, non_blocking=True)
     parts = torch.split(packed, [image.numel() for image in images])
     return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
+
+
+def resize_like_pillow(image: Tensor, size: Size) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, h, w), byte for byte what Pillow's bilinear `Image.resize` gives, on any device.
+
+    Pillow resizes along x, rounds to bytes, then along y; its weights are whole multiples of 2^-22. (Images a hundred times as
+    tall as wide, which it shrinks along y first, differ in single bytes.)
+    """
+    for axis, length in ((2, size[1]), (1, size[0])):
+        if image.shape[axis] == length:
+            continue
+        places, weights = (table.to(image.device) for table in _pillow_taps(image.shape[axis], length))
+        lines = image.movedim(axis, 0).contiguous()  # whole rows in memory: gathering single bytes takes three times as long
+        total = torch.full((length, *lines.shape[1:]), 1 << (_WEIGHT_BITS - 1), dtype=torch.int32, device=image.device)
+        for place, weight in zip(places, weights, strict=True):
+            total.addcmul_(lines.index_select(0, place).int(), weight[:, None, None])
+        image = (total >> _WEIGHT_BITS).to(torch.uint8).movedim(0, axis)
+    return image
+
+
+@lru_cache(maxsize=64)
+def _pillow_taps(size: int, length: int) -> tuple[Tensor, Tensor]:
+    """What each of `length` pixels sums: places int64 and weights int32, both (taps, length), out of `size` pixels.
+
+    A triangle around the pixel's centre, as wide as two pixels of the coarser of the two grids.
+    """
+    scale = size / length
+    reach = max(scale, 1.0)
+    centre = (np.arange(length) + 0.5) * scale
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach + 0.5).astype(np.int64), size)
+    places = first + np.arange((last - first).max())[:, None]
+    weights = np.maximum(1 - np.abs((places - centre + 0.5) * (1 / reach)), 0) * (places < last)
+    weights = np.floor(weights / weights.sum(axis=0) * (1 << _WEIGHT_BITS) + 0.5)
+    return torch.from_numpy(np.minimum(places, size - 1)), torch.from_numpy(weights.astype(np.int32))

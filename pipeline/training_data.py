@@ -61,13 +61,17 @@ class Augmentation(BaseModel):
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What a sample must hold: the model's categories and tasks, and how it is augmented."""
+    """What a sample must hold: the model's categories and tasks, and how it is augmented.
+
+    keypoint_offset: pixels from a keypoint's coordinates to the place that is mirrored and resized (the model's own field).
+    """
 
     categories: tuple[Category, ...]
     masks: bool
     keypoints: int
     augmentation: Augmentation
     seed: int
+    keypoint_offset: float = 0.0
 
     @property
     def by_id(self) -> dict[int, Category]:
@@ -314,11 +318,13 @@ def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleS
     points = np.array(annotation["keypoints"], np.float64).reshape(-1, 3)[: spec.keypoints]
     if not len(points):
         return moved
-    x, y = points[:, 0] - window.left, points[:, 1] - window.top
+    offset = spec.keypoint_offset
+    x, y = points[:, 0] + offset - window.left, points[:, 1] + offset - window.top
     seen = (points[:, 2] > 0) & (x >= 0) & (y >= 0) & (x <= window.width) & (y <= window.height)
     x = window.width - x if window.mirror else x
     y = window.height - y if window.upside_down else y
-    moved[: len(points)] = np.stack([x * window.zoom[0], y * window.zoom[1], points[:, 2]], axis=1) * seen[:, None]
+    x, y = x * window.zoom[0] - offset, y * window.zoom[1] - offset
+    moved[: len(points)] = np.stack([x, y, points[:, 2]], axis=1) * seen[:, None]
     if window.mirror != window.upside_down:
         for left, right in spec.by_id[annotation["category_id"]].flip_pairs:
             moved[[left, right]] = moved[[right, left]]

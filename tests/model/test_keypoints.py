@@ -47,6 +47,18 @@ def test_equal_to_torchvision(maps, largest: float) -> None:  # type: ignore[no-
     torch.testing.assert_close(points[..., 2], scores, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("largest", [40.0, 700.0])
+def test_a_probability_is_normalised_over_the_map_before_resizing(largest: float) -> None:
+    """As Detectron2 has it, so that large boxes, whose maps have more pixels, do not score less."""
+    logits, boxes = peaks(8, 3, 6), people_boxes(8, largest, 7)
+    points = decode_heatmaps(logits, boxes, "probability")
+    for heat, (x1, y1, x2, y2), scores in zip(logits, boxes.tolist(), points[..., 2], strict=True):
+        size = [max(1, int(np.ceil(np.float32(side)))) for side in (y2 - y1, x2 - x1)]
+        best = F.interpolate(heat[None], size, mode="bicubic")[0].flatten(1).amax(1)
+        torch.testing.assert_close(scores, best.exp() / heat.exp().sum((1, 2)), rtol=1e-3, atol=0)
+    assert torch.equal(points[..., :2], decode_heatmaps(logits, boxes)[..., :2])
+
+
 def test_peaks_on_the_border() -> None:
     logits = torch.zeros(4, 1, 56, 56)
     for number, (row, column) in enumerate([(0, 0), (0, 55), (55, 0), (55, 30)]):

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, paste_masks_in_image
 
 from model import rle
+from model.config import PasteKind
 
 
 def paste(probs: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
@@ -26,6 +27,22 @@ def paste(probs: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], thres
             resized = F.interpolate(mask[None], (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1)), mode="bilinear")[0, 0]
             target[top:bottom, left:right] = resized[top - y0 : bottom - y0, left - x0 : right - x0] > threshold
     return full
+
+
+def sample(probs: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
+    """Detectron2's pasting of boxes that have an area: the mask is sampled at the centre of every pixel of the image."""
+    height, width = size
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    x, y = (torch.arange(sides, dtype=torch.float32) + 0.5 for sides in (width, height))
+    x, y = (x - x0) / (x1 - x0) * 2 - 1, (y - y0) / (y1 - y0) * 2 - 1
+    grid = torch.stack((x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=3)
+    full = F.grid_sample(probs[:, None], grid, align_corners=False)[:, 0] >= threshold
+    full &= ((x1 > x0) & (y1 > y0))[:, :, None]
+    return full.numpy().astype(np.uint8)
+
+
+PASTES = {"torchvision": paste, "detectron2": sample}
+conventions = pytest.mark.parametrize("convention", PASTES)
 
 
 def coco_counts(bitmaps: np.ndarray) -> list[bytes]:
@@ -47,9 +64,15 @@ def boxes_near(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
     return torch.cat((corner, corner + torch.rand(count, 2, generator=generator) ** 2 * extent), dim=1)
 
 
-def assert_like_pasted(probs: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5) -> None:
-    pasted = paste(probs, boxes, size, threshold)
-    counts, areas = rle.encode_boxed_masks(probs, boxes, size, threshold)
+def assert_like_pasted(
+    probs: torch.Tensor,
+    boxes: torch.Tensor,
+    size: tuple[int, int],
+    threshold: float = 0.5,
+    convention: PasteKind = "torchvision",
+) -> None:
+    pasted = PASTES[convention](probs, boxes, size, threshold)
+    counts, areas = rle.encode_boxed_masks(probs, boxes, size, threshold, convention)
     assert counts == coco_counts(pasted)
     assert areas.tolist() == pasted.sum((1, 2), dtype=np.int64).tolist()
 
@@ -65,8 +88,9 @@ def test_equal_to_torchvision_and_pycocotools_inside_the_image() -> None:
 
 @pytest.mark.parametrize("size", [(200, 300), (61, 1000), (900, 70), (1, 1), (1, 50), (50, 1)])
 @pytest.mark.parametrize("side", [14, 28, 56])
-def test_equal_for_smooth_masks_across_borders(size: tuple[int, int], side: int) -> None:
-    assert_like_pasted(blobs(50, side, 2), boxes_near(50, size, 3), size)
+@conventions
+def test_equal_for_smooth_masks_across_borders(size: tuple[int, int], side: int, convention: PasteKind) -> None:
+    assert_like_pasted(blobs(50, side, 2), boxes_near(50, size, 3), size, convention=convention)
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,16 +100,27 @@ def test_equal_for_smooth_masks_across_borders(size: tuple[int, int], side: int)
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     threshold=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
 )
-def test_equal_where_rounding_decides(probs: np.ndarray, corners: np.ndarray, size: tuple[int, int], threshold: float) -> None:
+@conventions
+def test_equal_where_rounding_decides(
+    probs: np.ndarray, corners: np.ndarray, size: tuple[int, int], threshold: float, convention: PasteKind
+) -> None:
     """Values on the threshold, boxes of no or negative size, images of one pixel."""
-    assert_like_pasted(torch.from_numpy(probs), torch.from_numpy(corners), size, threshold)
+    if convention == "detectron2":
+        threshold = threshold or 1e-7  # at 0, where all the image would be set, only the box is
+    assert_like_pasted(torch.from_numpy(probs), torch.from_numpy(corners), size, threshold, convention)
 
 
-def test_values_at_the_threshold_in_large_boxes() -> None:
-    """Plateaus at exactly one half, where only torch's own bits can decide."""
+@pytest.mark.parametrize("whole_pixels", [False, True])
+@conventions
+def test_values_at_the_threshold_in_large_boxes(whole_pixels: bool, convention: PasteKind) -> None:
+    """Plateaus at exactly one half, where only torch's own bits can decide; boxes whose cells are whole pixels."""
     generator = torch.Generator().manual_seed(4)
     probs = torch.randint(0, 3, (12, 28, 28), generator=generator) / 2.0
-    assert_like_pasted(probs, boxes_near(12, (300, 420), 5), (300, 420))
+    boxes = boxes_near(12, (300, 420), 5)
+    if whole_pixels:
+        boxes = boxes.round()
+        boxes[:, 2:] = boxes[:, :2] + torch.tensor([28.0 * 5, 28.0 * 8])
+    assert_like_pasted(probs, boxes, (300, 420), convention=convention)
 
 
 def test_few_undecided_columns_equal_whole_masks() -> None:
@@ -97,39 +132,58 @@ def test_few_undecided_columns_equal_whole_masks() -> None:
         assert torch.equal(rle._resized_columns(mask, height, width, columns), whole[:, columns])
 
 
-def test_empty_full_and_distant_masks() -> None:
+def test_thin_boxes_hold_the_pixels_whose_centres_they_reach() -> None:
+    """Detectron2's boxes are no whole pixels: one of a thousandth of a pixel sets the pixel around it, or none."""
+    boxes = torch.tensor([[5.4995, 2, 5.5005, 8], [5.1, 2, 5.2, 8], [3, 4, 3, 9], [3, 9, 8, 4]])
+    counts, areas = rle.encode_boxed_masks(torch.ones(4, 28, 28), boxes, (12, 10), convention="detectron2")
+    assert areas.tolist() == [6, 0, 0, 0]
+    assert counts == coco_counts(sample(torch.ones(4, 28, 28), boxes, (12, 10), 0.5))
+
+
+def test_the_conventions_differ() -> None:
+    probs, boxes = blobs(20, 28, 11), boxes_near(20, (200, 300), 12)
+    torchvision, detectron2 = (rle.encode_boxed_masks(probs, boxes, (200, 300), convention=name)[1] for name in PASTES)
+    assert (torchvision != detectron2).any()
+
+
+@conventions
+def test_empty_full_and_distant_masks(convention: PasteKind) -> None:
     probs = torch.stack([torch.zeros(28, 28), torch.ones(28, 28), torch.ones(28, 28), torch.ones(28, 28)])
     boxes = torch.tensor([[5.0, 5, 20, 20], [-400, -400, 400, 400], [500, 500, 600, 600], [-90, -90, -50, -50]])
-    counts, areas = rle.encode_boxed_masks(probs, boxes, (40, 30))
+    counts, areas = rle.encode_boxed_masks(probs, boxes, (40, 30), convention=convention)
     assert areas.tolist() == [0, 1200, 0, 0]
     assert counts[1] == coco_counts(np.ones((1, 40, 30), np.uint8))[0]
     assert counts[0] == counts[2] == counts[3] == coco_counts(np.zeros((1, 40, 30), np.uint8))[0]
 
 
-def test_boxes_that_are_not_finite_or_enormous_stay_in_bounds() -> None:
+@conventions
+def test_boxes_that_are_not_finite_or_enormous_stay_in_bounds(convention: PasteKind) -> None:
     boxes = torch.tensor([[float("nan"), 0, 5, 5], [0, 0, float("inf"), 5], [-1e30, -1e30, 1e30, 1e30], [-1e8, 2, 1e8, 9]])
-    _, areas = rle.encode_boxed_masks(torch.ones(4, 28, 28), boxes, (30, 20))
+    _, areas = rle.encode_boxed_masks(torch.ones(4, 28, 28), boxes, (30, 20), convention=convention)
     assert areas[:3].tolist() == [0, 0, 600]
     assert 0 < areas[3] <= 600
 
 
-def test_probabilities_that_are_not_numbers_count_as_below() -> None:
+@conventions
+def test_probabilities_that_are_not_numbers_count_as_below(convention: PasteKind) -> None:
     probs = blobs(6, 28, 7)
     probs[:, 10:12, 5] = float("nan")
-    assert_like_pasted(probs, boxes_near(6, (200, 300), 8), (200, 300))
+    assert_like_pasted(probs, boxes_near(6, (200, 300), 8), (200, 300), convention=convention)
 
 
-def test_no_masks() -> None:
-    counts, areas = rle.encode_boxed_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (10, 10))
+@conventions
+def test_no_masks(convention: PasteKind) -> None:
+    counts, areas = rle.encode_boxed_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (10, 10), convention=convention)
     assert counts == []
     assert areas.shape == (0,)
 
 
-def test_many_wide_masks_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@conventions
+def test_many_wide_masks_go_through_in_parts(monkeypatch: pytest.MonkeyPatch, convention: PasteKind) -> None:
     probs, boxes = blobs(20, 28, 9), boxes_near(20, (100, 150), 10)
-    whole = rle.encode_boxed_masks(probs, boxes, (100, 150))
+    whole = rle.encode_boxed_masks(probs, boxes, (100, 150), convention=convention)
     monkeypatch.setattr(rle, "MAX_COLUMNS", 64)
-    parts = rle.encode_boxed_masks(probs, boxes, (100, 150))
+    parts = rle.encode_boxed_masks(probs, boxes, (100, 150), convention=convention)
     assert whole[0] == parts[0]
     assert whole[1].tolist() == parts[1].tolist()
 

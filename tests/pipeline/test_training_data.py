@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -86,6 +87,18 @@ def test_a_mirror_moves_everything_and_exchanges_left_and_right() -> None:
     np.testing.assert_array_equal(mirrored.boxes, [[14, 4, 20, 13]])
     np.testing.assert_array_equal(mirrored.keypoints[0], [[19, 5, 2], [15, 12, 2], [16, 6, 1]])
     np.testing.assert_array_equal(masks_of(mirrored)[0], mirrored.image[0].numpy() > 0)
+
+
+def test_a_mirror_exchanges_pixels_where_keypoints_name_pixels() -> None:
+    """With an offset of a half, keypoint 0 is the middle of the first pixel: a mirror makes the last one of it."""
+    rows = [annotation(20, 4, 6, 9, 4, [21, 5, 2, 0, 6, 1, 39, 12, 2])]
+    pixels = dataclasses.replace(spec(Augmentation()), keypoint_offset=0.5)
+    mirrored = next(
+        sample for n in range(20) if (sample := make_sample(painted(20, 40, rows), rows, pixels, (0, 0, n))).boxes[0, 0] != 20
+    )
+    np.testing.assert_array_equal(mirrored.keypoints[0], [[18, 5, 2], [0, 12, 2], [39, 6, 1]])
+    still = make_sample(painted(20, 40, rows), rows, dataclasses.replace(pixels, augmentation=PLAIN), (0, 0, 0))
+    np.testing.assert_array_equal(still.keypoints[0], [[21, 5, 2], [0, 6, 1], [39, 12, 2]])
 
 
 def test_both_mirrors_are_half_a_turn_and_keep_left_and_right() -> None:
