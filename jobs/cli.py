@@ -53,7 +53,11 @@ def options(
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A torchvision state dict (.pth), local or s3://, or a torchvision weights' name.")
+        str,
+        typer.Argument(
+            help="A torchvision state dict (.pth) or Detectron2 checkpoint (.pkl, .pth), local or s3://, or a torchvision "
+            "weights' name."
+        ),
     ],
     target: Annotated[str, typer.Argument(help="The checkpoint to write, *.safetensors, local or s3://.")],
     preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],

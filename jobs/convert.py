@@ -29,12 +29,13 @@ class ConvertReport(BaseModel):
 def run(source: str, target: str, preset: str, storage: Storage, norm_eps: float | None = None) -> ConvertReport:
     """Reads `source` as `preset` and writes `target`, one safetensors file.
 
-    source: a state dict (.pth), local or s3://, or the name of torchvision's weights, which are downloaded. norm_eps: added to
-    the norms' variance; a state dict does not say it. None: 0 for torchvision's own COCO_V1 files, else 1e-5. Who has saved the
-    COCO_V1 model anew has to say 0.
+    source: torchvision's state dict (.pth) or Detectron2's checkpoint (.pkl of its model zoo, .pth), local or s3://, or the
+    name of torchvision's weights, which are downloaded. Which system a file is of is read off its names; the checkpoint holds
+    that system's conventions. norm_eps: added to the norms' variance; a state dict does not say it. None: 0 for torchvision's
+    own COCO_V1 files, else 1e-5. Who has saved the COCO_V1 model anew has to say 0.
 
-    Raises UnknownPresetError, CheckpointError (not a state dict of this architecture), ConfigError (a target that is not
-    named .safetensors, or is the source) and the storage's errors.
+    Raises UnknownPresetError, CheckpointError (not weights of this architecture), ConfigError (a target that is not named
+    .safetensors, or is the source) and the storage's errors.
     """
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import torchvision_weights
+from model import detectron2_weights, torchvision_weights
 from model.checkpoint import is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
 from model.mask_rcnn import MaskRCNN
@@ -30,9 +30,10 @@ def create_model(
     """Build a model, in evaluation mode, on `device`.
 
     preset_or_config: a name in `PRESETS`, or a configuration, which is then followed to the letter.
-    weights: our checkpoint or a torchvision state dict (.pth), as path or bytes; or the name of torchvision's weights, which
-    are downloaded. None leaves random weights. A preset's name takes on what the weights' source says: a checkpoint's own
-    configuration where the preset is the same, the eps of torchvision's norms.
+    weights: our checkpoint, a torchvision state dict (.pth) or a Detectron2 checkpoint (.pkl of its model zoo, .pth), as path
+    or bytes; or the name of torchvision's weights, which are downloaded. None leaves random weights. A preset's name takes on
+    what the weights' source says: a checkpoint's own configuration where the preset is the same, the eps of torchvision's
+    norms, Detectron2's conventions.
     categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
     weights', keep the fresh last layers; leave out branches (mask, keypoint) that this model lacks, start new those that the
     weights lack; and load the rest.
@@ -65,7 +66,12 @@ def _read(weights: str | Path | bytes, config: ModelConfig) -> tuple[ModelConfig
     if is_ours(data):
         source, state = parse(data, name)
         return source if source.preset == config.preset else config, state
-    state = torchvision_weights.read_pth(data, name)
+    if detectron2_weights.is_pickle(data):
+        state = detectron2_weights.read_pickle(data, name)
+    else:
+        state = torchvision_weights.read_pth(data, name)
+    if detectron2_weights.is_theirs(state):
+        return detectron2_weights.conventions(config), detectron2_weights.rename(state, config)
     return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), torchvision_weights.rename(state)
 
 

@@ -1,8 +1,10 @@
-"""`masklake convert`: torchvision's state dict becomes a checkpoint that predicts the same."""
+"""`masklake convert`: another system's weights become a checkpoint that predicts the same."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from model import create_model, load_checkpoint
 from model.errors import CheckpointError, ConfigError
+from model.torchvision_weights import rename
+
+KINDS = ("weight", "bias")
 
 
 def convert(*arguments: str) -> str:
@@ -47,6 +52,67 @@ def test_the_eps_of_the_norms_can_be_said(tmp_path: Path) -> None:
     said = convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--norm-eps", "0")
     assert "eps of the norms 0" in said
     assert load_checkpoint(target).config.backbone.norm_eps == 0.0
+
+
+DETECTRON2_NAMES = (  # of torchvision's names
+    (r"^backbone\.body\.(conv1|bn1)", r"backbone.bottom_up.stem.\1"),
+    (r"^backbone\.body\.layer(\d)", lambda match: f"backbone.bottom_up.res{int(match[1]) + 1}"),
+    (r"downsample\.0", "shortcut"),
+    (r"downsample\.1", "shortcut.norm"),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0", lambda match: f"backbone.fpn_lateral{int(match[1]) + 2}"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0", lambda match: f"backbone.fpn_output{int(match[1]) + 2}"),
+    (r"^rpn\.head\.conv\.0\.0", "proposal_generator.rpn_head.conv"),
+    (r"^rpn\.head\.cls_logits", "proposal_generator.rpn_head.objectness_logits"),
+    (r"^rpn\.head\.bbox_pred", "proposal_generator.rpn_head.anchor_deltas"),
+    (r"box_head\.fc([67])", lambda match: f"box_head.fc{int(match[1]) - 5}"),
+    (r"mask_head\.(\d)\.0", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}"),
+    (r"mask_predictor\.conv5_mask", "mask_head.deconv"),
+    (r"mask_predictor\.mask_fcn_logits", "mask_head.predictor"),
+)
+
+
+def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """torchvision's Mask R-CNN with 81 classes as Detectron2 has it: other names, the background last or nowhere."""
+    theirs = {}
+    for key, tensor in state.items():
+        if "cls_score" in key:
+            tensor = torch.cat([tensor[1:], tensor[:1]])
+        elif "box_predictor.bbox_pred" in key:
+            tensor = tensor[4:]
+        elif "mask_fcn_logits" in key:
+            tensor = tensor[1:]
+        for pattern, name in DETECTRON2_NAMES:
+            key = re.sub(pattern, name, key)
+        theirs[key] = tensor.numpy()
+    return theirs
+
+
+def test_a_file_of_detectron2s_model_zoo_becomes_a_checkpoint_with_its_conventions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81).state_dict()
+    state = {key: tensor for key, tensor in state.items() if "num_batches_tracked" not in key}
+    source, target = tmp_path / "model_final_a54504.pkl", tmp_path / "out.safetensors"
+    with source.open("wb") as file:
+        pickle.dump({"model": detectron2_state(state), "__author__": "Detectron2 Model Zoo"}, file, protocol=2)
+    report = json.loads(convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--json"))
+    model = load_checkpoint(target)
+    assert (report["model_id"], report["categories"]) == (model.model_id, 80)
+    assert (model.config.image_channels, model.config.paste, model.config.resize) == ("bgr", "detectron2", "pil")
+    expected, own = rename(state), model.network.state_dict()
+    assert own.keys() == expected.keys()
+    for key in own.keys() - {f"{part}.{kind}" for part in ("box_head.bbox_pred", "mask_head.logits") for kind in KINDS}:
+        assert torch.equal(own[key], expected[key])
+    for kind in KINDS:
+        assert torch.equal(own[f"box_head.bbox_pred.{kind}"][4:], expected[f"box_head.bbox_pred.{kind}"][4:])
+        assert torch.equal(own[f"mask_head.logits.{kind}"][1:], expected[f"mask_head.logits.{kind}"][1:])
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.pkl"
+    source.write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00exit\x85R.")
+    with pytest.raises(CheckpointError, match=r"in\.pkl.*it asks for os\.system"):
+        convert(str(source), str(tmp_path / "out.safetensors"), "--preset", "maskrcnn_resnet50_fpn")
 
 
 def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,20 +1,23 @@
-"""The canvas follows from the image alone, and is torchvision's."""
+"""The canvas follows from the image alone, and is torchvision's or Detectron2's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from model.config import ModelConfig
+from model.detectron2_weights import conventions
 from model.errors import ConfigError
 from model.presets import PRESETS
-from model.transform import canvas_size, check_image, make_canvas, resized_size
+from model.transform import canvas_size, check_image, make_canvas, resize_like_pillow, resized_size
 
 FULL = PRESETS["maskrcnn_resnet50_fpn"]
 CPU = torch.device("cpu")
@@ -58,6 +61,43 @@ def test_images_of_a_batch_lie_beside_each_other_on_zeros(picture: Callable[...,
     assert canvas.pixels[0, :, :, 96:].abs().max() == 0
     alone = make_canvas(images[1:], tiny, 256, CPU)
     assert torch.equal(canvas.pixels[1:, :, :40, :100], alone.pixels[:, :, :40, :100])
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((48, 64), (80, 107)),
+        ((108, 192), (75, 133)),
+        ((300, 400), (80, 107)),
+        ((37, 501), (90, 90)),
+        ((5, 3), (50, 30)),
+        ((40, 30), (40, 57)),
+        ((1, 1), (3, 5)),
+    ],
+)
+def test_resizing_like_pillow_gives_pillows_bytes(size: tuple[int, int], target: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = Image.fromarray(image.numpy()).resize(target[::-1], Image.Resampling.BILINEAR)
+    assert np.array_equal(resize_like_pillow(image.permute(2, 0, 1), target).permute(1, 2, 0).numpy(), np.array(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "torchvision", "detectron2"),
+    [((480, 640), (800, 1066), (800, 1067)), ((1080, 1920), (749, 1333), (750, 1333)), ((640, 480), (1066, 800), (1067, 800))],
+)
+def test_the_two_systems_round_sizes_differently(
+    size: tuple[int, int], torchvision: tuple[int, int], detectron2: tuple[int, int]
+) -> None:
+    assert resized_size(size, 800, FULL) == torchvision
+    assert resized_size(size, 800, conventions(FULL)) == detectron2
+    assert canvas_size(size, conventions(PRESETS["maskrcnn_resnet50_c4"])) == detectron2
+
+
+def test_detectron2s_networks_take_blue_green_red_of_0_to_255() -> None:
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
+    canvas = make_canvas([image], conventions(FULL), 32, CPU)
+    expected = torch.tensor([30 - 103.53, 20 - 116.28, 10 - 123.675])
+    torch.testing.assert_close(canvas.pixels[0, :, 5, 5], expected)
 
 
 @pytest.mark.parametrize(
