@@ -68,7 +68,7 @@ class TrainOptions(BaseModel):
         default="joint", description="RPN and detector: joint, separate, four_step; or one of them alone: rpn, detector."
     )
     proposals: str | None = Field(
-        default=None, validate_default=True, description="Parquet file of `masklake propose`, for a detector that learns alone."
+        default=None, description="Parquet file of `masklake propose`, for a detector that learns alone."
     )
     weights: str | None = Field(default=None, description="Checkpoint or torchvision weights to start from.")
     reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
