@@ -11,7 +11,8 @@ import io
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,14 +126,19 @@ def rename(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
     Detectron2 has the background last, and no boxes or masks of it; here it comes first everywhere, and what it lacks is zero.
     """
     ours = {our_name(key): tensor for key, tensor in state.items() if not _IGNORED.match(key)}
-    for kind in ("weight", "bias"):
-        if (key := f"box_head.cls_score.{kind}") in ours:
-            ours[key] = ours[key].roll(1, dims=0)
-        if (key := f"box_head.bbox_pred.{kind}") in ours:
-            ours[key] = _after_zeros(4, ours[key])
-        if (key := f"mask_head.logits.{kind}") in ours and config.mask_output != "agnostic":
-            ours[key] = _after_zeros(1, ours[key])
+    changes: dict[str, Callable[[Tensor], Tensor]]
+    changes = {"box_head.cls_score": _last_first, "box_head.bbox_pred": partial(_after_zeros, 4)}
+    if config.mask_output != "agnostic":
+        changes["mask_head.logits"] = partial(_after_zeros, 1)
+    for layer, change in changes.items():
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            if key in ours and ours[key].dim():  # a single number is refused later, for its shape
+                ours[key] = change(ours[key])
     return ours
+
+
+def _last_first(rows: Tensor) -> Tensor:
+    return rows.roll(1, dims=0)
 
 
 def _after_zeros(count: int, rows: Tensor) -> Tensor:

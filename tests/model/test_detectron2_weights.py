@@ -22,10 +22,10 @@ from torchvision.ops import batched_nms, roi_align
 from model import create_model, load_checkpoint, save_checkpoint
 from model.anchors import cell_anchors
 from model.coco import PERSON
-from model.config import Category, ModelConfig
+from model.config import Category, ModelConfig, PredictOptions
 from model.detectron2_weights import conventions
 from model.errors import CheckpointError
-from model.inference import Detections, to_instances
+from model.inference import Detections, resolve, select, to_instances
 from model.instances import Instances, Target
 from model.mask_rcnn import MaskRCNN
 from model.presets import PRESETS
@@ -480,14 +480,14 @@ def test_features_and_logits_are_detectron2s(preset: str, photo: Tensor, oracle_
 
 
 def assert_equal(expected: dict[str, Tensor], found: Instances, ids: list[int]) -> None:
-    """The same detections: 1e-4 of a score, 0.01 pixels of a box, 0.05 of a keypoint, 1e-3 of a mask pixel's probability."""
+    """The same detections: 1e-4 of a score, 1e-3 pixels of a box, 0.05 of a keypoint, 1e-3 of a mask pixel's probability."""
     boxes, labels = expected["boxes"].numpy(), np.array(ids)[expected["classes"].numpy()]
     assert len(found) == len(boxes)
     distance = np.abs(boxes[:, None] - found.boxes[None]).max(axis=2)  # scores 1e-7 apart may change places
     distance[labels[:, None] != found.labels[None]] = np.inf
     order = distance.argmin(axis=1)
     assert sorted(order) == list(range(len(found)))
-    np.testing.assert_allclose(found.boxes[order], boxes, rtol=0, atol=0.01)
+    np.testing.assert_allclose(found.boxes[order], boxes, rtol=0, atol=1e-3)
     np.testing.assert_allclose(found.scores[order], expected["scores"].numpy(), rtol=0, atol=1e-4)
     assert (found.rles is not None) == ("masks" in expected)
     assert (found.keypoints is not None) == ("keypoints" in expected)
@@ -606,6 +606,9 @@ def test_missing_and_foreign_keys_are_listed() -> None:
     config = narrow("maskrcnn_resnet50_fpn", SHAPES["maskrcnn_resnet50_fpn"])
     with pytest.raises(CheckpointError, match=r"it lacks mask_head\.deconv\.weight; the model has no roi_heads\.cascade\.0"):
         create_model(config, weights=as_pickle(state))
+    numbers = {**seeded(SHAPES["maskrcnn_resnet50_fpn"]), "roi_heads.mask_head.predictor.bias": torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=r"of another shape are mask_head\.logits\.bias \(\) instead of \(81,\)"):
+        create_model(config, weights=as_pickle(numbers))
     few = (Category(id=1, name="a"), Category(id=2, name="b"))
     with pytest.raises(CheckpointError, match=r"81 classes with the background, model .* here has 3 "):
         create_model(config, weights=as_pickle(state), categories=few)
@@ -665,6 +668,29 @@ def test_logits_rank_proposals_whose_probabilities_are_one() -> None:
     rpn = MaskRCNN(config).eval().network.rpn
     assert rpn.propose(features, [(logits, deltas)], (64, 64), sizes).boxes.tolist() == [[0, 0, 32, 32]]
     assert float(torch.tensor(20.0).sigmoid()) == 1.0
+
+
+@pytest.mark.parametrize(("least", "thin"), [(0.0, True), (1e-3, False)])
+def test_proposals_stay_however_thin_and_go_when_empty(least: float, thin: bool) -> None:
+    config = narrow("maskrcnn_resnet50_c4", SHAPES["maskrcnn_resnet50_c4"])
+    assert config.rpn_min_side == 0.0
+    deltas = torch.zeros(1, 240, 4)
+    deltas[0, 15 * 5 + 1, 2] = -13.0  # exp(-13) of 32 pixels
+    deltas[0, 1, 0] = -3.0  # beyond the left border
+    rpn = MaskRCNN(config.model_copy(update={"rpn_min_side": least})).eval().network.rpn
+    found = rpn.propose([torch.zeros(1, 1, 4, 4)], [(torch.zeros(1, 240), deltas)], (64, 64), torch.tensor([[64.0, 64.0]]))
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    assert sides.min() > 0
+    assert bool(sides.min() < 1e-3) == thin
+
+
+def test_detections_stay_however_thin() -> None:
+    regions = Regions(torch.tensor([[10.0, 10, 10.005, 30]]), torch.tensor([0]))
+    logits = F.one_hot(torch.tensor([3]), 91).float() * 10
+    for config, count in ((conventions(PRESETS["fasterrcnn_resnet50_fpn"]), 1), (PRESETS["fasterrcnn_resnet50_fpn"], 0)):
+        settings, sizes = resolve(PredictOptions(), config), torch.tensor([[64.0, 64.0]])
+        found = select(logits, torch.zeros(1, 91, 4), regions, sizes, config, settings)
+        assert len(found.boxes) == count
 
 
 def test_boxes_outside_the_image_are_dropped_at_the_end() -> None:
