@@ -25,6 +25,7 @@ from torch import Tensor
 
 FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
 COLUMNS = 16  # image columns of a program: few threads idle beside a narrow box
+MAX_STRETCHES = 1 << 24  # counted at once, 12 bytes each: bounds the memory for many masks in wide images
 STRETCHES = 8  # of a column, walked side by side: a walk's length is what a launch takes
 
 
@@ -180,18 +181,40 @@ def _walk_kernel(
 def mask_edges_triton(
     masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int
 ) -> tuple[Tensor, Tensor]:
-    """Find where every pasted mask changes, in two launches for all of them; see `mask_edges` for the arguments."""
+    """Find where every pasted mask changes, two launches for all that MAX_STRETCHES lets through; see `mask_edges`."""
     edges = masks.new_zeros((room,), dtype=torch.int64)
     if len(masks) == 0:
         return edges.new_zeros(0), edges
-    values, side = masks.float(), masks.shape[-1]
-    regions = _regions(boxes.float(), sizes, side)
-    counts = edges.new_empty((len(masks), widest * STRETCHES), dtype=torch.int32)
-    grid = (len(masks), triton.cdiv(widest, COLUMNS))
-    ends = edges  # not read while counting
-    for write in (False, True):
-        _walk_kernel[grid](
-            values,
+    regions = _regions(boxes.float(), sizes, masks.shape[-1])
+    each, found = max(1, MAX_STRETCHES // (widest * STRETCHES)), edges.new_zeros(())
+    totals = []
+    for values, some in zip(torch.split(masks.float(), each), torch.split(regions, each), strict=True):
+        counts = edges.new_empty((len(values), widest * STRETCHES), dtype=torch.int32)
+        arguments = (values, some, counts, widest, room, threshold)
+        _walk(*arguments, ends=edges, edges=edges, write=False)
+        ends = counts.view(-1).cumsum(0) + found
+        _walk(*arguments, ends=ends, edges=edges, write=True)
+        totals.append(counts.sum(1))
+        found = ends[-1]
+    return torch.cat(totals), edges
+
+
+def _walk(
+    masks: Tensor,
+    regions: Tensor,
+    counts: Tensor,
+    widest: int,
+    room: int,
+    threshold: float,
+    *,
+    ends: Tensor,
+    edges: Tensor,
+    write: bool,
+) -> None:
+    """One launch: count the changes of every stretch, or write them where ``ends`` says that they end."""
+    with torch.cuda.device_of(masks):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _walk_kernel[len(masks), triton.cdiv(widest, COLUMNS)](
+            masks,
             regions,
             counts,
             ends,
@@ -199,16 +222,13 @@ def mask_edges_triton(
             widest,
             room,
             threshold,
-            *values.stride(),
-            SIDE=side,
+            *masks.stride(),
+            SIDE=masks.shape[-1],
             WRITE=write,
             COLUMNS=COLUMNS,
             STRETCHES=STRETCHES,
             enable_fp_fusion=False,
         )
-        if not write:
-            ends = counts.view(-1).cumsum(0)
-    return counts.sum(1), edges
 
 
 def _regions(boxes: Tensor, sizes: Tensor, side: int) -> Tensor:

@@ -153,6 +153,15 @@ def test_less_room_than_edges() -> None:
     assert torch.equal(few[1], edges[:10])
 
 
+def test_many_masks_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, boxes = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(6)), torch.tensor([[0.0, 0, 9, 6]]).repeat(3, 1)
+    arguments = (masks.to(DEVICE), boxes.to(DEVICE), torch.tensor([[8, 12]] * 3).to(DEVICE), 0.5, 12, 60)
+    whole = mask_edges_triton(*arguments)
+    monkeypatch.setattr("model.kernels.mask_rle_triton.MAX_STRETCHES", 2 * 12 * 8)
+    for part, expected in zip(mask_edges_triton(*arguments), whole, strict=True):
+        assert torch.equal(part, expected)
+
+
 @pytest.mark.usefixtures("through_triton")
 def test_no_masks() -> None:
     none = mask_edges(torch.zeros(0, 7, 7), torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int64), 0.5, 10, 0)
