@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,26 @@ def box_iou(left: Tensor, right: Tensor) -> Tensor:
     return common / (areas[0][:, None] + areas[1] - common)
 
 
+class _RoIPool(torch.autograd.Function):
+    """The operator with its gradient, which the library leaves to the package's Python (since torchvision 0.29)."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
+        """The largest pixels; remembers where each was."""
+        pooled, largest = torch.ops.torchvision.roi_pool(feature, rois, scale, bins, bins)
+        ctx.save_for_backward(rois, largest)
+        ctx.shape, ctx.scale, ctx.bins = feature.shape, scale, bins
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Each bin's gradient to its largest pixel."""
+        rois, largest = ctx.saved_tensors
+        backward = torch.ops.torchvision._roi_pool_backward
+        return backward(gradients[0], rois, largest, ctx.scale, ctx.bins, ctx.bins, *ctx.shape), None, None, None
+
+
 def roi_pool(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
-    """RoIPool of one map: (B, C, H, W) and rois (R, 5) in canvas pixels -> (R, C, bins, bins); differentiable."""
-    pooled: Tensor = torch.ops.torchvision.roi_pool(feature, rois.to(feature.dtype), scale, bins, bins)[0]
+    """RoIPool of one map: (B, C, H, W) and rois (R, 5) in canvas pixels -> (R, C, bins, bins); differentiable in the map."""
+    pooled: Tensor = _RoIPool.apply(feature, rois.to(feature.dtype), scale, bins)
     return pooled

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +71,24 @@ def test_the_mean_is_of_the_same_bins(inputs: tuple[list[Tensor], Tensor, Tensor
 def test_gradients_are_exact(inputs: tuple[list[Tensor], Tensor, Tensor], mode: str) -> None:
     features, rois, levels = inputs
     doubles = [feature[:, :2].double().requires_grad_() for feature in features]
-    assert torch.autograd.gradcheck(lambda *f: roi_pool(f, rois[:6].double(), levels[:6], SCALES, 3, mode), doubles)
+    assert torch.autograd.gradcheck(
+        lambda *f: roi_pool(f, rois[:6].double(), levels[:6], SCALES, 3, mode), doubles, fast_mode=True
+    )
+
+
+def test_the_gradient_needs_no_package_of_torchvisions() -> None:
+    """A training never imports it, and the compiled operator alone lets no gradient through."""
+    code = """
+import sys, torch
+from model.roi_pool import roi_pool
+feature = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+rois = torch.tensor([[0.0, 4, 4, 100, 100], [0, 0, 0, 60, 60]], dtype=torch.float64)
+levels = torch.zeros(2, dtype=torch.int64)
+assert torch.autograd.gradcheck(lambda f: roi_pool([f], rois, levels, [1 / 16], 3), (feature,))
+assert "torchvision" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_half_precision_keeps_its_type(inputs: tuple[list[Tensor], Tensor, Tensor]) -> None:
