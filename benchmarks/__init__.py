@@ -1,1 +1,1 @@
-"""Claims of speed: each script runs us and a peer side by side and leaves a CSV row and a dated report."""
+"""Claims of speed and accuracy: each script sets us beside a peer, or the paper, and leaves CSV rows and a dated report."""
