@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.shapes import CATEGORIES
 from model.config import ModelConfig
@@ -62,19 +61,13 @@ class Table:
     remark: str = ""
 
 
-def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
-    """The configuration with fields replaced, checked again."""
-    return ModelConfig.model_validate({**config.model_dump(), **fields})
-
-
 # -- the models --------------------------------------------------------------------------------------------------------
 
 SHAPES = parse_coco({"images": [], "annotations": [], "categories": CATEGORIES}, "jobs.shapes").categories
 ARROW = tuple(category for category in SHAPES if category.keypoints)
 """The one kind of shape with keypoints: what the person category is in tables 5 and 6."""
 
-FPN = changed(
-    PRESETS["tiny"],
+FPN = PRESETS["tiny"].changed(
     categories=SHAPES,
     keypoint=False,
     backbone={**PRESETS["tiny"].backbone.model_dump(), "widths": (32, 64, 96, 64)},
@@ -89,11 +82,11 @@ FPN = changed(
     mask_deconv_channels=32,
     keypoint_channels=(48, 48),
 )
-C4 = changed(FPN, features="c4", anchor_sizes=((16, 24, 36),), roi_samples=32, box_layers=0, mask_channels=())
+C4 = FPN.changed(features="c4", anchor_sizes=((16, 24, 36),), roi_samples=32, box_layers=0, mask_channels=())
 """Stride 16, the fifth stage on each region (figure 4, left)."""
-C5 = changed(FPN, features="c5", anchor_sizes=((16, 24, 36),), roi_samples=32)
+C5 = FPN.changed(features="c5", anchor_sizes=((16, 24, 36),), roi_samples=32)
 """Stride 32, the heads of figure 4, right ("as the res5 head is not applicable")."""
-POSE = changed(FPN, categories=ARROW, mask=False, keypoint=True)
+POSE = FPN.changed(categories=ARROW, mask=False, keypoint=True)
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -108,7 +101,7 @@ def softmax_or_sigmoid() -> Table:
         metrics=MASK,
         fields=frozenset({"mask_output"}),
         variants=(
-            Variant("softmax", changed(C4, mask_output="softmax"), (24.8, 44.1, 25.1)),
+            Variant("softmax", C4.changed(mask_output="softmax"), (24.8, 44.1, 25.1)),
             Variant("sigmoid", C4, (30.3, 51.2, 31.5)),
         ),
     )
@@ -130,7 +123,7 @@ def region_layers_at_stride_16() -> Table:
         metrics=MASK,
         fields=frozenset({"roi_pool", "roi_pool_mode"}),
         variants=tuple(
-            Variant(name, changed(C4, roi_pool=pool, roi_pool_mode=mode), paper) for name, pool, mode, paper in lines
+            Variant(name, C4.changed(roi_pool=pool, roi_pool_mode=mode), paper) for name, pool, mode, paper in lines
         ),
     )
 
@@ -175,8 +168,8 @@ def mask_branches() -> Table:
         metrics=MASK,
         fields=frozenset({"mask_head", "mask_hidden"}),
         variants=(
-            Variant("MLP, two hidden layers", changed(FPN, mask_head="mlp", mask_hidden=(128,) * 2), (31.5, 53.7, 32.8)),
-            Variant("MLP, three hidden layers", changed(FPN, mask_head="mlp", mask_hidden=(128,) * 3), (31.5, 54.0, 32.6)),
+            Variant("MLP, two hidden layers", FPN.changed(mask_head="mlp", mask_hidden=(128,) * 2), (31.5, 53.7, 32.8)),
+            Variant("MLP, three hidden layers", FPN.changed(mask_head="mlp", mask_hidden=(128,) * 3), (31.5, 54.0, 32.6)),
             Variant("FCN", FPN, (33.6, 55.2, 35.3)),
         ),
     )
@@ -191,7 +184,7 @@ def class_specific_or_agnostic() -> Table:
         metrics=("mask AP",),
         fields=frozenset({"mask_output"}),
         variants=(
-            Variant("class-agnostic", changed(C4, mask_output="agnostic"), (29.7,)),
+            Variant("class-agnostic", C4.changed(mask_output="agnostic"), (29.7,)),
             Variant("class-specific", C4, (30.3,)),
         ),
     )
@@ -211,7 +204,7 @@ def tasks_together() -> Table:
         source="Table 5, ResNet-50-FPN, person",
         metrics=("box AP", "mask AP", "keypoint AP"),
         fields=frozenset({"mask", "keypoint"}),
-        variants=tuple(Variant(name, changed(POSE, mask=mask, keypoint=point), paper) for name, mask, point, paper in lines),
+        variants=tuple(Variant(name, POSE.changed(mask=mask, keypoint=point), paper) for name, mask, point, paper in lines),
     )
 
 
@@ -242,7 +235,7 @@ def shared_features() -> Table:
 
 def pooled(config: ModelConfig) -> ModelConfig:
     """The same with RoIPool, which keeps the greatest pixel of a bin."""
-    return changed(config, roi_pool="pool", roi_pool_mode="max")
+    return config.changed(roi_pool="pool", roi_pool_mode="max")
 
 
 def _tables() -> Iterator[Table]:

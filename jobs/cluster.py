@@ -111,3 +111,19 @@ def _quiet() -> None:
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
+
+
+def data_context() -> Any:
+    """A copy of Ray Data's settings as every pipeline here starts from: silent, and without reservations of memory."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
+    return context
+
+
+def last_line(error: BaseException) -> str:
+    """What Ray's many lines end with: the reason; the error's kind where there are none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

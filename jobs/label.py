@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import label_plan
-from jobs.cluster import connect
+from jobs.cluster import connect, data_context, last_line
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from model import MaskRCNN, PredictOptions, load_checkpoint
@@ -235,18 +235,16 @@ def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: int) -> None:
             raise watcher.lost from None
         raise
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise LabellingError(f"labelling stopped: {reason}; the same command goes on where it stopped") from error
+        raise LabellingError(f"labelling stopped: {last_line(error)}; the same command goes on where it stopped") from error
     finally:
         ray.kill(counter)
 
 
 def _context(run: _Run, step: Round) -> Any:
     """Ray Data's settings for this run alone. Measured: other ways to write, or other defaults, lose or repeat rows."""
-    import ray
     from ray.data.checkpoint import CheckpointConfig
 
-    context = ray.data.DataContext.get_current().copy()
+    context = data_context()
     filesystem, path = run.table.storage.arrow(run_output.checkpoint_uri(run.table, run.plan.run_id))
     filesystem.create_dir(path, recursive=True)
     config = CheckpointConfig(
@@ -256,8 +254,6 @@ def _context(run: _Run, step: Round) -> Any:
     config.checkpoint_actor_memory_bytes = label_plan.FILTER_MEMORY
     context.checkpoint_config = config
     context.max_errored_blocks = step.max_lost
-    context.enable_progress_bars = False
-    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
     return context
 
 

@@ -13,13 +13,13 @@ import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.cluster import connect
+from jobs.cluster import connect, data_context, last_line
 from jobs.label import load_model
 from jobs.label_plan import Device, WorkerPlan, plan_workers
-from pipeline.coco import CocoDataset, read_coco, with_files
+from pipeline.coco import CocoDataset, image_folder, read_coco, with_files
 from pipeline.errors import AnnotationError, LabellingError
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
-from pipeline.storage import Storage, StorageOptions, canonical, parent, relative_to
+from pipeline.storage import Storage, StorageOptions, relative_to
 
 BLOCK_IMAGES = 16
 """Images a worker is given at once: enough to hide a request's latency."""
@@ -55,7 +55,7 @@ class ProposeReport(BaseModel):
 def run(options: ProposeOptions) -> ProposeReport:
     """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use."""
     storage = Storage(options.storage)
-    folder = canonical(options.images) if options.images is not None else Storage.join(parent(options.coco), "images")
+    folder = image_folder(options.images, options.coco)
     data = with_files(storage, read_coco(storage, options.coco), folder, options.allow_missing)
     checkpoint, model = load_model(storage, options.weights)
     workers = plan_workers(connect(options.address), len(data.images), options.workers, options.device)
@@ -79,11 +79,8 @@ def _rows(data: CocoDataset, folder: str) -> pa.Table:
 
 def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: WorkerPlan) -> Iterator[pa.Table]:
     """The workers' answers, in any order."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
     arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(data_context()):
         blocks = ray.data.from_arrow(rows).repartition(target_num_rows_per_block=BLOCK_IMAGES)
         answers = blocks.map_batches(
             Proposer,
@@ -97,8 +94,7 @@ def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: Worker
         try:
             yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise LabellingError(f"the proposals were not made: {reason}; nothing was written") from error
+            raise LabellingError(f"the proposals were not made: {last_line(error)}; nothing was written") from error
 
 
 def _usable(block: pa.Table, allow_missing: bool) -> pa.Table:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
-from jobs.cluster import Capacity, connect, cores
+from jobs.cluster import Capacity, connect, cores, last_line
 from jobs.latest import read_latest
 from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
 from model.build import create_model
@@ -33,14 +33,14 @@ from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
-from pipeline.coco import CocoDataset, read_coco, with_files
+from pipeline.coco import CocoDataset, image_folder, read_coco, with_files
 from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType
 from pipeline.proposals import read_proposals
 from pipeline.recipe import Recipe, recipe_of
 from pipeline.sample_stream import SampleStream
-from pipeline.storage import Storage, StorageOptions, canonical, parent
+from pipeline.storage import Storage, StorageOptions, canonical
 from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
 
 RUN_RECORD, CURVES = "run.json", "curves.png"
@@ -173,7 +173,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     record = _check_record(storage, options, recipe, model.config)
     spec = _sample_spec(model.config, options)
     proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
-    rows = training_rows(data, _folder(options.images, options.train), spec, options.keep_empty, proposals)
+    rows = training_rows(data, image_folder(options.images, options.train), spec, options.keep_empty, proposals)
     capacity = connect(options.address)
     gpu = plan_workers(options, capacity)
     # Only now does the run's name belong to this data, model and seed: what was refused leaves nothing behind.
@@ -190,17 +190,15 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
-def _folder(given: str | None, annotations: str) -> str:
-    return canonical(given) if given is not None else Storage.join(parent(annotations), "images")
-
-
 def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoDataset, Validation | None]:
     """Checked training and validation data, each announced in a line."""
-    data = with_files(storage, read_coco(storage, options.train), _folder(options.images, options.train), options.allow_missing)
+    data = with_files(
+        storage, read_coco(storage, options.train), image_folder(options.images, options.train), options.allow_missing
+    )
     say(f"training on {describe_data(data)}")
     if options.val is None:
         return data, None
-    folder = _folder(options.val_images, options.val)
+    folder = image_folder(options.val_images, options.val)
     truth = with_files(storage, read_coco(storage, options.val), folder, options.allow_missing)
     if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
         raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
@@ -457,16 +455,11 @@ def _judge(failure: Exception | None, error: BaseException | None, storage: Stor
     if error is not None:
         raise user_error(error) or TrainingError(
             f"training stopped: the workers failed {plan.options.max_failures + 1} times, the last time with: "
-            f"{_last_line(error)}. The same command goes on after the last complete epoch."
+            f"{last_line(error)}. The same command goes on after the last complete epoch."
         ) from error
     latest = read_latest(storage, plan.options.run_uri)
     if latest is None or latest["epoch"] < len(plan.options.course) * plan.recipe.epochs:
         raise TrainingError("training was interrupted. The same command goes on after the last complete epoch.")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def create_model(
         source, state = _read(weights, config)
         config = source if by_name else config
     if categories is not None:
-        config = ModelConfig.model_validate({**config.model_dump(), "categories": tuple(categories)})
+        config = config.changed(categories=tuple(categories))
     model = MaskRCNN(config)
     if state is not None:
         if reset_predictors:

@@ -7,7 +7,7 @@ the resized image, padded at its right and bottom: the pixels that the network s
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -244,6 +244,10 @@ class ModelConfig(_Frozen):
         if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
             raise ValueError("anchor_sizes needs equally many sizes at every level: the proposal head is shared by them")
         return self
+
+    def changed(self, **fields: Any) -> Self:
+        """The configuration with fields replaced, checked again (`model_copy` does not check)."""
+        return type(self).model_validate({**self.model_dump(), **fields})
 
     @property
     def rpn_strides(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from model.config import Category
 from model.rle import unpack_counts
 from pipeline.errors import AnnotationError
-from pipeline.storage import Storage, relative_to
+from pipeline.storage import Storage, canonical, parent, relative_to
 
 Segmentation: TypeAlias = list[list[float]] | dict[str, Any] | None
 """Polygons (x, y, x, y, ... in pixels), or a run-length encoding {"size": [H, W], "counts": list | str}; None: box only."""
@@ -328,6 +328,11 @@ def _row(number: int, annotation: CocoAnnotation) -> dict[str, Any]:
         row["keypoints"] = list(annotation.keypoints)
         row["num_keypoints"] = sum(visibility > 0 for visibility in annotation.keypoints[2::3])
     return row
+
+
+def image_folder(given: str | None, annotations: str) -> str:
+    """Where the images of the COCO file at `annotations` are: the folder that is given, else `images` beside the file."""
+    return canonical(given) if given is not None else Storage.join(parent(annotations), "images")
 
 
 def with_files(storage: Storage, dataset: CocoDataset, folder: str, allow_missing: bool = False) -> CocoDataset:
