@@ -6,7 +6,9 @@ import takes seconds.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,25 @@ if TYPE_CHECKING:
 # torch asks for every large map anew, and the kernel hands out its pages one by one: first writes to 62 MB took 26 ms, with
 # huge pages 7 ms. torch reads this when it first allocates, so it has to be said before torch is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+KEPT_BYTES = 1 << 30
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc hand out again what was freed, up to KEPT_BYTES, rather than give it back and fetch it page by page.
+
+    Every layer's output is such memory: images of 480 x 640 took 2.2 s instead of 2.6 s in float32 (means of six runs each, in
+    turn, on two cores) with 4 % more resident memory. What the environment says of glibc's thresholds holds.
+    """
+    thresholds = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # numbers of malloc.h
+    process = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(process, "mallopt"):
+        for name, option in thresholds.items():
+            if name not in os.environ:
+                process.mallopt(option, KEPT_BYTES)
+
+
+_keep_freed_memory()
 
 _HOME = {
     "PRESETS": "model.presets",
