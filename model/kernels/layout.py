@@ -13,6 +13,8 @@ from torch import Tensor
 
 BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FARTHEST = 1 << 20
+"""Feature pixels: a RoI that reaches farther from the map's corner is no region of any image, and pools to zeros."""
 TRITON_LEVELS = 5  # P2 to P6: each is a pointer argument of the kernels
 
 

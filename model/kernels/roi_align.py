@@ -39,10 +39,10 @@ def roi_align(
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 
-    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite, or name an image or a level
-    that does not exist, give zeros, as do samples farther than a pixel outside the map. Differentiable in the features;
-    gradients repeat bit for bit on the CPU, and on CUDA under `torch.use_deterministic_algorithms`. Autocast casts nothing
-    here. Raises ValueError for arguments that do not fit together.
+    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite, reach a million feature
+    pixels away, or name an image or a level that does not exist, give zeros, as do samples farther than a pixel outside the
+    map. Differentiable in the features; gradients repeat bit for bit on the CPU, and on CUDA under
+    `torch.use_deterministic_algorithms`. Autocast casts nothing here. Raises ValueError for arguments that do not fit together.
     """
     _validate(features, rois, levels, scales, output_size, sampling_ratio, mode)
     pooled: Tensor = _roi_align(

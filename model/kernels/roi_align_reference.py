@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.kernels.layout import FARTHEST
+
 
 def roi_align_reference(
     features: Sequence[Tensor],
@@ -45,7 +47,7 @@ def _align_one(
 ) -> Tensor:
     """Pool one box (x1, y1, x2, y2 in canvas pixels) of one feature map (C, H, W) to (C, P, P)."""
     zeros = image.new_zeros((image.shape[0], output_size, output_size))
-    if not bool(torch.isfinite(box).all()):
+    if not bool(((box * scale).abs() <= FARTHEST).all()):  # as of numbers that are not finite
         return zeros
     x1, y1, x2, y2 = (box * scale - (0.5 if aligned else 0.0)).unbind()
     width, height = x2 - x1, y2 - y1

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.layout import TRITON_LEVELS, empty_gradient, empty_pooled
+from model.kernels.layout import FARTHEST, TRITON_LEVELS, empty_gradient, empty_pooled
 
+FAR = tl.constexpr(FARTHEST)
 FORWARD_ELEMENTS = 4096  # of a program, bins times channels: what registers hold
 # Four a thread of at most eight warps: gradients are then read as the four sums that are added at once lie, and are not
 # shuffled between threads for every sample.
@@ -63,20 +64,19 @@ def _layout(geometry, level, WIDE: tl.constexpr):
 
 @triton.jit
 def _roi_geometry(rois, scales, roi, level, P: tl.constexpr, SAMPLING: tl.constexpr, ALIGNED: tl.constexpr):
-    """First corner, bin size and samples a bin of one RoI in feature pixels, and whether all its coordinates are finite."""
+    """First corner, bin size and samples a bin of one RoI in feature pixels, and whether it is near the map."""
     scale = tl.load(scales + level)
     offset = 0.5 if ALIGNED else 0.0
-    x1 = tl.load(rois + roi * 5 + 1) * scale - offset
-    y1 = tl.load(rois + roi * 5 + 2) * scale - offset
-    width = tl.load(rois + roi * 5 + 3) * scale - offset - x1
-    height = tl.load(rois + roi * 5 + 4) * scale - offset - y1
-    # Infinities and not-a-numbers alike do not equal themselves after a subtraction from themselves.
-    total = x1 + y1 + width + height
-    finite = (total - total) == 0.0
-    x1 = tl.where(finite, x1, 0.0)
-    y1 = tl.where(finite, y1, 0.0)
-    width = tl.where(finite, width, 0.0)
-    height = tl.where(finite, height, 0.0)
+    x1 = tl.load(rois + roi * 5 + 1) * scale
+    y1 = tl.load(rois + roi * 5 + 2) * scale
+    x2 = tl.load(rois + roi * 5 + 3) * scale
+    y2 = tl.load(rois + roi * 5 + 4) * scale
+    # False for what is not a number, too.
+    near = (tl.abs(x1) <= FAR) & (tl.abs(y1) <= FAR) & (tl.abs(x2) <= FAR) & (tl.abs(y2) <= FAR)
+    x1 = tl.where(near, x1, 0.0) - offset
+    y1 = tl.where(near, y1, 0.0) - offset
+    width = tl.where(near, x2, 0.0) - offset - x1
+    height = tl.where(near, y2, 0.0) - offset - y1
     if not ALIGNED:
         width = tl.maximum(width, 1.0)
         height = tl.maximum(height, 1.0)
@@ -87,7 +87,7 @@ def _roi_geometry(rois, scales, roi, level, P: tl.constexpr, SAMPLING: tl.conste
     if SAMPLING == 0:
         grid_w = tl.ceil(bin_w).to(tl.int32)
         grid_h = tl.ceil(bin_h).to(tl.int32)
-    return x1, y1, bin_w, bin_h, grid_w, grid_h, finite
+    return x1, y1, bin_w, bin_h, grid_w, grid_h, near
 
 
 @triton.jit
@@ -178,12 +178,12 @@ def _forward_kernel(
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     pw = tl.arange(0, P2)
     image, level, known = _place(rois, levels, roi, images, num_levels)
-    x1, y1, bin_w, bin_h, grid_w, grid_h, finite = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
+    x1, y1, bin_w, bin_h, grid_w, grid_h, near = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
     height = tl.load(geometry + level * 6)
     width = tl.load(geometry + level * 6 + 1)
     stride_b, stride_c, stride_y, stride_x = _layout(geometry, level, WIDE)
     feature = _level_pointer(f0, f1, f2, f3, f4, level) + image * stride_b + (channel * stride_c)[None, :]
-    bins = tl.where(known & finite, P, 0)
+    bins = tl.where(known & near, P, 0)
     wanted = (pw < bins)[:, None] & (channel < channels)[None, :]
 
     pooled = tl.full((P2, BLOCK_C), float("-inf") if MAX else 0.0, tl.float32)
@@ -247,10 +247,10 @@ def _backward_kernel(
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     pw = tl.arange(0, P2)
     image, level, known = _place(rois, levels, roi, images, num_levels)
-    x1, y1, bin_w, bin_h, grid_w, grid_h, finite = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
+    x1, y1, bin_w, bin_h, grid_w, grid_h, near = _roi_geometry(rois, scales, roi, level, P, SAMPLING, ALIGNED)
     height = tl.load(geometry + level * 6)
     width = tl.load(geometry + level * 6 + 1)
-    bins = tl.where(known & finite, P, 0)
+    bins = tl.where(known & near, P, 0)
     wanted = (pw < bins)[:, None] & (channel < channels)[None, :]
     source = grad + roi * grad_roi + channel[None, :] * grad_c + (row % P) * grad_y + pw[:, None].to(tl.int64) * grad_x
     value = tl.load(source, mask=wanted, other=0.0).to(tl.float32)

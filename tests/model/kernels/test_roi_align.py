@@ -144,6 +144,14 @@ def test_results_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.undo()
 
 
+def test_adaptive_samples_of_rois_far_larger_than_the_map_fit_in_memory() -> None:
+    features = [torch.ones(1, 2, 10, 10)]
+    rois = torch.tensor([[0, 0, 0, 7e5, 7e5]]).repeat(40, 1)  # a hundred thousand lines a bin
+    pooled = roi_align(features, rois, torch.zeros(40, dtype=torch.int64), [1.0], 7, 0)
+    assert pooled[:, :, 0, 0].flatten().tolist() == pytest.approx([1e-8] * 80, rel=0.3)
+    assert not pooled[:, :, 1:].any()
+
+
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_no_rois_and_no_images(mode: str) -> None:
     features = [f.requires_grad_() for f in pyramid()]
@@ -158,10 +166,18 @@ def test_no_rois_and_no_images(mode: str) -> None:
 @pytest.mark.parametrize("sampling", [0, 2])
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_rois_that_are_outside_or_not_finite_give_zeros(mode: str, sampling: int) -> None:
-    rois = torch.tensor(
-        [[0, 900.0, 900, 990, 990], [1, -400, -400, -300, -300], [0, float("nan"), 0, 9, 9], [0, 0, 0, float("inf"), 9]]
-    )
-    pooled = roi_align(pyramid(), rois, torch.tensor([0, 1, 2, 0]), SCALES, 4, sampling, mode=mode)
+    nan, inf, huge = float("nan"), float("inf"), 3e38  # whose width overflows
+    rois = [
+        [900.0, 900, 990, 990],
+        [-400, -400, -300, -300],
+        [nan, 0, 9, 9],
+        [0, 0, inf, 9],
+        [-huge, 0, huge, 9],
+        [0, 0, 1e8, 9],
+    ]
+    images = torch.tensor([0.0, 1, 0, 0, 1, 1])
+    levels = torch.tensor([0, 1, 2, 0, 0, 2])
+    pooled = roi_align(pyramid(), torch.column_stack((images, torch.tensor(rois))), levels, SCALES, 4, sampling, mode=mode)
     assert not pooled.any()
 
 

@@ -241,8 +241,8 @@ def test_every_level_pointer_is_used() -> None:
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_rois_that_are_not_finite_give_zeros(mode: str) -> None:
     features, _, _ = inputs()
-    rois = torch.tensor([[0, float("nan"), 0, 9, 9], [1, 0, 0, float("inf"), 9]], device=DEVICE)
-    levels = torch.tensor([0, 1], device=DEVICE)
+    rois = [[0, float("nan"), 0, 9, 9], [1, 0, 0, float("inf"), 9], [1, -3e38, 0, 3e38, 9], [0, 0, 0, 9, 1e8]]
+    rois, levels = torch.tensor(rois, device=DEVICE), torch.tensor([0, 1, 0, 1], device=DEVICE)
     assert not roi_align_triton(features, rois, levels, SCALES, 2, mode=mode).any()
 
 
