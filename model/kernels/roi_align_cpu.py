@@ -92,7 +92,7 @@ def roi_align_cpu_backward(
     """
     if grad.numel() == 0:
         return [empty_gradient(f, f.dtype).zero_() for f in features]
-    grad_table = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+    grad_table = _table(grad)
     bags = _bags(features, rois, levels, scales, Sampling(output_size, sampling_ratio, aligned), mode)
     backward = _max_backward if mode == "max" else _average_backward
     return backward(grad_table, features, bags, output_size**2)
@@ -341,8 +341,11 @@ def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, 
 
 
 def _table(feature: Tensor) -> Tensor:
-    """(B, C, H, W) as (B*H*W, C): a view where the memory is channels-last, a copy otherwise."""
-    return feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1])
+    """(B, C, H, W) as (B*H*W, C): a view where the memory is channels-last, a copy otherwise.
+
+    Not `reshape`, which makes a single image's table a transposed view: the bag reads such a one a number at a time.
+    """
+    return feature.permute(0, 2, 3, 1).contiguous().view(-1, feature.shape[1])
 
 
 def _as_level(table: Tensor, shape: torch.Size) -> Tensor:
