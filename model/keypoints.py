@@ -4,7 +4,7 @@ A keypoint is where its heat map, resized to the person's box by bicubic interpo
 resized: between four neighbouring values the interpolation is one cubic patch, a patch stays below its Bezier control
 points, and only the few patches that could hold the maximum are evaluated at the box's pixels.
 
-Shape letters: N people, K keypoints, S heat map side, M = N * K maps, c patches.
+Shape letters: N people, n of them, K keypoints, S heat map side, M = n * K maps, c patches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,9 @@ MAX_SIDE = 1 << 14  # positions sampled along a box's side; only larger boxes ar
 MAPS_PER_CHUNK = 512  # bounds the memory for control points to some 200 MB where every patch is a candidate
 SMALL_SIDE = 64  # pixels of a box's sides up to which resizing costs less than the search: its pixels are the coarser grid
 VALUES_PER_CHUNK = 1 << 20  # pixels evaluated at once
+NOISY = 1 / 32  # of the values: maps with peaks have fewer that could belong to the maximum, noise has many
+NOISY_SIDE = 112  # pixels of a box's sides up to which resizing noise costs less than searching it
+MAPS_IN_CACHE = 32  # bounded at once
 
 _OVERSHOOT = -CUBIC / 4  # the two outer neighbours' weights are negative and sum to this at most
 _TANGENT = np.float32(-CUBIC / 3)  # distance of the inner Bezier control points, in differences of neighbours
@@ -37,75 +41,87 @@ def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "prob
     map before resizing, so that large and small people compare (Detectron2). Sides below one pixel, or not finite, count
     as one.
     """
-    people, keypoints, side, _ = logits.shape
-    maps = logits.detach().float().cpu().reshape(-1, side, side).numpy()
+    people, keypoints, _, _ = logits.shape
+    maps = logits.detach().float().cpu().numpy()
     corners = boxes.detach().float().cpu().numpy()
     sizes = corners[:, 2:] - corners[:, :2]
     sizes = np.maximum(np.where(np.isfinite(sizes), sizes, np.float32(1)), np.float32(1))
-    counts = np.minimum(np.ceil(sizes), MAX_SIDE).astype(np.int64)
-    pixels = np.repeat(counts, keypoints, axis=0)
-    at, scores = np.zeros((len(maps), 2), np.int64), np.zeros(len(maps), np.float32)
-    small = (pixels <= SMALL_SIDE).all(1)
-    for chosen, argmax in ((np.flatnonzero(small), _argmax_resized), (np.flatnonzero(~small), _argmax)):
-        for start in range(0, len(chosen), MAPS_PER_CHUNK):
-            part = chosen[start : start + MAPS_PER_CHUNK]
+    pixels = np.minimum(np.ceil(sizes), MAX_SIDE).astype(np.int64)
+    at, scores = np.zeros((people, keypoints, 2), np.int64), np.zeros((people, keypoints), np.float32)
+    longest = pixels.max(1, initial=0)
+    small, large = longest <= SMALL_SIDE, longest > NOISY_SIDE
+    for group, argmax in ((small, _argmax_resized), (~small & ~large, _argmax), (large, _argmax)):
+        chosen = np.flatnonzero(group)
+        for part in np.split(chosen, range(0, len(chosen), max(1, MAPS_PER_CHUNK // max(1, keypoints))))[1:]:
             at[part], scores[part] = argmax(maps[part], pixels[part])
     if score == "probability":
-        scores = np.exp(scores - torch.from_numpy(maps).flatten(1).logsumexp(1).numpy())
-    offsets = (at.reshape(people, keypoints, 2) + np.float32(0.5)) * (sizes / counts.astype(np.float32))[:, None]
+        scores = np.exp(scores - torch.from_numpy(maps).flatten(2).logsumexp(2).numpy())
+    offsets = (at + np.float32(0.5)) * (sizes / pixels.astype(np.float32))[:, None]
     points = offsets.astype(np.float32) + corners[:, None, :2]
-    return torch.from_numpy(np.concatenate((points, scores.reshape(people, keypoints, 1)), axis=2))
+    return torch.from_numpy(np.concatenate((points, scores[:, :, None]), axis=2))
 
 
-def _argmax(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
-    """Best pixel (M, 2) as column, row and its value (M,) of maps (M, S, S) resized to ``pixels`` (M, 2) columns, rows."""
-    side = maps.shape[-1]
+def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
+    """Best pixel (n, K, 2) as column, row and its value (n, K) of maps (n, K, S, S) resized to (n, 2) columns, rows."""
+    people, keypoints, side, _ = people_maps.shape
+    maps, pixels = people_maps.reshape(-1, side, side), np.repeat(people_pixels, keypoints, axis=0)
     at, reached = _pixel_at_peak(maps, pixels)
     lowest, highest = maps.min((1, 2)), maps.max((1, 2))
     wanted = reached - 1e-5 * (highest - lowest)  # a margin that rounding cannot cross
-    owner, cell = _candidates(maps, _least_neighbour(wanted, lowest, highest))
+    high = np.flatnonzero(maps >= _least_neighbour(wanted, lowest, highest)[:, None, None])
+    if len(high) <= NOISY * maps.size:
+        owner, cell = _patches_beside(high, maps)
+    elif pixels.max() <= NOISY_SIDE:
+        return _argmax_resized(people_maps, people_pixels)
+    else:
+        owner, cell = _patches_that_reach(wanted, maps)
     patches = _patches(maps, owner, cell)
     hopeful = np.flatnonzero(_bounds(patches) >= wanted[owner])
     owner, cell, patches = owner[hopeful], cell[hopeful], patches[:, :, hopeful]
     first, last = _pixels_of(cell, pixels[owner], side)
     holds = np.flatnonzero((last > first).all(1))
     holds = holds[np.argsort((last - first)[holds].prod(1), kind="stable")]
-    best = _Best(at, reached, pixels)
+    best = _Best(at, reached, wanted, pixels)
     for some in _split(holds, (last - first).prod(1)):
         values = _evaluate(patches[:, :, some], cell[some], first[some], last[some], pixels[owner[some]], side)
         best.offer(owner[some], first[some], values)
-    return best.at, best.value
+    return best.at.reshape(people, keypoints, 2), best.value.reshape(people, keypoints)
 
 
 def _argmax_resized(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
-    """The same as `_argmax` by resizing the maps to the few pixels of small boxes: two matrix products for all of them."""
-    count, side, _ = maps.shape
+    """The same as `_argmax` by resizing the maps to the few pixels of small boxes: two matrix products for each person."""
+    people, keypoints, side, _ = maps.shape
     columns, rows = pixels.max(0).tolist()
     along_x, along_y = (_resizing_matrix(pixels[:, axis], n, side) for axis, n in ((0, columns), (1, rows)))
-    resized = torch.bmm(torch.bmm(along_y, torch.from_numpy(maps)), along_x.transpose(1, 2)).numpy()
-    outside_x, outside_y = (np.arange(n) >= pixels[:, axis, None] for axis, n in ((0, columns), (1, rows)))
-    resized[outside_y[:, :, None] | outside_x[:, None, :]] = -np.inf
-    flat = resized.reshape(count, -1)
-    place = flat.argmax(1)
-    return np.stack((place % columns, place // columns), axis=1), flat[np.arange(count), place]
+    by_row = torch.from_numpy(maps).transpose(1, 2).reshape(people, side, keypoints * side)
+    by_row = torch.bmm(along_y, by_row).view(people, rows * keypoints, side)
+    resized = torch.bmm(by_row, along_x.transpose(1, 2)).numpy().reshape(people, rows, keypoints, columns)
+    resized[np.broadcast_to((np.arange(columns) >= pixels[:, :1])[:, None, None], resized.shape)] = -np.inf
+    best_columns = resized.argmax(3)
+    values = np.take_along_axis(resized, best_columns[..., None], 3)[..., 0]
+    values[np.broadcast_to((np.arange(rows) >= pixels[:, 1:])[:, :, None], values.shape)] = -np.inf
+    row = values.argmax(1, keepdims=True)
+    column = np.take_along_axis(best_columns, row, 1)
+    return np.stack((column, row), axis=-1)[:, 0], np.take_along_axis(values, row, 1)[:, 0]
 
 
 def _resizing_matrix(pixels: Longs, rows: int, side: int) -> Tensor:
-    """Matrices (M, rows, S) that resize S values to ``pixels`` (M,); rows behind them are meaningless."""
-    sizes, which = np.unique(pixels, return_inverse=True)  # the keypoints of a person share one
-    source = _source(np.arange(rows), sizes[:, None], side)
+    """Matrices (n, rows, S) that resize S values to ``pixels`` (n,); rows behind them are meaningless."""
+    source = _source(np.arange(rows), pixels[:, None], side)
     cell = np.floor(source).astype(np.int64)
     near = np.clip(cell[:, :, None] + np.arange(-1, 3), 0, side - 1)
     weights = _weights(source - cell.astype(np.float32))
-    matrix = torch.zeros(len(sizes), rows, side).scatter_add_(2, torch.from_numpy(near), torch.from_numpy(weights))
-    return matrix[torch.from_numpy(which)]
+    return torch.zeros(len(pixels), rows, side).scatter_add_(2, torch.from_numpy(near), torch.from_numpy(weights))
 
 
 class _Best:
-    """The best pixel of every map so far; among equal values the first in row order wins, as in an argmax."""
+    """The best pixel of every map so far; among equal values the first in row order wins, as in an argmax.
 
-    def __init__(self, at: Longs, value: Floats, pixels: Longs) -> None:
-        self.at, self.value, self.columns = at, value, pixels[:, 0]
+    ``wanted`` (M,): less cannot be the best.
+    """
+
+    def __init__(self, at: Longs, value: Floats, wanted: Floats, pixels: Longs) -> None:
+        self.at, self.value, self.wanted, self.columns = at, value, wanted, pixels[:, 0]
         self.number = np.full(len(at), np.iinfo(np.int64).max)
 
     def offer(self, owner: Longs, first: Longs, values: Floats) -> None:
@@ -113,6 +129,8 @@ class _Best:
         flat = values.reshape(len(values), -1)
         place = flat.argmax(1)
         value = flat[np.arange(len(flat)), place]
+        rivals = np.flatnonzero(value >= self.wanted[owner])
+        owner, first, place, value = owner[rivals], first[rivals], place[rivals], value[rivals]
         row, column = np.divmod(place, values.shape[2])
         column, row = column + first[:, 0], row + first[:, 1]
         number = row * self.columns[owner] + column
@@ -149,16 +167,38 @@ def _least_neighbour(wanted: Floats, lowest: Floats, highest: Floats) -> Floats:
     return (wanted + 2 * o * (1 + o) * lowest - o * o * (highest - lowest)) / (1 + o) ** 2
 
 
-def _candidates(maps: Floats, least: Floats) -> tuple[Longs, Longs]:
-    """Patches with an inner value of at least ``least`` (M,): their map (c,), and cell (c, 2) as column, row in -1..S-1."""
+def _patches_beside(values: Longs, maps: Floats) -> tuple[Longs, Longs]:
+    """Patches that have one of these flat positions inside: their map (c,), and cell (c, 2) as column, row in -1..S-1."""
     side = maps.shape[-1]
-    owner, place = np.divmod(np.flatnonzero(maps >= least[:, None, None]), side * side)
+    owner, place = np.divmod(values, side * side)
     row, column = np.divmod(place, side)
     cells = side + 1
     number = (owner * cells + row) * cells + column
     marked = np.zeros(len(maps) * cells * cells, dtype=bool)
-    for offset in (0, 1, cells, cells + 1):  # the four patches that have this value inside
+    for offset in (0, 1, cells, cells + 1):
         marked[number + offset] = True
+    return _cells_of(marked, cells)
+
+
+def _patches_that_reach(wanted: Floats, maps: Floats) -> tuple[Longs, Longs]:
+    """Patches that may reach ``wanted`` (M,), as `_patches_beside`: all are bounded, along the rows and then across them."""
+    marked = []
+    for start in range(0, len(maps), MAPS_IN_CACHE):
+        some = torch.from_numpy(maps[start : start + MAPS_IN_CACHE])
+        least = torch.from_numpy(wanted[start : start + MAPS_IN_CACHE])
+        padded = F.pad(some[None], (2, 2, 2, 2), mode="replicate")[0]
+        slope = (padded[:, :, 2:] - padded[:, :, :-2]).mul_(float(_TANGENT))
+        middle, rise, fall = padded[:, :, 1:-1], slope.clamp(min=0), slope.clamp(max=0)
+        above = torch.maximum((middle + rise)[:, :, :-1], (middle - fall)[:, :, 1:])
+        below = torch.minimum((middle + fall)[:, :, :-1], (middle - rise)[:, :, 1:])
+        down = (above[:, 2:] - below[:, :-2]).mul_(float(_TANGENT)).clamp_(min=0).add_(above[:, 1:-1])
+        up = (above[:, :-2] - below[:, 2:]).mul_(float(_TANGENT)).clamp_(min=0).add_(above[:, 1:-1])
+        marked.append((torch.maximum(down[:, :-1], up[:, 1:]) >= least[:, None, None]).flatten())
+    return _cells_of(torch.cat(marked).numpy(), maps.shape[-1] + 1)
+
+
+def _cells_of(marked: NDArray[np.bool_], cells: int) -> tuple[Longs, Longs]:
+    """The map (c,) and cell (c, 2) of marked patches (M * cells**2,)."""
     owner, place = np.divmod(np.flatnonzero(marked), cells * cells)
     row, column = np.divmod(place, cells)
     return owner, np.stack((column, row), axis=1) - 1

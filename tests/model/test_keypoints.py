@@ -36,7 +36,7 @@ def people_boxes(people: int, largest: float, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("maps", [peaks, noise])
-@pytest.mark.parametrize("largest", [3.0, 40.0, 130.0, 700.0])
+@pytest.mark.parametrize("largest", [3.0, 40.0, 100.0, 130.0, 700.0])
 def test_equal_to_torchvision(maps, largest: float) -> None:  # type: ignore[no-untyped-def]
     logits, boxes = maps(12, 5, 0), people_boxes(12, largest, 1)
     expected, scores = heatmaps_to_keypoints(logits, boxes)
