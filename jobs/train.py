@@ -44,6 +44,13 @@ from pipeline.storage import Storage, StorageOptions, canonical
 from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
 
 RUN_RECORD, CURVES = "run.json", "curves.png"
+TABLES: Mapping[str, type[BaseModel]] = {
+    "recipe": Recipe,
+    "model": ModelConfig,
+    "augmentation": Augmentation,
+    "storage": StorageOptions,
+}
+"""Of a training configuration's file, and what they hold."""
 
 Say = Callable[[str], None]
 T = TypeVar("T", bound=BaseModel)
@@ -147,6 +154,10 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
             values[key] = {**values.get(key, {}), **{k: v for k, v in value.items() if v is not None}}
         elif value is not None:
             values[key] = value
+    for key in values.keys() - TrainOptions.model_fields.keys():
+        for table, kind in TABLES.items():
+            if key in kind.model_fields:
+                raise ConfigError(f"{config}: {key} is an option of the table [{table}]; write it below that line")
     return _validated(TrainOptions, values, config or "the training options")
 
 
@@ -154,7 +165,7 @@ def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {faults(error)}") from error
+        raise ConfigError(f"{source}: {faults(error, kind.model_fields)}") from error
 
 
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:

@@ -12,9 +12,12 @@ translated once, at the edge, with ``raise ... from``. The command line prints t
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:  # the command line prints an error without loading pydantic
+    from collections.abc import Collection
+
     from pydantic import ValidationError
 
 
@@ -42,10 +45,16 @@ class ConfigError(MaskLakeError):
     exit_code = 12
 
 
-def faults(error: ValidationError) -> str:
-    """Every fault of a pydantic value in one line, each with its field: `recipe.epochs: input should be greater than 0`."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {_lower_first(fault['msg'])}" for fault in error.errors())
+def faults(error: ValidationError, known: Collection[str] = ()) -> str:
+    """Every fault of a pydantic value in one line, each with its field: `recipe.epochs: input should be greater than 0`.
 
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    known: the value's fields, of which the one that a misspelt field resembles is named.
+    """
+    lines = []
+    for fault in error.errors():
+        field, message = ".".join(map(str, fault["loc"])), fault["msg"]
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, known, n=1) if len(fault["loc"]) == 1 else ()
+            message = f"no such option{f'; did you mean {near[0]}?' if near else ''}"
+        lines.append(f"{field}: {message[:1].lower()}{message[1:]}")
+    return "; ".join(lines)

@@ -50,7 +50,10 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train = 'a'\noutput = 'o'\nname = 'n'\nworker = 2", "worker: extra inputs"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\nworker = 2", "worker: no such option; did you mean workers"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\nepochs = 2", r"epochs is an option of the table \[recipe\]"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\nxyzzy = 2", "xyzzy: no such option$"),
+        ("train = 'a'\noutput = 'o'\nname = 'n'\n[storage]\nregon = 'r'", "storage.regon: no such option$"),
         ("train = 'a'\noutput = 'o'\nname = '../n'", "name: string should match"),
         ("output = 'o'\nname = 'n'", "train: field required"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\nmax_dets = []", "max_dets: tuple should have at least 1 item"),
@@ -67,9 +70,9 @@ def test_wrong_options_are_named(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_wrong_recipes_and_models_are_named() -> None:
-    with pytest.raises(ConfigError, match="recipe: epoch: extra inputs"):
+    with pytest.raises(ConfigError, match="recipe: epoch: no such option; did you mean epochs"):
         run(options(recipe={"epoch": 3}))
-    with pytest.raises(ConfigError, match="model: min_sizs: extra inputs"):
+    with pytest.raises(ConfigError, match="model: min_sizs: no such option; did you mean min_sizes"):
         build_model(options(model={"min_sizs": [3]}), shapes(), Storage())
 
 
