@@ -10,7 +10,9 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -104,15 +106,22 @@ def norm_eps_of_file(data: bytes) -> float:
 def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
     """Download weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; with their norm's eps.
 
-    Raises CheckpointError where the name does not exist or the download fails.
+    Kept where torch.hub keeps them. What lies there is read like any other file: torchvision itself would unpickle it.
+    Raises CheckpointError where the name does not exist, the download fails or the file holds other than tensors.
     """
     from torchvision.models import get_weight  # here, because importing the package takes longer than importing torch
 
     try:
         weights = get_weight(weight_name)
-        state = weights.get_state_dict(progress=False, check_hash=True)
     except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"torchvision has no weights called {weight_name!r}: {error}") from error
+    kept = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(weights.url).path).name)
+    try:
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            digest = torch.hub.HASH_REGEX.search(kept.name)
+            torch.hub.download_url_to_file(weights.url, str(kept), digest and digest.group(1), progress=False)
+        data = kept.read_bytes()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot download torchvision's weights {weight_name}: {error}") from error
-    return dict(state), 0.0 if str(weights) in _ZERO_EPS_WEIGHTS else 1e-5
+        raise CheckpointError(f"cannot download torchvision's weights {weight_name} to {kept}: {error}") from error
+    return read_pth(data, f"{weight_name} ({kept})"), 0.0 if str(weights) in _ZERO_EPS_WEIGHTS else 1e-5

@@ -163,22 +163,57 @@ def test_the_eps_of_an_unknown_file_is_torchs_and_a_configuration_overrides_it(
     assert create_model(exact, weights=weights).config.backbone.norm_eps == 0.0
 
 
-def test_weights_by_torchvisions_name_are_asked_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: model.state_dict())
-    ours = create_model("keypointrcnn_resnet50_fpn", weights="KeypointRCNN_ResNet50_FPN_Weights.COCO_V1")
-    assert ours.config.backbone.norm_eps == 0.0
+def test_weights_by_torchvisions_name_are_downloaded_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state_dict_bytes: Callable[[nn.Module], bytes]
+) -> None:
+    weights = state_dict_bytes(keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None))
+    asked = []
+
+    def download(url: str, kept: str, digest: str, progress: bool) -> None:
+        asked.append((url.rpartition("/")[2], digest))
+        Path(kept).write_bytes(weights)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    for _ in range(2):
+        ours = create_model("keypointrcnn_resnet50_fpn", weights="KeypointRCNN_ResNet50_FPN_Weights.COCO_V1")
+        assert ours.config.backbone.norm_eps == 0.0
     legacy = create_model("keypointrcnn_resnet50_fpn", weights="KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY")
     assert legacy.config.backbone.norm_eps == 1e-5
+    assert asked == [
+        ("keypointrcnn_resnet50_fpn_coco-fc266e95.pth", "fc266e95"),
+        ("keypointrcnn_resnet50_fpn_coco-9f466800.pth", "9f466800"),
+    ]
 
 
-def test_unknown_names_and_failed_downloads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+class Malicious:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_what_lies_among_torch_hubs_files_is_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kept = tmp_path / "hub" / "checkpoints" / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth"
+    kept.parent.mkdir(parents=True)
+    torch.save({"a": Malicious(tmp_path / "trace")}, kept)
+    with pytest.raises(CheckpointError, match=r"COCO_V1 \(.*bf2d0c1e.pth\).*refused"):
+        create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_unknown_names_and_failed_downloads_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights called"):
         create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V9")
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     with pytest.raises(CheckpointError, match=r"cannot download.*no route to host"):
         create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
