@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -156,6 +157,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
     Raises CheckpointError for anything else, and for files that are cut off or damaged.
     """
     try:
+        _check_memo(data)
         content: Any = _Reader(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # whatever the bytes make of the reader
         raise CheckpointError(
@@ -163,10 +165,17 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
             f"damaged ({error}); other objects are refused, since reading them could run code"
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
-    arrays = {key: getattr(value, "numbers", None) for key, value in model.items()} if isinstance(model, dict) else {}
+    arrays = {key: getattr(value, "numbers", value) for key, value in model.items()} if isinstance(model, dict) else {}
     if not arrays or not all(isinstance(numbers, np.ndarray) for numbers in arrays.values()):
         raise CheckpointError(f"{name} is no Detectron2 checkpoint: expected numpy arrays by name under the key 'model'")
     return {str(key): torch.from_numpy(numbers) for key, numbers in arrays.items()}
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuses numbers of remembered objects that no honest file of this length has: the reader makes room for them all."""
+    for operation, number, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and number is not None and int(number) > len(data):
+            raise pickle.UnpicklingError(f"it remembers an object number {number}")
 
 
 class _StandIn:
@@ -205,6 +214,15 @@ class _Array(_StandIn):
         self.numbers = kind.read(data, shape, "F" if fortran else "C")
 
 
+class _View(_StandIn):
+    """`numpy._core.numeric._frombuffer`: how protocol 5 writes an array."""
+
+    def __new__(cls, data: bytes | bytearray, kind: _Kind, shape: tuple[int, ...], order: str) -> Any:
+        if not isinstance(data, bytes | bytearray):
+            raise pickle.UnpicklingError(f"an array made of {type(data).__name__}")
+        return kind.read(bytes(data), shape, order)
+
+
 class _Scalar(_StandIn):
     """`numpy.core.multiarray.scalar`."""
 
@@ -226,6 +244,7 @@ _STAND_INS: Mapping[tuple[str, str], type] = {
     ("numpy", "dtype"): _Kind,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _View for core in ("core", "_core")},
     ("_codecs", "encode"): _Bytes,
     ("__builtin__", "bytes"): _Bytes,
     ("collections", "OrderedDict"): OrderedDict,

@@ -6,6 +6,7 @@ key names of torchvision's oldest files.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import re
@@ -85,7 +86,8 @@ def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
     Raises CheckpointError for anything else.
     """
     try:
-        content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training script saves its arguments, too
+            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes make of torch's reader; its own message advises to unpickle them
         raise CheckpointError(
             f"{name} is neither a MaskLake checkpoint nor a state dict of tensors ({type(error).__name__}); "
@@ -93,7 +95,7 @@ def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # torchvision's training script saves optimiser and epoch beside the weights
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise CheckpointError(f"{name} is no state dict: expected tensors by name")
     return dict(content)
 

@@ -24,6 +24,7 @@ ARRAYS = {
     "flags": np.array([True, False]),
     "swapped": np.arange(3, dtype=">f4"),
     "none": np.zeros((0, 5), dtype=np.float32),
+    "scalar": np.float32(2.5),
 }
 
 
@@ -35,16 +36,22 @@ def assert_same(read: dict[str, torch.Tensor]) -> None:
     assert read.keys() == ARRAYS.keys()
     for name, tensor in read.items():
         np.testing.assert_array_equal(tensor.numpy(), ARRAYS[name])
-        assert tensor.dtype == torch.from_numpy(ARRAYS[name].astype(ARRAYS[name].dtype.newbyteorder("="))).dtype
+        assert tensor.dtype == torch.from_numpy(np.asarray(ARRAYS[name], ARRAYS[name].dtype.newbyteorder("="))).dtype
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_of_numbers_come_through(protocol: int) -> None:
     data = pickle.dumps(zoo(ARRAYS), protocol=protocol)
     assert is_pickle(data)
     assert_same(read_pickle(data, "file"))
     ordered = {**zoo(OrderedDict(ARRAYS)), "iteration": np.int64(89999)}
     assert_same(read_pickle(pickle.dumps(ordered, protocol=protocol), "file"))
+
+
+def test_a_few_bytes_cannot_ask_for_much_memory() -> None:
+    for hostile in (b"Nr\xff\xff\xff\x7f.", b"Np2000000000\n.", b"cnumpy.core.numeric\n_frombuffer\n(J\xff\xff\xff\x7fNNNtR."):
+        with pytest.raises(CheckpointError, match=r"remembers an object number|an array made of int"):
+            read_pickle(b"\x80\x02" + hostile, "file")
 
 
 def test_the_names_of_old_and_new_numpy_are_the_same() -> None:

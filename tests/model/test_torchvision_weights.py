@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -184,6 +185,22 @@ def test_weights_by_torchvisions_name_are_downloaded_once(
         ("keypointrcnn_resnet50_fpn_coco-fc266e95.pth", "fc266e95"),
         ("keypointrcnn_resnet50_fpn_coco-9f466800.pth", "9f466800"),
     ]
+
+
+def test_what_torchvisions_training_script_saves_is_read(
+    state_dict_bytes: Callable[[nn.Module], bytes], tmp_path: Path
+) -> None:
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    saved = {"model": model.state_dict(), "args": argparse.Namespace(lr=0.02, output_dir="out"), "epoch": 25}
+    torch.save(saved, tmp_path / "model_25.pth")
+    ours = create_model("maskrcnn_resnet50_fpn", weights=tmp_path / "model_25.pth")
+    assert ours.model_id == create_model("maskrcnn_resnet50_fpn", weights=state_dict_bytes(model)).model_id
+
+
+def test_tensors_without_names_are_refused(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(2), "a": torch.zeros(2)}, tmp_path / "numbers.pth")
+    with pytest.raises(CheckpointError, match="is no state dict: expected tensors by name"):
+        create_model("maskrcnn_resnet50_fpn", weights=tmp_path / "numbers.pth")
 
 
 class Malicious:
