@@ -24,6 +24,8 @@ SMALL_SIDE = 64  # pixels of a box's sides up to which resizing costs less than 
 VALUES_PER_CHUNK = 1 << 20  # pixels evaluated at once
 NOISY = 1 / 32  # of the values: maps with peaks have fewer that could belong to the maximum, noise has many
 NOISY_SIDE = 112  # pixels of a box's sides up to which resizing noise costs less than searching it
+FLAT_PATCHES = 512  # a map: more may hold the maximum of constant or saturated maps alone, which are resized person by person,
+FLAT_PIXELS = 1 << 20  # in boxes up to this size
 MAPS_IN_CACHE = 32  # bounded at once
 
 _OVERSHOOT = -CUBIC / 4  # the two outer neighbours' weights are negative and sum to this at most
@@ -75,6 +77,9 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
         return _argmax_resized(people_maps, people_pixels)
     else:
         owner, cell = _patches_that_reach(wanted, maps)
+    if len(owner) > FLAT_PATCHES * len(maps) and people_pixels.prod(1).max() <= FLAT_PIXELS:
+        resized = [_argmax_resized(people_maps[i : i + 1], people_pixels[i : i + 1]) for i in range(people)]
+        return np.concatenate([at for at, _ in resized]), np.concatenate([value for _, value in resized])
     patches = _patches(maps, owner, cell)
     hopeful = np.flatnonzero(_bounds(patches) >= wanted[owner])
     owner, cell, patches = owner[hopeful], cell[hopeful], patches[:, :, hopeful]

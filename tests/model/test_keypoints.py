@@ -35,7 +35,12 @@ def people_boxes(people: int, largest: float, seed: int) -> torch.Tensor:
     return torch.cat((corner, corner + torch.rand(people, 2, generator=generator) ** 2 * largest), dim=1)
 
 
-@pytest.mark.parametrize("maps", [peaks, noise])
+def saturated(people: int, joints: int, seed: int) -> torch.Tensor:
+    """Plateaus that ripple a little: of equal values rounding alone would choose."""
+    return (noise(people, joints, seed) * 3).clamp(max=2) + noise(people, joints, seed + 1) * 0.02
+
+
+@pytest.mark.parametrize("maps", [peaks, noise, saturated])
 @pytest.mark.parametrize("largest", [3.0, 40.0, 100.0, 130.0, 700.0])
 def test_equal_to_torchvision(maps, largest: float) -> None:  # type: ignore[no-untyped-def]
     logits, boxes = maps(12, 5, 0), people_boxes(12, largest, 1)
