@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.cluster import connect, data_context, last_line
 from jobs.label import load_model
 from jobs.label_plan import Device, WorkerPlan, plan_workers
+from model.errors import ConfigError
 from pipeline.coco import CocoDataset, image_folder, read_coco, with_files
 from pipeline.errors import AnnotationError, LabellingError
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
@@ -55,6 +56,7 @@ class ProposeReport(BaseModel):
 def run(options: ProposeOptions) -> ProposeReport:
     """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use."""
     storage = Storage(options.storage)
+    _check_output(storage, options.output)
     folder = image_folder(options.images, options.coco)
     data = with_files(storage, read_coco(storage, options.coco), folder, options.allow_missing)
     checkpoint, model = load_model(storage, options.weights)
@@ -70,6 +72,14 @@ def run(options: ProposeOptions) -> ProposeReport:
                 proposals += len(usable["boxes"].combine_chunks().flatten()) // 4
         storage.upload(path, options.output)
     return ProposeReport(output=options.output, model_id=model.model_id, images=images, proposals=proposals)
+
+
+def _check_output(storage: Storage, output: str) -> None:
+    """Raises where the file could not be written in the end: ConfigError for its name, the storage's errors for its place."""
+    if not output.endswith(".parquet"):
+        raise ConfigError(f"cannot write {output}: a file of proposals is named *.parquet")
+    storage.write_bytes(f"{output}.probe", b"")
+    storage.delete(f"{output}.probe")
 
 
 def _rows(data: CocoDataset, folder: str) -> pa.Table:

@@ -251,7 +251,13 @@ def _model_with(options: TrainOptions, data: CocoDataset, storage: Storage, chan
     weights: str | bytes = options.weights
     if storage.exists(options.weights) or "/" in options.weights:
         weights = storage.read_bytes(options.weights)
-    base = create_model(options.preset, weights=weights, categories=data.categories, reset_predictors=options.reset_predictors)
+    base = create_model(
+        options.preset,
+        weights=weights,
+        categories=data.categories,
+        reset_predictors=options.reset_predictors,
+        weights_name=options.weights,
+    )
     config = _changed(base.config, changes)
     return base if config == base.config else create_model(config, weights=dumps(base), reset_predictors=True)
 

@@ -26,6 +26,7 @@ def create_model(
     device: str | torch.device = "cpu",
     categories: Sequence[Category] | None = None,
     reset_predictors: bool = False,
+    weights_name: str | None = None,
 ) -> MaskRCNN:
     """Build a model, in evaluation mode, on `device`.
 
@@ -36,15 +37,16 @@ def create_model(
     norms, Detectron2's conventions.
     categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
     weights', keep the fresh last layers; leave out branches (mask, keypoint) that this model lacks, start new those that the
-    weights lack; and load the rest.
+    weights lack; and load the rest. weights_name: what messages call weights that come as bytes.
 
     Raises UnknownPresetError, or CheckpointError for weights that cannot be read or do not fit.
     """
     by_name = isinstance(preset_or_config, str)
     config = preset(preset_or_config) if isinstance(preset_or_config, str) else preset_or_config
+    name = " ".join(filter(None, ("weights", weights_name if isinstance(weights, bytes) else str(weights))))
     state: Mapping[str, Tensor] | None = None
     if weights is not None:
-        source, state = _read(weights, config)
+        source, state = _read(weights, config, name)
         config = source if by_name else config
     if categories is not None:
         config = config.changed(categories=tuple(categories))
@@ -52,17 +54,16 @@ def create_model(
     if state is not None:
         if reset_predictors:
             state = _with_fresh_layers(model, state)
-        load_state(model.network, state, "weights" if isinstance(weights, bytes) else f"weights {weights}")
+        load_state(model.network, state, name)
     return model.to(device).eval()
 
 
-def _read(weights: str | Path | bytes, config: ModelConfig) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The weights under our names, and `config` as their source would have it."""
     if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
         state, eps = torchvision_weights.fetch(weights)
         return _with_eps(config, eps), torchvision_weights.rename(state)
     data = read_bytes(weights)
-    name = "weights" if isinstance(weights, bytes) else f"weights {weights}"
     if is_ours(data):
         source, state = parse(data, name)
         return source if source.preset == config.preset else config, state

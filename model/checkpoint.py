@@ -23,6 +23,7 @@ from model.network import Network
 
 FORMAT = "masklake/1"
 _COUNTER = ".num_batches_tracked"
+LISTED = 20  # of the keys that do not fit, in a message
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
@@ -134,13 +135,13 @@ def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mappin
     if key in state and state[key].shape != own[key].shape:
         raise CheckpointError(
             f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
-            f"({len(config.categories)} categories): give the categories that it was trained on, or reset_predictors=True to "
-            "train new ones"
+            f"({len(config.categories)} categories): give the categories that it was trained on, or reset_predictors=True "
+            "(--reset-predictors) to train new ones"
         )
 
 
 def _listed(what: str, keys: list[str]) -> str:
     if not keys:
         return ""
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{what} {', '.join(keys[:3])}{more}"
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return f"{what} {', '.join(keys[:LISTED])}{more}"

@@ -25,12 +25,14 @@ def roi_pool(
 ) -> Tensor:
     """The largest, or mean, feature pixel of each of P x P bins; the arguments are those of `roi_align`.
 
-    Returns (R, C, P, P) in the features' dtype; empty bins are 0. Differentiable in the features.
+    Returns (R, C, P, P) in the features' dtype; empty bins are 0, as is a RoI of an image or a level that does not exist.
+    Differentiable in the features.
     """
+    known = (rois[:, 0] >= 0) & (rois[:, 0] < len(features[0]))
     pooled = features[0].new_zeros((len(rois), features[0].shape[1], output_size, output_size))
     pool = _largest if mode == "max" else _mean
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        members = torch.where(levels == level)[0]
+        members = torch.where((levels == level) & known)[0]
         if len(members) or feature.requires_grad:  # every level stays in the graph: workers average gradients of all weights
             pooled = pooled.index_add(0, members, pool(feature, rois[members], scale, output_size))
     return pooled

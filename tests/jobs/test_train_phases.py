@@ -21,7 +21,7 @@ from jobs.train import TrainOptions, TrainReport, build_model, run
 from jobs.train_worker import TrainingJob, _candidates, _is_due
 from model import PredictOptions
 from model.checkpoint import dumps, load_checkpoint
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError, MaskLakeError
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES
 from pipeline.coco import read_coco
@@ -149,6 +149,17 @@ def test_a_detector_learns_on_stored_proposals(data: Path, tmp_path: Path) -> No
 def untrained(data: Path, output: Path) -> tuple[Any, Any, Storage]:
     options = small_run(data, output, "rpn", model={"rpn_backbone": "own"})
     return options, read_coco(Storage(), options.train), Storage()
+
+
+def test_where_proposals_cannot_be_written_is_said_at_once(data: Path, tmp_path: Path) -> None:
+    given = {"coco": str(data / "train" / "instances.json"), "weights": str(tmp_path / "none.safetensors")}
+    with pytest.raises(ConfigError, match=r"a file of proposals is named \*\.parquet"):
+        propose(ProposeOptions(**given, output=str(tmp_path / "p.txt")))
+    with pytest.raises(MaskLakeError, match=r"/proc/nowhere/p\.parquet"):
+        propose(ProposeOptions(**given, output="/proc/nowhere/p.parquet"))
+    with pytest.raises(CheckpointError):
+        propose(ProposeOptions(**given, output=str(tmp_path / "p.parquet")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_learnt_alone_is_refused(data: Path, tmp_path: Path) -> None:

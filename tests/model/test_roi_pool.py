@@ -44,6 +44,15 @@ def test_the_largest_pixel_is_torchvisions(inputs: tuple[list[Tensor], Tensor, T
     assert torch.equal(roi_pool(*inputs, SCALES, 7), expected)
 
 
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_images_and_levels_that_do_not_exist_give_zeros(inputs: tuple[list[Tensor], Tensor, Tensor], mode: str) -> None:
+    features, rois, levels = inputs
+    expected = roi_pool(features, rois, levels, SCALES, 7, mode=mode)
+    rois[0, 0], rois[1, 0], levels[2] = -1, 2, 2
+    expected[:3] = 0
+    assert torch.equal(roi_pool(features, rois, levels, SCALES, 7, mode=mode), expected)
+
+
 def mean_by_loops(feature: Tensor, rois: Tensor, scale: float) -> Tensor:
     """Fast R-CNN's bins, written down one by one."""
     height, width = feature.shape[-2:]
