@@ -66,12 +66,14 @@ def encode_boxed_masks(
     paste = _PASTES[convention]
     regions = paste.regions(boxes.detach().float().cpu(), probs.shape[-1], size)
     masks = F.pad(probs.detach().float().cpu(), (PADDING,) * 4)
-    edges, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for part in _chunks(regions.columns):
-        part_edges, part_counts = _edges(masks[part], regions.part(part), size[0], threshold, paste)
-        edges.append(part_edges)
-        counts.append(part_counts)
-    return _packed(np.concatenate(edges), np.concatenate(counts), np.full(len(probs), math.prod(size), np.int64))
+    rles: list[bytes] = []
+    areas = [np.zeros(0, np.int64)]
+    for part in _chunks(regions.columns):  # packed chunk by chunk, for the edges of noise would fill gigabytes
+        edges, counts = _edges(masks[part], regions.part(part), size[0], threshold, paste)
+        part_rles, part_areas = _packed(edges, counts, np.full(len(counts), math.prod(size), np.int64))
+        rles += part_rles
+        areas.append(part_areas)
+    return rles, np.concatenate(areas)
 
 
 def on_device(probs: Tensor, convention: str = "torchvision") -> bool:
