@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
@@ -186,6 +189,24 @@ def test_many_wide_masks_go_through_in_parts(monkeypatch: pytest.MonkeyPatch, co
     parts = rle.encode_boxed_masks(probs, boxes, (100, 150), convention=convention)
     assert whole[0] == parts[0]
     assert whole[1].tolist() == parts[1].tolist()
+
+
+def test_noise_on_a_large_image_needs_little_memory() -> None:
+    """300 masks of noise over twelve megapixels have some twenty million edges."""
+    script = (
+        "import resource, torch\n"
+        "from model.rle import encode_boxed_masks\n"
+        "masks, box = torch.rand(300, 28, 28), torch.tensor([0.0, 0.0, 4000.0, 3000.0])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "encode_boxed_masks(masks[:2], box.repeat(2, 1) / 100, (3000, 4000))\n"
+        "before = peak()\n"
+        "rles, _ = encode_boxed_masks(masks, box.repeat(300, 1), (3000, 4000))\n"
+        "print(sum(map(len, rles)), (peak() - before) // 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    written, mebibytes = map(int, done.stdout.split())
+    assert written > 10_000_000
+    assert mebibytes < 1024
 
 
 @settings(max_examples=150, deadline=None)
