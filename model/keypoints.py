@@ -67,8 +67,9 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
     """Best pixel (n, K, 2) as column, row and its value (n, K) of maps (n, K, S, S) resized to (n, 2) columns, rows."""
     people, keypoints, side, _ = people_maps.shape
     maps, pixels = people_maps.reshape(-1, side, side), np.repeat(people_pixels, keypoints, axis=0)
-    at, reached = _pixel_at_peak(maps, pixels)
-    lowest, highest = maps.min((1, 2)), maps.max((1, 2))
+    peak = maps.reshape(len(maps), -1).argmax(1)
+    lowest, highest = torch.from_numpy(maps).amin((1, 2)).numpy(), maps.reshape(len(maps), -1)[np.arange(len(maps)), peak]
+    at, reached = _pixel_at_peak(maps, peak, pixels)
     wanted = reached - 1e-5 * (highest - lowest)  # a margin that rounding cannot cross
     high = np.flatnonzero(maps >= _least_neighbour(wanted, lowest, highest)[:, None, None])
     if len(high) <= NOISY * maps.size:
@@ -89,7 +90,7 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
     best = _Best(at, reached, wanted, pixels)
     for some in _split(holds, (last - first).prod(1)):
         values = _evaluate(patches[:, :, some], cell[some], first[some], last[some], pixels[owner[some]], side)
-        best.offer(owner[some], first[some], values)
+        best.offer(owner[some], first[some], last[some], values)
     return best.at.reshape(people, keypoints, 2), best.value.reshape(people, keypoints)
 
 
@@ -129,15 +130,15 @@ class _Best:
         self.at, self.value, self.wanted, self.columns = at, value, wanted, pixels[:, 0]
         self.number = np.full(len(at), np.iinfo(np.int64).max)
 
-    def offer(self, owner: Longs, first: Longs, values: Floats) -> None:
-        """Take up the best of some patches: values (c, rows, columns), whose pixels begin at ``first`` (c, 2)."""
+    def offer(self, owner: Longs, first: Longs, last: Longs, values: Floats) -> None:
+        """Take up the best of some patches: values (c, rows, columns) at the pixels from ``first`` to before ``last`` (c, 2)."""
         flat = values.reshape(len(values), -1)
         place = flat.argmax(1)
         value = flat[np.arange(len(flat)), place]
         rivals = np.flatnonzero(value >= self.wanted[owner])
-        owner, first, place, value = owner[rivals], first[rivals], place[rivals], value[rivals]
+        owner, place, value = owner[rivals], place[rivals], value[rivals]
         row, column = np.divmod(place, values.shape[2])
-        column, row = column + first[:, 0], row + first[:, 1]
+        column, row = (np.stack((column, row)) + first[rivals].T).clip(max=last[rivals].T - 1)
         number = row * self.columns[owner] + column
         order = np.lexsort((number, -value, owner))
         chosen = order[np.flatnonzero(np.diff(owner[order], prepend=-1))]
@@ -149,10 +150,10 @@ class _Best:
         self.value[owner], self.number[owner] = value[better], number[better]
 
 
-def _pixel_at_peak(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
-    """The pixel nearest to each map's largest value: (M, 2) as column, row; and what the resized map has there (M,)."""
+def _pixel_at_peak(maps: Floats, peak: Longs, pixels: Longs) -> tuple[Longs, Floats]:
+    """The pixel nearest to each map's largest value, at ``peak`` (M,): (M, 2) as column, row; and the resized map there (M,)."""
     side = maps.shape[-1]
-    row, column = np.divmod(maps.reshape(len(maps), -1).argmax(1), side)
+    row, column = np.divmod(peak, side)
     nearest = np.rint((np.stack((column, row), axis=1) + 0.5) * pixels / side - 0.5).astype(np.int64)
     pixel = np.clip(nearest, 0, pixels - 1)
     source = _source(pixel, pixels, side)
@@ -246,19 +247,15 @@ def _split(order: Longs, areas: Longs) -> list[Longs]:
 
 
 def _evaluate(patches: Floats, cell: Longs, first: Longs, last: Longs, pixels: Longs, side: int) -> Floats:
-    """The patches at their pixels: (c, rows, columns), minus infinity behind a patch's last pixel."""
+    """The patches at their pixels: (c, rows, columns), a patch's last pixel again where others have more."""
     columns, rows = (last - first).max(0).tolist()
     weights: list[Any] = []
     for axis, count in ((0, columns), (1, rows)):
-        pixel = first[:, axis, None] + np.arange(count)
+        pixel = np.minimum(first[:, axis, None] + np.arange(count), last[:, axis, None] - 1)
         t = _source(pixel, pixels[:, axis, None], side) - cell[:, axis, None].astype(np.float32)
         weights.append(_weights(np.clip(t, 0, 1)))
     along_x = np.matmul(patches.transpose(2, 0, 1), weights[0].transpose(0, 2, 1))
-    values = np.matmul(weights[1], along_x)
-    outside_x = np.arange(columns) >= (last - first)[:, 0, None]
-    outside_y = np.arange(rows) >= (last - first)[:, 1, None]
-    values[outside_y[:, :, None] | outside_x[:, None, :]] = -np.inf
-    return values
+    return np.matmul(weights[1], along_x)
 
 
 def _source(pixel: Longs, pixels: Longs, side: int) -> Floats:

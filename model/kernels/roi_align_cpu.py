@@ -128,12 +128,12 @@ class _Axis:
         return _Axis(self.near[chosen], self.weights[chosen], self.grid[chosen], self.size[chosen])
 
     def spans(self) -> Tensor:
-        """int64 (r,): how many neighbours lie between the first and the last of a bin, at most."""
-        return (self.near.amax((2, 3)) - self.near.amin((2, 3))).amax(1) + 1
+        """int64 (r,): how many neighbours lie between the first and the last of a bin, at most; for extents above zero."""
+        return (self.near[:, :, -1, 1] - self.near[:, :, 0, 0]).amax(1) + 1
 
     def merged(self, count: int) -> tuple[Tensor, Tensor]:
-        """Neighbours and mean weights (r, P, K) of bins that span at most ``count``, each neighbour once."""
-        first = self.near.amin((2, 3))[..., None]
+        """Neighbours and mean weights (r, P, K) of bins that span at most ``count``, each once; for extents above zero."""
+        first = self.near[:, :, 0, :1]
         weights = self.weights.new_zeros((*first.shape[:2], count))
         weights.scatter_add_(2, (self.near.flatten(2) - first), self._mean_weights())
         return (first + torch.arange(count, device=first.device)).minimum(self.size.view(-1, 1, 1) - 1), weights
