@@ -131,7 +131,7 @@ class _Best:
         self.number = np.full(len(at), np.iinfo(np.int64).max)
 
     def offer(self, owner: Longs, first: Longs, last: Longs, values: Floats) -> None:
-        """Take up the best of some patches: values (c, rows, columns) at the pixels from ``first`` to before ``last`` (c, 2)."""
+        """Take up the best of patches: values (c, rows, columns) at the pixels from ``first`` to before ``last`` (c, 2)."""
         flat = values.reshape(len(values), -1)
         place = flat.argmax(1)
         value = flat[np.arange(len(flat)), place]
@@ -151,7 +151,7 @@ class _Best:
 
 
 def _pixel_at_peak(maps: Floats, peak: Longs, pixels: Longs) -> tuple[Longs, Floats]:
-    """The pixel nearest to each map's largest value, at ``peak`` (M,): (M, 2) as column, row; and the resized map there (M,)."""
+    """The pixel nearest to each map's largest value, at ``peak`` (M,): (M, 2) as column, row; and the resized value (M,)."""
     side = maps.shape[-1]
     row, column = np.divmod(peak, side)
     nearest = np.rint((np.stack((column, row), axis=1) + 0.5) * pixels / side - 0.5).astype(np.int64)
