@@ -25,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = "masklake: interrupted. The same command goes on where this one stopped.\n"
+
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
@@ -351,13 +353,25 @@ def main() -> None:
     except BrokenPipeError:  # who reads our output has seen enough (`| head`); nothing can be written any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except MaskLakeError as error:
+    except Exception as error:
+        if comes_from_interrupt(error):
+            sys.stderr.write(INTERRUPTED)
+            sys.exit(130)
+        if not isinstance(error, MaskLakeError):
+            raise
         sys.stderr.write(f"masklake: error: {error}\n")
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends on Ctrl-C, without a word
-            sys.stderr.write("masklake: interrupted. The same command goes on where this one stopped.\n")
+            sys.stderr.write(INTERRUPTED)
         raise
+
+
+def comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: Python 3.11 wraps it where a class is being made, libraries where they clean up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error is not None
 
 
 if __name__ == "__main__":

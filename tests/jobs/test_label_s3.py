@@ -20,7 +20,8 @@ AWKWARD = ["a b.jpg", "a+b.jpg", "100%25 & more.jpg", "ünï/cödé 図.jpg", "x
 
 def written_blocks(s3: Any) -> int:
     listed = s3.client.list_objects_v2(Bucket=s3.bucket, Prefix="table/_masklake/").get("Contents", [])
-    return sum("/checkpoint/" in item["Key"] and ".pending." not in item["Key"] for item in listed)
+    keys = [item["Key"] for item in listed]
+    return sum("/checkpoint/" in key and not key.endswith("/") and ".pending." not in key for key in keys)
 
 
 def test_a_bucket_is_labelled_once_through_an_interrupt_and_a_kill(
