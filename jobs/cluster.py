@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from model.errors import ConfigError
@@ -67,7 +70,8 @@ def _start(address: str) -> None:
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")  # a manifest is one file; 32 processes would start for it
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cores())))  # it warns of 8 processes on 2 cores
     try:
-        with _stderr_held_back():  # ... apart from a line that says that the variable was read
+        # ... apart from a line that says that the variable was read.
+        with _interrupt_held_back(), _stderr_held_back():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, TimeoutError) as error:
         raise ConfigError(f"no Ray cluster answers at {address} ({error}); check --address or RAY_ADDRESS") from error
@@ -75,6 +79,29 @@ def _start(address: str) -> None:
         if type(error) is not Exception:  # Ray raises the bare class when its own processes do not come up in time
             raise
         raise ClusterTooSmallError(f"Ray could not start on this machine ({error}). It may be too busy: try again") from error
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Let a first Ctrl-C wait for the block's end, a second one not: Ray's core, half started, crashed when it was closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting = False
+
+    def hold_back(number: int, frame: FrameType | None) -> None:
+        nonlocal waiting
+        if waiting:
+            raise KeyboardInterrupt
+        waiting = True
+
+    before = signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 @contextmanager
