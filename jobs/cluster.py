@@ -82,6 +82,19 @@ def _start(address: str) -> None:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train handles it by SystemExit(1), and keeps doing so afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+@contextmanager
 def _interrupt_held_back() -> Iterator[None]:
     """Let a first Ctrl-C wait for the block's end, a second one not: Ray's core, half started, crashed when it was closed."""
     if threading.current_thread() is not threading.main_thread():

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, start_board, to_stderr
-from jobs.cluster import Capacity, connect, cores, last_line
+from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
 from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
 from model.build import create_model
@@ -414,7 +414,8 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     error: BaseException | None = None
     with Listener(board, say):
         try:
-            trainer.fit()
+            with interruptible():
+                trainer.fit()
         except ray.train.TrainingFailedError as failure:
             error = failure
     _judge(ray.get(board.failure.remote()), error, storage, plan)

@@ -1,4 +1,4 @@
-"""Ctrl-C while Ray starts."""
+"""Ctrl-C while Ray starts and while Ray Train runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import threading
 
 import pytest
 
-from jobs.cluster import _interrupt_held_back
+from jobs.cluster import _interrupt_held_back, interruptible
 
 
 def test_an_interrupt_waits_until_ray_has_started() -> None:
     before = signal.getsignal(signal.SIGINT)
     reached = False
-    with pytest.raises(KeyboardInterrupt):
-        with _interrupt_held_back():
-            signal.raise_signal(signal.SIGINT)
-            reached = True
-        pytest.fail("it was forgotten")
+    with pytest.raises(KeyboardInterrupt), _interrupt_held_back():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        reached = True
     assert reached
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -25,7 +23,7 @@ def test_an_interrupt_waits_until_ray_has_started() -> None:
 def test_a_second_interrupt_does_not_wait() -> None:
     before = signal.getsignal(signal.SIGINT)
     reached = False
-    with pytest.raises(KeyboardInterrupt), _interrupt_held_back():
+    with pytest.raises(KeyboardInterrupt), _interrupt_held_back():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         reached = True
@@ -44,3 +42,11 @@ def test_other_threads_start_ray_too() -> None:
     thread.start()
     thread.join()
     assert done
+
+
+def test_an_exit_within_is_an_interrupt_and_the_handler_is_ours_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012
+        signal.signal(signal.SIGINT, lambda *_: None)  # as Ray Train does
+        raise SystemExit(1)
+    assert signal.getsignal(signal.SIGINT) is before

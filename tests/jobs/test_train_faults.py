@@ -15,6 +15,16 @@ from jobs.shapes import generate
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
+def test_ctrl_c_ends_it_in_one_line(tmp_path: Path, start: Callable[..., Any]) -> None:
+    generate(tmp_path / "data", 12, 96, seed=1)
+    run = start("train", tmp_path / "data" / "instances.json", "-o", tmp_path / "runs", "--name", "day", "--epochs", 500)
+    run.wait_until(lambda: (tmp_path / "runs" / "day" / "latest.json").exists())
+    code, err = run.stop(signal.SIGINT)
+    assert code == 130, err
+    assert err.endswith("masklake: interrupted. The same command goes on where this one stopped.\n")
+    assert "Traceback" not in err
+
+
 def test_killed_between_epochs_it_goes_on_where_it_was(tmp_path: Path, start: Callable[..., Any]) -> None:
     generate(tmp_path / "data", 12, 96, seed=1)
     run = tmp_path / "runs" / "night"
