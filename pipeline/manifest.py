@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError
+from pipeline.duck import connected
 from pipeline.errors import EmptyInputError, StorageError
 from pipeline.lease import Lease
 from pipeline.schema import FINAL_STATUSES, MANIFEST_SCHEMA, Status
@@ -321,7 +322,7 @@ def plan_manifest(table: Table, listing: Path, frozen: Path, label_id: str, retr
     Held means: same uri, etag and label_id with a final status (`schema.FINAL_STATUSES`; with retry_failed only `ok`).
     A uri listed twice is taken once.
     """
-    with duckdb.connect() as connection:
+    with connected() as connection:
         connection.execute("SET memory_limit = $limit", {"limit": MEMORY_LIMIT})
         connection.execute("SET temp_directory = $folder", {"folder": str(frozen.parent / "spill")})
         connection.read_parquet(str(listing)).create_view("listed")

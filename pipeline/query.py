@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline.duck import connected
 from pipeline.errors import QueryError
 from pipeline.schema import RUN_COLUMN, TABLE_SCHEMA, Status
 from pipeline.storage import Storage
@@ -64,7 +65,7 @@ def connect(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnect
     TableError: no table, no committed run yet, or one of a newer version. Its execution is otherwise DuckDB's own.
     """
     dataset = open_table(storage, table_uri).dataset()
-    with tempfile.TemporaryDirectory(prefix="masklake-query-") as spill, duckdb.connect() as connection:
+    with tempfile.TemporaryDirectory(prefix="masklake-query-") as spill, connected() as connection:
         connection.execute("SET temp_directory = $folder", {"folder": spill})
         connection.execute("SET TimeZone = 'UTC'")
         connection.register(_FILES, dataset)
