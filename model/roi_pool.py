@@ -56,22 +56,28 @@ def _largest(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
 
 
 def _mean(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
-    """The same bins' means, from sums over all pixels above and left of each: four of them give the sum over any bin."""
-    batch, channels, height, width = feature.shape
-    sums = feature.new_zeros((batch, channels, height + 1, width + 1), dtype=torch.float64)
-    sums[:, :, 1:, 1:] = feature.double().cumsum(2).cumsum(3)
-    table = sums.permute(0, 2, 3, 1)
+    """The same bins' means; NaN where a pixel is not finite."""
+    height, width = feature.shape[2:]
     corners = _round(rois[:, 1:].double() * scale).long()
     first_x, last_x = _bins(corners[:, 0], corners[:, 2], bins, width)
     first_y, last_y = _bins(corners[:, 1], corners[:, 3], bins, height)
     image = rois[:, 0].long()[:, None, None]
 
-    def at(y: Tensor, x: Tensor) -> Tensor:
-        return table[image, y[:, :, None], x[:, None, :]]
+    def totals(values: Tensor) -> Tensor:
+        """Of each bin, (R, P, P, C): sums over all pixels above and left of a pixel, at the bin's four corners."""
+        sums = torch.nn.functional.pad(values.double().cumsum(2).cumsum(3), (1, 0, 1, 0)).permute(0, 2, 3, 1)
 
-    total = at(last_y, last_x) - at(first_y, last_x) - at(last_y, first_x) + at(first_y, first_x)
+        def at(y: Tensor, x: Tensor) -> Tensor:
+            return sums[image, y[:, :, None], x[:, None, :]]
+
+        return at(last_y, last_x) - at(first_y, last_x) - at(last_y, first_x) + at(first_y, first_x)
+
     area = (last_y - first_y)[:, :, None] * (last_x - first_x)[:, None, :]
-    return (total / area.clamp(min=1)[..., None]).permute(0, 3, 1, 2).to(feature.dtype)
+    finite = feature.isfinite()
+    means = totals(feature.where(finite, 0)) / area.clamp(min=1)[..., None]
+    if not bool(finite.all()):  # they would spoil the sums of all pixels behind them
+        means = means.masked_fill(totals(~finite) > 0, torch.nan)
+    return means.permute(0, 3, 1, 2).to(feature.dtype)
 
 
 def _bins(first: Tensor, last: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:

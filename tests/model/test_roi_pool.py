@@ -76,6 +76,18 @@ def test_the_mean_is_of_the_same_bins(inputs: tuple[list[Tensor], Tensor, Tensor
     torch.testing.assert_close(roi_pool(*inputs, SCALES, 7, "avg"), each_level(*inputs, mean_by_loops))
 
 
+def test_a_pixel_that_is_not_finite_spoils_its_own_bins_alone(inputs: tuple[list[Tensor], Tensor, Tensor]) -> None:
+    features, rois, levels = inputs
+    expected = each_level(features, rois, levels, mean_by_loops)
+    spoilt = [feature.clone() for feature in features]
+    for feature in spoilt:
+        feature[:, 0, 3, 3], feature[:, 1, 5, 2] = torch.inf, torch.nan
+    looped, pooled = each_level(spoilt, rois, levels, mean_by_loops), roi_pool(spoilt, rois, levels, SCALES, 7, "avg")
+    assert torch.equal(pooled.isfinite(), looped.isfinite())
+    assert not looped.isfinite().all()
+    torch.testing.assert_close(pooled.where(pooled.isfinite(), 0), expected.where(pooled.isfinite(), 0))
+
+
 @pytest.mark.parametrize("mode", ["max", "avg"])
 def test_gradients_are_exact(inputs: tuple[list[Tensor], Tensor, Tensor], mode: str) -> None:
     features, rois, levels = inputs
