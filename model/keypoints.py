@@ -35,6 +35,7 @@ Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
 
+@np.errstate(invalid="ignore", over="ignore")  # of maps and boxes that are not finite
 def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "probability"] = "logit") -> Tensor:
     """The best position of every keypoint after its heat map is resized to its box (bicubic, torchvision's convention).
 
@@ -70,7 +71,8 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
     peak = maps.reshape(len(maps), -1).argmax(1)
     lowest, highest = torch.from_numpy(maps).amin((1, 2)).numpy(), maps.reshape(len(maps), -1)[np.arange(len(maps)), peak]
     at, reached = _pixel_at_peak(maps, peak, pixels)
-    wanted = reached - 1e-5 * (highest - lowest)  # a margin that rounding cannot cross
+    # A margin that rounding cannot cross.
+    wanted = reached - 1e-5 * (highest - lowest) - 2e-6 * np.maximum(np.abs(highest), np.abs(lowest))
     high = np.flatnonzero(maps >= _least_neighbour(wanted, lowest, highest)[:, None, None])
     if len(high) <= NOISY * maps.size:
         owner, cell = _patches_beside(high, maps)
@@ -166,11 +168,12 @@ def _pixel_at_peak(maps: Floats, peak: Longs, pixels: Longs) -> tuple[Longs, Flo
 def _least_neighbour(wanted: Floats, lowest: Floats, highest: Floats) -> Floats:
     """What the largest of a patch's four inner values must reach (M,) so that the patch can reach ``wanted`` (M,).
 
-    Along one axis a value is at most p + o (p - q), for the largest inner value p, the smallest outer value q and the
-    overshoot o; twice that, with the map's extremes for the outer values, is solved here for p.
+    Along an axis the inner two weights sum to 1 + o at most, for the overshoot o, and the outer two to -o. So of both axes'
+    products those of the four inner values sum to (1 + o)^2, those of the four corners to o^2, and the others, which are
+    negative, to -2 o (1 + o). With the map's extremes for all but the inner values this is solved for their largest.
     """
     o = _OVERSHOOT
-    return (wanted + 2 * o * (1 + o) * lowest - o * o * (highest - lowest)) / (1 + o) ** 2
+    return (wanted + 2 * o * (1 + o) * lowest - o * o * highest) / (1 + o) ** 2
 
 
 def _patches_beside(values: Longs, maps: Floats) -> tuple[Longs, Longs]:

@@ -52,6 +52,29 @@ def test_equal_to_torchvision(maps, largest: float) -> None:  # type: ignore[no-
     torch.testing.assert_close(points[..., 2], scores, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("maps", [peaks, noise, saturated])
+@pytest.mark.parametrize("shift", [-1000.0, -50.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("largest", [100.0, 700.0])
+def test_a_constant_added_moves_nothing(maps, shift: float, largest: float) -> None:  # type: ignore[no-untyped-def]
+    logits, boxes = maps(6, 4, 8) + shift, people_boxes(6, largest, 9)
+    expected, scores = heatmaps_to_keypoints(logits, boxes)
+    points = decode_heatmaps(logits, boxes)
+    rounding = 4 * abs(shift) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(points[..., 2], scores, atol=1e-5 + rounding, rtol=1e-5)
+    moved = (points[..., :2] - expected[..., :2]).abs().amax(2) > 0.05
+    assert moved.float().mean() <= 0.05, "only rounding may choose another of nearly equal pixels"
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_maps_and_boxes_disturb_nobody_and_warn_of_nothing() -> None:
+    logits, boxes = peaks(4, 2, 5), people_boxes(4, 200, 6)
+    alone = decode_heatmaps(logits, boxes)
+    logits[1, 0, 3, 3], logits[1, 1, 3, 3] = torch.inf, -torch.inf
+    boxes[2, 2], boxes[2, 3] = torch.inf, 3e38
+    points = decode_heatmaps(logits, boxes)
+    torch.testing.assert_close(points[[0, 3]], alone[[0, 3]])
+
+
 @pytest.mark.parametrize("largest", [40.0, 700.0])
 def test_a_probability_is_normalised_over_the_map_before_resizing(largest: float) -> None:
     """As Detectron2 has it, so that large boxes, whose maps have more pixels, do not score less."""
