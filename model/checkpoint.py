@@ -17,13 +17,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, faults
 from model.mask_rcnn import MaskRCNN
 from model.network import Network
 
 FORMAT = "masklake/1"
 _COUNTER = ".num_batches_tracked"
 LISTED = 20  # of the keys that do not fit, in a message
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
@@ -88,8 +89,10 @@ def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
         return ModelConfig.model_validate_json(metadata["config"]), load_tensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{name} is cut off or damaged: {error}") from error
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"{name} has no configuration that this version can read: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{name} has no configuration") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{name} has no configuration that this version can read: {faults(error)}") from error
 
 
 def _metadata(data: bytes) -> Mapping[str, str]:
@@ -127,7 +130,15 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None
     ]
     if found := [complaint for complaint in complaints if complaint]:
         raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
+    if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
+        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {_listed('', strange)}")
     network.load_state_dict(state, strict=False)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether these are numbers, all of them: copying would cut complex ones in half, and has nothing to copy of others."""
+    dense = tensor.dtype in _NUMBERS and tensor.layout == torch.strided and not tensor.is_meta
+    return dense and bool(tensor.isfinite().all())
 
 
 def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
@@ -144,4 +155,4 @@ def _listed(what: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return f"{what} {', '.join(keys[:LISTED])}{more}"
+    return f"{what} {', '.join(keys[:LISTED])}{more}".strip()

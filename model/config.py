@@ -7,7 +7,7 @@ the resized image, padded at its right and bottom: the pixels that the network s
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,11 +21,16 @@ RpnBackbone = Literal["shared", "own"]
 Learn = Literal["joint", "rpn", "detector"]
 PasteKind = Literal["torchvision", "detectron2"]
 
+Positive = Annotated[int, Field(gt=0)]
+Channels = Annotated[int, Field(gt=0, le=8192)]
+"""Of a layer. A checkpoint says its own sizes: one that is not from us must not make the reader ask for all memory."""
+Factor = Annotated[float, Field(gt=0)]
+
 
 class _Frozen(BaseModel):
-    """A value: hashable, compared by content, refuses unknown fields (a misspelt option must not be ignored)."""
+    """A value: hashable, compared by content, refuses unknown fields (a misspelt option must not be ignored) and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Category(_Frozen):
@@ -47,17 +52,17 @@ class BackboneConfig(_Frozen):
     """A residual network (ResNet: He et al. 2016; ResNeXt: Xie et al. 2017) of four stages, strides 4, 8, 16 and 32."""
 
     block: Literal["bottleneck", "basic"] = "bottleneck"
-    depths: tuple[int, int, int, int] = (3, 4, 6, 3)
-    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    depths: tuple[Positive, Positive, Positive, Positive] = (3, 4, 6, 3)
+    widths: tuple[Channels, Channels, Channels, Channels] = (64, 128, 256, 512)
     """Channels of a stage's 3x3 convolutions in a plain ResNet; a bottleneck puts out four times as many."""
-    groups: int = Field(default=1, gt=0)
+    groups: int = Field(default=1, gt=0, le=128)
     """Cardinality of the 3x3 convolutions: 32 or 64 in a ResNeXt."""
-    group_width: int = Field(default=64, gt=0)
+    group_width: int = Field(default=64, gt=0, le=128)
     """Channels of a group in the first stage (4 in "32x4d"); 64 with one group is the plain ResNet."""
     stride_in: Literal["1x1", "3x3"] = "3x3"
     """The convolution of a bottleneck that has the stride: the first in the original ResNet and Detectron2's R50 and R101."""
-    stem_channels: int = Field(default=64, gt=0)
-    stem_kernel: int = Field(default=7, gt=0)
+    stem_channels: Channels = 64
+    stem_kernel: int = Field(default=7, gt=0, le=31)
     """Pixels; the stem has stride 2 and a stride 2 max pool behind it."""
     norm: NormKind = "frozen"
     """`frozen`: batch statistics of the pre-training, as the paper uses; `group`: trains from scratch at any batch size."""
@@ -83,7 +88,7 @@ class ModelConfig(_Frozen):
     features: FeatureKind = "fpn"
     """Where regions and proposals come from (section 3 "Network Architecture", section 4.1, table 2): the pyramid P2..P6; C4,
     with the fifth stage run on each region (figure 4, left); C5 of stride 32; or dilated C5 of stride 16 (DC5)."""
-    fpn_channels: int = Field(default=256, gt=0)
+    fpn_channels: Channels = 256
     head_norm: NormKind = "none"
     """Behind the convolutions of the pyramid and of the branches; `group` helps training from scratch (He et al. 2019)."""
 
@@ -94,11 +99,11 @@ class ModelConfig(_Frozen):
     """What bytes are divided by first: 255 for values of 0..1, 1 for values of 0..255."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Of the divided values, in the order of `image_channels`."""
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_std: tuple[Factor, Factor, Factor] = (0.229, 0.224, 0.225)
     resize: Literal["bilinear_floor", "pil"] = "bilinear_floor"
     """`bilinear_floor`: float bilinear without antialiasing, after normalising; sizes are rounded down. `pil`: of bytes, as
     Pillow does it: antialiased when shrinking; sizes are rounded to the nearest."""
-    min_sizes: tuple[int, ...] = Field(default=(800,), min_length=1)
+    min_sizes: tuple[Positive, ...] = Field(default=(800,), min_length=1)
     """Pixels of the canvas' shorter side: inference takes the last, training any."""
     max_size: int = Field(default=1333, gt=0)
     """Pixels that the longer side may not exceed."""
@@ -108,9 +113,9 @@ class ModelConfig(_Frozen):
     """Pixels: the canvas is padded with zeros to a multiple of it."""
 
     # Anchors and proposals (section 3.1; Ren et al. 2015; Lin et al. 2017, FPN).
-    anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    anchor_sizes: tuple[Annotated[tuple[Positive, ...], Field(min_length=1)], ...] = ((32,), (64,), (128,), (256,), (512,))
     """Canvas pixels, for each of P2..P6, or for the one map of the other features: 5 scales (section 3.1; FPN, section 4.1)."""
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_ratios: tuple[Factor, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
     """Height over width: 3 ratios (section 3.1)."""
     anchor_rounding: bool = True
     """Corners of the cell anchors are rounded to whole pixels."""
@@ -118,7 +123,7 @@ class ModelConfig(_Frozen):
     """What the anchors of a cell are sorted by first."""
     anchor_stride: Literal["canvas_over_map", "fixed"] = "canvas_over_map"
     """`canvas_over_map`: canvas height // map height (P6 at 800 pixels: 61); `fixed`: 4, 8, 16, 32, 64."""
-    rpn_convs: int = Field(default=1, gt=0)
+    rpn_convs: int = Field(default=1, gt=0, le=100)
     """3x3 convolutions of the proposal head (two in torchvision's V2)."""
     rpn_backbone: RpnBackbone = "shared"
     """Where the proposals' maps come from: the detector's backbone (Ren et al. 2015, section 3.2), or one of the proposal
@@ -146,7 +151,7 @@ class ModelConfig(_Frozen):
     rpn_samples: int = Field(default=256, gt=0)
     """Anchors of an image in the loss, at most `rpn_positive_fraction` of them positive (Ren et al. 2015, section 3.1.3)."""
     rpn_positive_fraction: float = Field(default=0.5, gt=0, le=1)
-    rpn_delta_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    rpn_delta_weights: tuple[Factor, Factor, Factor, Factor] = (1.0, 1.0, 1.0, 1.0)
     """Factors of dx, dy, dw, dh in the box parametrisation."""
     delta_clamp: float = Field(default=4.135166556742356, gt=0)
     """Greatest dw, dh before exp: log(1000 / 16)."""
@@ -173,36 +178,36 @@ class ModelConfig(_Frozen):
     """An RoI is positive from this IoU with an object on, else negative (section 3.1)."""
 
     # Heads (figure 4, right; section 5).
-    box_pool: int = Field(default=7, gt=0)
+    box_pool: int = Field(default=7, gt=0, le=64)
     """Bins. With C4 features the fifth stage runs on them, and the masks come from its output too."""
     roi_stage_stride: Literal[1, 2] = 1
     """Of the fifth stage on a region: 1 on 7 x 7 bins in the paper's figure 4, 2 on 14 x 14 bins in Detectron2."""
-    box_channels: tuple[int, ...] = ()
+    box_channels: tuple[Channels, ...] = ()
     """Of the 3x3 convolutions before the fully connected layers (none in the paper; four of 256 in torchvision's V2)."""
-    box_layers: int = Field(default=2, ge=0)
+    box_layers: int = Field(default=2, ge=0, le=100)
     """Fully connected layers before the predictors; none: they read the mean over the bins, as in a ResNet (C4)."""
-    box_hidden: int = Field(default=1024, gt=0)
+    box_hidden: Channels = 1024
     """Their width."""
-    box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    box_delta_weights: tuple[Factor, Factor, Factor, Factor] = (10.0, 10.0, 5.0, 5.0)
     smooth_l1_beta: float = Field(default=1 / 9, gt=0)
     """Where the box losses turn from quadratic to linear."""
-    mask_pool: int = Field(default=14, gt=0)
+    mask_pool: int = Field(default=14, gt=0, le=64)
     """Bins; a convolutional head's mask is twice as wide (m = 28)."""
     mask_head: Literal["fcn", "mlp"] = "fcn"
     """Convolutions, or fully connected layers that predict all m x m pixels at once (table 2e)."""
     mask_output: MaskOutput = "sigmoid"
     """One mask a class without competition; a softmax over the classes at each pixel (table 2b); or one for all classes."""
-    mask_channels: tuple[int, ...] = (256, 256, 256, 256)
+    mask_channels: tuple[Channels, ...] = (256, 256, 256, 256)
     """Of the 3x3 convolutions (`fcn`)."""
-    mask_deconv_channels: int = Field(default=256, gt=0)
+    mask_deconv_channels: Channels = 256
     """Of the deconvolution behind them (`fcn`)."""
-    mask_hidden: tuple[int, ...] = (1024, 1024)
+    mask_hidden: tuple[Channels, ...] = (1024, 1024)
     """Widths of the fully connected layers before the last one (`mlp`)."""
-    mask_side: int = Field(default=28, gt=0)
+    mask_side: int = Field(default=28, gt=0, le=512)
     """m, pixels of the mask's side (`mlp`)."""
-    keypoint_pool: int = Field(default=14, gt=0)
+    keypoint_pool: int = Field(default=14, gt=0, le=64)
     """Bins; the heat maps are four times as wide (56)."""
-    keypoint_channels: tuple[int, ...] = Field(default=(512,) * 8, min_length=1)
+    keypoint_channels: tuple[Channels, ...] = Field(default=(512,) * 8, min_length=1)
 
     keypoint_loss_weight: float = Field(default=1.0, ge=0)
     """Factor of the keypoint loss in the objective: it starts at log(56 * 56) = 8, ten times the others."""
@@ -243,6 +248,8 @@ class ModelConfig(_Frozen):
             raise ValueError(f"anchor_sizes needs one entry for {levels}")
         if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
             raise ValueError("anchor_sizes needs equally many sizes at every level: the proposal head is shared by them")
+        if self.rpn_background_iou > self.rpn_foreground_iou:
+            raise ValueError("rpn_background_iou is above rpn_foreground_iou: an anchor would be both")
         return self
 
     def changed(self, **fields: Any) -> Self:

@@ -56,5 +56,6 @@ def faults(error: ValidationError, known: Collection[str] = ()) -> str:
         if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, known, n=1) if len(fault["loc"]) == 1 else ()
             message = f"no such option{f'; did you mean {near[0]}?' if near else ''}"
-        lines.append(f"{field}: {message[:1].lower()}{message[1:]}")
+        message = message.removeprefix("Value error, ")
+        lines.append(": ".join(filter(None, (field, message[:1].lower() + message[1:]))))
     return "; ".join(lines)

@@ -76,8 +76,11 @@ def our_name(key: str) -> str:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under MaskLake's names."""
-    return {our_name(key): tensor for key, tensor in state.items()}
+    """The state dict under MaskLake's names. Raises CheckpointError where one weight comes under two, an old and a new one."""
+    keys = {our_name(key): key for key in state}
+    if twice := [(key, keys[our_name(key)]) for key in state if keys[our_name(key)] != key]:
+        raise CheckpointError(f"the weights hold one thing under two names: {' and '.join(twice[0])}")
+    return {ours: state[key] for ours, key in keys.items()}
 
 
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:

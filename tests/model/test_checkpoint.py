@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.build import create_model
-from model.checkpoint import dumps, load_checkpoint, save_checkpoint
+from model.checkpoint import dumps, load_checkpoint, load_state, save_checkpoint
 from model.config import Category, ModelConfig
 from model.errors import CheckpointError, UnknownPresetError
 from model.mask_rcnn import MaskRCNN
@@ -120,6 +121,37 @@ def test_another_architecture_is_refused_with_the_first_keys(saved: Path) -> Non
         create_model(
             PRESETS["maskrcnn_resnet50_fpn"].model_copy(update={"categories": PRESETS["tiny"].categories[:3]}), weights=saved
         )
+
+
+STRANGE = {
+    "complex": lambda weight: weight.to(torch.complex64),
+    "whole numbers": lambda weight: weight.int(),
+    "sparse": lambda weight: weight.to_sparse(),
+    "on no device": lambda weight: weight.to("meta"),
+    "not a number": lambda weight: weight.where(weight != weight.flatten()[0], torch.nan),
+}
+
+
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE.keys())
+def test_what_is_no_weight_is_refused_by_name(model: MaskRCNN, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state = dict(model.network.state_dict())
+    state["box_head.hidden.0.weight"] = change(state["box_head.hidden.0.weight"])
+    with pytest.raises(CheckpointError, match=r"the file holds other things .*: box_head\.hidden\.0\.weight$"):
+        load_state(model.network, state, "the file")
+
+
+def test_a_configuration_that_is_none_is_refused_in_one_line(model: MaskRCNN, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for config in (
+        "{nope",
+        '{"preset": 3}',
+        model.config.model_dump_json().replace('"box_hidden":', '"box_hidden":1000000000000'),
+    ):
+        save_file({"weight": torch.zeros(1)}, path, metadata={"format": "masklake/1", "config": config})
+        with pytest.raises(CheckpointError, match="no configuration that this version can read: ") as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+        assert "pydantic" not in str(caught.value)
 
 
 def test_a_head_that_the_weights_lack_is_named(tiny_config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def test_key_names_of_the_oldest_files_are_understood() -> None:
     assert our_name("roi_heads.mask_head.mask_fcn1.weight") == our_name("roi_heads.mask_head.0.0.weight")
     assert our_name("rpn.head.conv.weight") == our_name("rpn.head.conv.0.0.weight")
     assert our_name("backbone.fpn.inner_blocks.2.bias") == our_name("backbone.fpn.inner_blocks.2.0.bias")
+
+
+def test_a_weight_under_an_old_and_a_new_name_is_refused() -> None:
+    old, new = "backbone.fpn.inner_blocks.0.weight", "backbone.fpn.inner_blocks.0.0.weight"
+    with pytest.raises(CheckpointError, match=f"two names: {re.escape(old)} and {re.escape(new)}"):
+        rename({old: torch.zeros(1), new: torch.ones(1)})
 
 
 def test_a_state_dict_of_another_model_is_refused_with_the_first_keys(state_dict_bytes: Callable[[nn.Module], bytes]) -> None:
