@@ -36,7 +36,7 @@ from model.config import PasteKind
 from model.kernels.mask_rle import mask_edges
 
 PADDING = 1  # zero cells around the mask before it is resized; Detectron2 says that beyond the mask there is nothing
-MAX_COLUMNS = 1 << 17  # image columns handled at once: bounds the memory for many large boxes to some tens of MB
+MAX_COLUMNS = 1 << 15  # image columns handled at once: bounds the memory for many large boxes, of noise too
 MAX_RESIZED_SIDE = 1 << 17  # pixels of a box's side beyond which undecided columns are not resized to decide them
 TORCH_SMALL = 128  # height plus width of an output up to which torch resizes by other code
 FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
