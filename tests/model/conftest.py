@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,22 @@ def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:
                 (part.bias, -0.2, 0.2),
             ):
                 tensor.data.uniform_(low, high, generator=generator)
+
+
+class Calls:
+    """What a hostile file holds: a function to call when it is read."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.fixture
+def calls() -> type[Calls]:
+    """A class whose values, once pickled, call a function where they are unpickled."""
+    return Calls
 
 
 def spread_scores(model: nn.Module, image: Tensor, background: float) -> None:

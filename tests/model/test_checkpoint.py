@@ -89,21 +89,11 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
             create_model("tiny", weights=path)
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("save", [pickle.dump, torch.save])
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, save: object) -> None:
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, save: object, calls: type) -> None:
     trap, path = tmp_path / "sprung", tmp_path / "weights.pth"
     with path.open("wb") as file:
-        save({"weight": Bomb(trap)}, file)
+        save({"weight": calls(Path.touch, trap)}, file)
     with pytest.raises(CheckpointError, match="nor a state dict"):
         create_model("tiny", weights=path)
     assert not trap.exists()

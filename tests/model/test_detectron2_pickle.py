@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,20 +76,10 @@ def test_files_that_python_2_has_written_come_through(tmp_path: Path) -> None:
     assert_same(read_pickle(data, "file"))
 
 
-class Calls:
-    """What a hostile file holds: a function to call when it is read."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_no_function_is_called(protocol: int, tmp_path: Path) -> None:
+def test_no_function_is_called(protocol: int, tmp_path: Path, calls: type) -> None:
     victim = tmp_path / "victim"
-    for hostile in (Calls(open, str(victim), "w"), Calls(np.save, str(victim), ARRAYS["half"]), Calls(eval, "1 + 1")):
+    for hostile in (calls(open, str(victim), "w"), calls(np.save, str(victim), ARRAYS["half"]), calls(eval, "1 + 1")):
         data = pickle.dumps(zoo({**ARRAYS, "weight": hostile}), protocol=protocol)
         with pytest.raises(CheckpointError, match=r"file is neither .* nor a state dict of numpy arrays.*it asks for \w+\.\w+"):
             read_pickle(data, "file")

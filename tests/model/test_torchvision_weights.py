@@ -210,21 +210,13 @@ def test_tensors_without_names_are_refused(tmp_path: Path) -> None:
         create_model("maskrcnn_resnet50_fpn", weights=tmp_path / "numbers.pth")
 
 
-class Malicious:
-    """Runs code where it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.trace,)
-
-
-def test_what_lies_among_torch_hubs_files_is_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_lies_among_torch_hubs_files_is_not_unpickled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calls: type
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     kept = tmp_path / "hub" / "checkpoints" / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth"
     kept.parent.mkdir(parents=True)
-    torch.save({"a": Malicious(tmp_path / "trace")}, kept)
+    torch.save({"a": calls(Path.touch, tmp_path / "trace")}, kept)
     with pytest.raises(CheckpointError, match=r"COCO_V1 \(.*bf2d0c1e.pth\).*refused"):
         create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
     assert not (tmp_path / "trace").exists()

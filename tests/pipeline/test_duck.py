@@ -29,7 +29,7 @@ RUNS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("delay_s", [0.0, 0.5])
 def test_a_long_query_ends(run: Callable[[Any], object], delay_s: float) -> None:
     press = threading.Timer(delay_s, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt), connected() as connection:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), connected() as connection:  # noqa: PT012 - pressed when it is open
         press.start()
         run(connection)
     press.join()
