@@ -6,7 +6,7 @@ Nothing here unpickles: reading an untrusted file runs no code of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -108,6 +108,15 @@ def _metadata(data: bytes) -> Mapping[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Another system's weights under our names. Raises CheckpointError where two of its names are one of ours."""
+    theirs: dict[str, str] = {}
+    for key in state:
+        if (first := theirs.setdefault(our_name(key), key)) != key:
+            raise CheckpointError(f"the weights hold one thing under two names: {first} and {key}")
+    return {ours: state[key] for ours, key in theirs.items()}
+
+
 def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None:
     """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit.
 
@@ -116,22 +125,19 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None
     own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(_COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(_COUNTER)}
     _check_classes(network.config, own, state, name)
-    complaints = [
-        _listed("it lacks", sorted(own.keys() - state.keys())),
-        _listed("the model has no", sorted(state.keys() - own.keys())),
-        _listed(
-            "of another shape are",
-            [
-                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-                for key in sorted(own.keys() & state.keys())
-                if own[key].shape != state[key].shape
-            ],
-        ),
-    ]
-    if found := [complaint for complaint in complaints if complaint]:
+    complaints = {
+        "it lacks": sorted(own.keys() - state.keys()),
+        "the model has no": sorted(state.keys() - own.keys()),
+        "of another shape are": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in sorted(own.keys() & state.keys())
+            if own[key].shape != state[key].shape
+        ],
+    }
+    if found := [f"{what} {_listed(keys)}" for what, keys in complaints.items() if keys]:
         raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
     if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
-        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {_listed('', strange)}")
+        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {_listed(strange)}")
     network.load_state_dict(state, strict=False)
 
 
@@ -151,8 +157,6 @@ def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mappin
         )
 
 
-def _listed(what: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
+def _listed(keys: list[str]) -> str:
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return f"{what} {', '.join(keys[:LISTED])}{more}".strip()
+    return f"{', '.join(keys[:LISTED])}{more}"

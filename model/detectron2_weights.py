@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.checkpoint import renamed
 from model.coco import COCO_CATEGORIES, COCO_RAW_CATEGORIES
 from model.config import ModelConfig
 from model.errors import CheckpointError
@@ -126,7 +127,7 @@ def rename(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
 
     Detectron2 has the background last, and no boxes or masks of it; here it comes first everywhere, and what it lacks is zero.
     """
-    ours = {our_name(key): tensor for key, tensor in state.items() if not _IGNORED.match(key)}
+    ours = renamed({key: tensor for key, tensor in state.items() if not _IGNORED.match(key)}, our_name)
     changes: dict[str, Callable[[Tensor], Tensor]]
     changes = {"box_head.cls_score": _last_first, "box_head.bbox_pred": partial(_after_zeros, 4)}
     if config.mask_output != "agnostic":

@@ -68,8 +68,9 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
     """Best pixel (n, K, 2) as column, row and its value (n, K) of maps (n, K, S, S) resized to (n, 2) columns, rows."""
     people, keypoints, side, _ = people_maps.shape
     maps, pixels = people_maps.reshape(-1, side, side), np.repeat(people_pixels, keypoints, axis=0)
-    peak = maps.reshape(len(maps), -1).argmax(1)
-    lowest, highest = torch.from_numpy(maps).amin((1, 2)).numpy(), maps.reshape(len(maps), -1)[np.arange(len(maps)), peak]
+    flat = maps.reshape(len(maps), -1)
+    peak = flat.argmax(1)
+    lowest, highest = torch.from_numpy(flat).amin(1).numpy(), flat[np.arange(len(flat)), peak]
     at, reached = _pixel_at_peak(maps, peak, pixels)
     # A margin that rounding cannot cross.
     wanted = reached - 1e-5 * (highest - lowest) - 2e-6 * np.maximum(np.abs(highest), np.abs(lowest))

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from model.checkpoint import renamed
 from model.errors import CheckpointError
 
 _ZERO_EPS_FILES = ("258fb6c6", "bf2d0c1e", "fc266e95")
@@ -77,10 +78,7 @@ def our_name(key: str) -> str:
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict under MaskLake's names. Raises CheckpointError where one weight comes under two, an old and a new one."""
-    keys = {our_name(key): key for key in state}
-    if twice := [(key, keys[our_name(key)]) for key in state if keys[our_name(key)] != key]:
-        raise CheckpointError(f"the weights hold one thing under two names: {' and '.join(twice[0])}")
-    return {ours: state[key] for ours, key in keys.items()}
+    return renamed(state, our_name)
 
 
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
