@@ -47,14 +47,15 @@ def _interrupted(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            ended.set()
+            sender.close()
+            watcher.join()  # it reads what was sent till now: DuckDB notices some signals itself and raises before it has
+            receiver.close()
     except Exception as error:
         if pressed.is_set():
             raise KeyboardInterrupt from error
         raise
-    finally:
-        signal.set_wakeup_fd(before)
-        ended.set()
-        sender.close()
-        watcher.join()
-        receiver.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,19 @@ def test_a_long_query_ends(run: Callable[[Any], object], delay_s: float) -> None
         press.start()
         run(connection)
     press.join()
+
+
+def test_a_signal_that_duckdb_notices_first_is_an_interrupt() -> None:
+    """DuckDB asks for signals itself at times and raises its own error, before the watching thread has had a turn."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # no turn but where this thread waits
+    try:
+        with pytest.raises(KeyboardInterrupt), connected():  # noqa: PT012 - as DuckDB does, in one go
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("Query interrupted")
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_other_errors_stay_what_they_are() -> None:
