@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.kernels.layout import warn_once
 from model.kernels.mask_rle_reference import mask_edges_reference
+from model.kernels.operators import register
 
 Path = Literal["triton", "reference"]
 
@@ -37,11 +38,10 @@ def mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, wi
         )
     if masks.shape[1] < 1 or widest < 1 or room < 0:
         raise ValueError(f"masks and images need a pixel and room cannot be negative, got {masks.shape[1]}, {widest}, {room}")
-    counts, edges = _mask_edges(masks.detach(), boxes.detach(), sizes, threshold, widest, room)
+    counts, edges = _OPERATOR(masks.detach(), boxes.detach(), sizes, threshold, widest, room)
     return counts, edges
 
 
-@torch.library.custom_op("masklake::mask_edges", mutates_args=())
 def _mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
     if choose_path(masks.device.type) == "triton":
         # Imported where it runs: Triton exists on Linux only.
@@ -51,9 +51,11 @@ def _mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, w
     return mask_edges_reference(masks, boxes, sizes, threshold, widest, room)
 
 
-@_mask_edges.register_fake
-def _(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
+def _fake(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
     return masks.new_empty((masks.shape[0],), dtype=torch.int64), masks.new_empty((room,), dtype=torch.int64)
+
+
+_OPERATOR = register(_mask_edges, _fake)
 
 
 def choose_path(device: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled, warn_once
+from model.kernels.operators import NAMESPACE, register
 from model.kernels.roi_align_cpu import roi_align_cpu, roi_align_cpu_backward
 from model.kernels.roi_align_reference import roi_align_reference
 
@@ -35,7 +36,7 @@ def roi_align(
     features: pyramid levels, (B, C, Hl, Wl) each, of one dtype and device; channels_last memory is fastest.
     rois: (R, 5) as image index, x1, y1, x2, y2 in canvas pixels. levels: int64 (R,), each RoI's index into ``features``.
     scales: feature pixels per canvas pixel of each level. output_size: P.
-    sampling_ratio: samples along a bin's side, 0 for as many as the bin has feature pixels.
+    sampling_ratio: samples along a bin's side; 0, or -1 as torchvision has it, for as many as the bin has feature pixels.
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 
@@ -44,14 +45,13 @@ def roi_align(
     map. Differentiable in the features; gradients repeat bit for bit on the CPU, and on CUDA under
     `torch.use_deterministic_algorithms`. Autocast casts nothing here. Raises ValueError for arguments that do not fit together.
     """
-    _validate(features, rois, levels, scales, output_size, sampling_ratio, mode)
-    pooled: Tensor = _roi_align(
+    _validate(features, rois, levels, scales, output_size, mode)
+    pooled: Tensor = _FORWARD(
         list(features), rois.detach(), levels, [float(s) for s in scales], output_size, sampling_ratio, aligned, mode
     )
     return pooled
 
 
-@torch.library.custom_op("masklake::roi_align", mutates_args=())
 def _roi_align(
     features: Sequence[Tensor],
     rois: Tensor,
@@ -63,17 +63,17 @@ def _roi_align(
     mode: str,
 ) -> Tensor:
     forward = _forward(choose_path(features[0].device.type, features[0].dtype, len(features)))
-    pooled = forward(features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
+    pooled = forward(features, rois, levels, scales, output_size, max(sampling_ratio, 0), aligned, mode)
     expected = empty_pooled(features, len(rois), output_size)
     return pooled if pooled.stride() == expected.stride() else expected.copy_(pooled)
 
 
-@_roi_align.register_fake
-def _(features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], output_size: int, *_: Any) -> Tensor:
+def _fake(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], output_size: int, *_: Any
+) -> Tensor:
     return empty_pooled(features, rois.shape[0], output_size)
 
 
-@torch.library.custom_op("masklake::roi_align_backward", mutates_args=())
 def _roi_align_backward(
     grad: Tensor,
     features: Sequence[Tensor],
@@ -87,11 +87,10 @@ def _roi_align_backward(
 ) -> list[Tensor]:
     path = choose_path(features[0].device.type, features[0].dtype, len(features))
     path = choose_backward_path(path, torch.are_deterministic_algorithms_enabled())
-    return _backward(path)(grad, features, rois, levels, scales, output_size, sampling_ratio, aligned, mode)
+    return _backward(path)(grad, features, rois, levels, scales, output_size, max(sampling_ratio, 0), aligned, mode)
 
 
-@_roi_align_backward.register_fake
-def _(grad: Tensor, features: Sequence[Tensor], *_: Any) -> list[Tensor]:
+def _fake_backward(grad: Tensor, features: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [empty_gradient(f, f.dtype) for f in features]
 
 
@@ -103,33 +102,32 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rois, levels, *features = ctx.saved_tensors
-    grads = _roi_align_backward(grad, features, rois, levels, ctx.scales, *ctx.options)
+    grads = _BACKWARD(grad, features, rois, levels, ctx.scales, *ctx.options)
     return (grads, *[None] * 7)
 
 
-_roi_align.register_autograd(_differentiate, setup_context=_keep_for_backward)
+_FORWARD = register(_roi_align, _fake, _keep_for_backward, _differentiate)
+_BACKWARD = register(_roi_align_backward, _fake_backward)
+
+_AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-_AUTOCAST = torch.library.Library("masklake", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _run_without_autocast(name: str, device: str) -> None:
+def _run_without_autocast(operator: Any, device: str) -> None:
     """The operator's rule for autocast: it runs as it is called.
 
     Coordinates in half precision would be wrong by pixels, and the features' dtype is the caller's choice.
     """
-    operator = getattr(torch.ops.masklake, name).default
 
     def run(*arguments: Any) -> Any:
         with torch.autocast(device, enabled=False):
             return operator(*arguments)
 
-    _AUTOCAST.impl(name, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
+    _AUTOCAST.impl(operator, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
 
 
-for _name in ("roi_align", "roi_align_backward"):
+for _operator in (_FORWARD, _BACKWARD):
     for _device in ("cpu", "cuda"):
-        _run_without_autocast(_name, _device)
+        _run_without_autocast(_operator, _device)
 
 
 def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
@@ -177,7 +175,6 @@ def _validate(
     levels: Tensor,
     scales: Sequence[float],
     output_size: int,
-    sampling_ratio: int,
     mode: str,
 ) -> None:
     if not features or len(features) != len(scales):
@@ -194,7 +191,7 @@ def _validate(
         raise ValueError(f"features, rois and levels must share a device, got {first.device}, {rois.device}, {levels.device}")
     if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
         raise ValueError(f"rois must be (R, 5) and levels (R,), got {tuple(rois.shape)} and {tuple(levels.shape)}")
-    if output_size < 1 or sampling_ratio < 0:
-        raise ValueError(f"output_size must be at least 1 and sampling_ratio at least 0, got {output_size}, {sampling_ratio}")
+    if output_size < 1:
+        raise ValueError(f"output_size must be at least 1, got {output_size}")
     if mode not in ("avg", "max"):
         raise ValueError(f"unknown pooling mode {mode!r}: avg or max")

@@ -1,8 +1,8 @@
 """What torchvision's own tests expect of RoIAlign, asked of ours: the bag, and the Triton kernel interpreted or on a GPU.
 
 The oracle is arithmetic on Python floats, one sample at a time, written from the operator's definition alone. Where our
-interface differs, `like_torchvision` bridges: ours takes several levels, square outputs only, adaptive sampling as 0 instead
-of any negative number, and RoIs as one (R, 5) tensor (lists of boxes belong to `model.roi_features`).
+interface differs, `like_torchvision` bridges: ours takes several levels, square outputs only, and RoIs as one (R, 5) tensor
+(lists of boxes belong to `model.roi_features`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def like_torchvision(
         images = [torch.full((len(each), 1), float(image), device=each.device) for image, each in enumerate(boxes)]
         boxes = torch.cat([torch.cat((image, each), dim=1) for image, each in zip(images, boxes, strict=True)])
     levels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    return roi_align([feature], boxes, levels, [spatial_scale], output_size, max(sampling_ratio, 0), aligned)
+    return roi_align([feature], boxes, levels, [spatial_scale], output_size, sampling_ratio, aligned)
 
 
 def value_at(image: list[list[float]], y: float, x: float) -> float:

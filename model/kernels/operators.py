@@ -1,0 +1,50 @@
+"""How our operators are registered with torch: what `torch.library.custom_op` does, without what it costs.
+
+The decorator's operators load torch's compiler when they first run, in every process that labels an image.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "masklake"
+
+
+def register(
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+    differentiate: Callable[..., Any] | None = None,
+) -> Any:
+    """Make a function the operator `torch.ops.masklake.<its name>`, without its leading underscore, and return that.
+
+    run: serves every device; its annotations are the schema. It returns new tensors and changes none. fake: gives the results'
+    shapes, strides and dtypes for tensors without data. keep, differentiate: `setup_context` and the derivative as
+    `torch.library.register_autograd` takes them; without them a derivative is an error.
+    """
+    name = f"{NAMESPACE}::{run.__name__.removeprefix('_')}"
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{name} cannot be differentiated")
+
+    schema = torch.library.infer_schema(run, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", _uncompiled(run))
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, differentiate or refuse, setup_context=keep)
+    return getattr(getattr(torch.ops, NAMESPACE), name.split("::")[1]).default
+
+
+def _uncompiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch.compile leaves it alone, where that is loaded at all."""
+
+    def apart(*arguments: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(run)(*arguments)  # type: ignore[no-untyped-call]
+        return run(*arguments)
+
+    return apart
