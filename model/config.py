@@ -192,7 +192,7 @@ class ModelConfig(_Frozen):
     smooth_l1_beta: float = Field(default=1 / 9, gt=0)
     """Where the box losses turn from quadratic to linear."""
     mask_pool: int = Field(default=14, gt=0, le=64)
-    """Bins; a convolutional head's mask is twice as wide (m = 28)."""
+    """Bins that the mask branch gets of a region."""
     mask_head: Literal["fcn", "mlp"] = "fcn"
     """Convolutions, or fully connected layers that predict all m x m pixels at once (table 2e)."""
     mask_output: MaskOutput = "sigmoid"
@@ -203,8 +203,9 @@ class ModelConfig(_Frozen):
     """Of the deconvolution behind them (`fcn`)."""
     mask_hidden: tuple[Channels, ...] = (1024, 1024)
     """Widths of the fully connected layers before the last one (`mlp`)."""
-    mask_side: int = Field(default=28, gt=0, le=512)
-    """m, pixels of the mask's side (`mlp`)."""
+    mask_side: int | None = Field(default=None, gt=0, le=512)
+    """m, pixels of the mask's side. None is twice the bins (28, or 14 with C4 features), as a deconvolution makes them; a
+    convolutional head resizes its logits to any other m."""
     keypoint_pool: int = Field(default=14, gt=0, le=64)
     """Bins; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[Channels, ...] = Field(default=(512,) * 8, min_length=1)

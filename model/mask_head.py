@@ -19,14 +19,14 @@ from model.layers import ConvNorm, head_norm, init_relu_conv
 class MaskHead(nn.Module, ABC):
     """What the kinds of mask heads share: how masks of several classes become one mask, and its loss.
 
-    side: m, pixels of a mask's side. channels: masks that the network puts out for a region; with one a class, channel i is
-    class i (the background's is never used by sigmoids, and the softmax's "outside").
+    bins, side: of a region's and of a mask's side, P and m. channels: masks that the network puts out for a region; with one
+    a class, channel i is class i (the background's is never used by sigmoids, and the softmax's "outside").
     """
-
-    side: int
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.bins = config.box_bins if config.features == "c4" else config.mask_pool
+        self.side = config.mask_side or 2 * self.bins
         self.output = config.mask_output
         self.channels = 1 if config.mask_output == "agnostic" else config.num_classes
 
@@ -63,13 +63,14 @@ class MaskHead(nn.Module, ABC):
 
 
 class ConvMaskHead(MaskHead):
-    """Fully convolutional: 3x3 convolutions, a 2x2 stride 2 deconvolution, and a 1x1 convolution (figure 4, right)."""
+    """Fully convolutional: 3x3 convolutions, a 2x2 stride 2 deconvolution, and a 1x1 convolution (figure 4, right).
+
+    Its masks have 2P pixels a side; to another m they are resized bilinearly: every pixel keeps its place in the region.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        shared = config.features == "c4"
-        channels = (region_channels(config) if shared else map_channels(config), *config.mask_channels)
-        self.side = 2 * (config.box_bins if shared else config.mask_pool)
+        channels = (_region_channels(config), *config.mask_channels)
         self.convs = nn.ModuleList(
             ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
         )
@@ -107,9 +108,10 @@ class ConvMaskHead(MaskHead):
 
     def _as_maps(self, logits: Tensor) -> Tensor:
         """(R, P * P * 4, K), pixels in the order of `_pixels` -> (R, K, m, m)."""
-        half = self.side // 2
-        maps = logits.view(len(logits), half, half, 2, 2, logits.shape[2])
-        return maps.permute(0, 5, 1, 3, 2, 4).reshape(len(logits), logits.shape[2], self.side, self.side)
+        count, _, masks = logits.shape
+        maps = logits.view(count, self.bins, self.bins, 2, 2, masks).permute(0, 5, 1, 3, 2, 4)
+        maps = maps.reshape(count, masks, 2 * self.bins, 2 * self.bins)
+        return maps if self.side == 2 * self.bins else functional.interpolate(maps, (self.side, self.side), mode="bilinear")
 
 
 class FullyConnectedMaskHead(MaskHead):
@@ -117,11 +119,7 @@ class FullyConnectedMaskHead(MaskHead):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        shared = config.features == "c4"
-        channels = region_channels(config) if shared else map_channels(config)
-        bins = config.box_bins if shared else config.mask_pool
-        self.side = config.mask_side
-        widths = (channels * bins**2, *config.mask_hidden)
+        widths = (_region_channels(config) * self.bins**2, *config.mask_hidden)
         self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
         self.logits = nn.Linear(widths[-1], self.channels * self.side**2)
 
@@ -136,6 +134,10 @@ class FullyConnectedMaskHead(MaskHead):
             hidden = functional.relu(layer(hidden), inplace=True)
         logits: Tensor = self.logits(hidden)
         return logits.view(-1, self.channels, self.side, self.side)
+
+
+def _region_channels(config: ModelConfig) -> int:
+    return region_channels(config) if config.features == "c4" else map_channels(config)
 
 
 def make_mask_head(config: ModelConfig) -> MaskHead:

@@ -57,7 +57,7 @@ def test_gradients_are_the_layers(tiny_config: ModelConfig, regions: Tensor) -> 
 
 @pytest.mark.parametrize("kind", ["fcn", "mlp"])
 def test_a_softmax_head_reports_the_softmax(tiny_config: ModelConfig, regions: Tensor, kind: str) -> None:
-    head = head_of(tiny_config, mask_output="softmax", mask_head=kind, mask_hidden=(32,), mask_side=28)
+    head = head_of(tiny_config, mask_output="softmax", mask_head=kind, mask_hidden=(32,))
     chances = head.all_channels(regions).softmax(dim=1)[torch.arange(6), LABELS]
     torch.testing.assert_close(head(regions, LABELS).sigmoid(), chances)
 
@@ -85,6 +85,21 @@ def test_an_mlp_predicts_any_m(tiny_config: ModelConfig, regions: Tensor, layers
     assert head(regions, LABELS).shape == (6, side, side)
 
 
+@pytest.mark.parametrize("output", ["sigmoid", "softmax", "agnostic"])
+@pytest.mark.parametrize("side", [1, 21, 27, 40])
+def test_a_convolutional_head_predicts_any_m(tiny_config: ModelConfig, regions: Tensor, side: int, output: str) -> None:
+    head = head_of(tiny_config, mask_output=output, mask_side=side)
+    expected = functional.interpolate(by_layers(head, regions), (side, side), mode="bilinear")
+    torch.testing.assert_close(head.all_channels(regions), expected, rtol=1e-4, atol=1e-4)
+    logits = head(regions, LABELS)
+    assert logits.shape == (6, side, side)
+    if output == "sigmoid":
+        torch.testing.assert_close(logits, expected[torch.arange(6), LABELS], rtol=1e-4, atol=1e-4)
+    loss = head.loss(regions, LABELS, torch.ones(6, side, side))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in head.parameters())
+
+
 def test_any_number_of_bins(tiny_config: ModelConfig) -> None:
     head = head_of(tiny_config, mask_pool=9)
     assert head.side == 18
@@ -92,9 +107,11 @@ def test_any_number_of_bins(tiny_config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("output", ["sigmoid", "softmax", "agnostic"])
-def test_no_regions_give_a_zero_loss_with_gradients(tiny_config: ModelConfig, output: str) -> None:
-    head = head_of(tiny_config, mask_output=output)
-    loss = head.loss(torch.zeros(0, 64, 14, 14), LABELS[:0], torch.zeros(0, 28, 28))
+@pytest.mark.parametrize("side", [28, 15])
+def test_no_regions_give_a_zero_loss_with_gradients(tiny_config: ModelConfig, output: str, side: int) -> None:
+    head = head_of(tiny_config, mask_output=output, mask_side=side)
+    assert head(torch.zeros(0, 64, 14, 14), LABELS[:0]).shape == (0, side, side)
+    loss = head.loss(torch.zeros(0, 64, 14, 14), LABELS[:0], torch.zeros(0, side, side))
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(parameter.grad is not None for parameter in head.parameters())
