@@ -1,4 +1,4 @@
-"""A driver that dies at any moment, a second driver, Ctrl-C: the same command ends with every image exactly once."""
+"""A driver that is killed, a second driver, Ctrl-C: the same command ends with every image exactly once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lease_of(table: Path) -> str:
     return lease.read_text()
 
 
-def test_killed_twice_and_refused_once_every_image_is_there_once(
+def test_killed_refused_and_interrupted_every_image_is_there_once(
     tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
 ) -> None:
     folder, table = pictures(IMAGES), tmp_path / "table"
@@ -50,7 +50,9 @@ def test_killed_twice_and_refused_once_every_image_is_there_once(
     assert code == 31, err
     assert f"(process {second.process.pid})" in err
     second.wait_until(lambda: written_blocks(table) > survived)
-    second.stop(signal.SIGKILL)
+    code, err = second.stop(signal.SIGINT)
+    assert code == 130, err
+    assert "masklake: interrupted. The same command goes on where this one stopped.\n" in err
 
     third = start(*command)
     code, out, err = third.finish()

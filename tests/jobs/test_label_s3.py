@@ -1,4 +1,4 @@
-"""Labelling from and to an S3 server: awkward keys, what is missing, Ctrl-C and a kill on the way."""
+"""Labelling from and to an S3 server: awkward keys, what is missing, and a kill on the way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def written_blocks(s3: Any) -> int:
     return sum("/checkpoint/" in key and not key.endswith("/") and ".pending." not in key for key in keys)
 
 
-def test_a_bucket_is_labelled_once_through_an_interrupt_and_a_kill(
+def test_a_bucket_is_labelled_once_through_a_kill(
     s3: Any, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
 ) -> None:
     files = sorted(pictures(40).iterdir())
@@ -37,17 +37,11 @@ def test_a_bucket_is_labelled_once_through_an_interrupt_and_a_kill(
 
     first = start(*command)
     first.wait_until(lambda: written_blocks(s3) >= 1)
-    code, err = first.stop(signal.SIGINT)
-    assert code == 130, err
-    assert "The same command goes on where this one stopped" in err
-    survived = written_blocks(s3)
+    code, _ = first.stop(signal.SIGKILL)
+    assert code == -signal.SIGKILL
 
     second = start(*command)
-    second.wait_until(lambda: written_blocks(s3) > survived)
-    second.stop(signal.SIGKILL)
-
-    third = start(*command)
-    code, out, err = third.finish()
+    code, out, err = second.finish()
     assert code == 41, err  # 2 of 42 failed: more than 4 %, and the table is there all the same
     assert "1 decode_error, 1 missing" in err
     report = json.loads(out)
