@@ -33,7 +33,7 @@ def test_a_bucket_is_labelled_once_through_a_kill(
     listing = "\n".join([*uris, s3.uri("images/gone.jpg"), s3.put("images/notes.txt", b"text")])
     source = s3.put("list.txt", listing.encode())
     weights = s3.put("models/tiny.safetensors", tiny_checkpoint.read_bytes())
-    command = ("label", source, s3.uri("table"), "--weights", weights, "--json", "--max-failed", "0.04")
+    command = ("label", source, s3.uri("table"), "--weights", weights, "--json", "--max-failed", "0.04", "--workers", 1)
 
     first = start(*command)
     first.wait_until(lambda: written_blocks(s3) >= 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -194,11 +195,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_ray() -> Iterator[None]:
-    """`run` starts a cluster in this process; the next test must not find it."""
-    import ray
-
+    """`run` starts a cluster in this process; the tests here share it, others must not find it."""
     yield
     ray.shutdown()
 
@@ -264,6 +263,7 @@ def break_an_image(data: Path, folder: Path) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("own_ray")
 def test_data_and_runs_live_on_s3_and_bad_images_can_be_left_out(data: Path, tmp_path: Path, s3: Any) -> None:
+    ray.shutdown()  # its processes were started without the variables that name the server
     break_an_image(data, tmp_path)
     for path in tmp_path.rglob("*.*"):
         s3.client.put_object(Bucket=s3.bucket, Key=f"in/{path.relative_to(tmp_path)}", Body=path.read_bytes())
