@@ -130,7 +130,7 @@ def test_an_image_that_kills_its_worker_is_crashed_and_no_other(
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a test's module is not importable on a worker
     monkeypatch.setattr(label, "LabellingActor", DeadlyActor)
     said: list[str] = []
-    report = label.run(options(folder, tmp_path / "table", tiny_checkpoint, block_rows=8), said.append)
+    report = label.run(options(folder, tmp_path / "table", tiny_checkpoint, block_rows=8, workers=1), said.append)
     assert counts(report) == {"ok": 15, "crashed": 1}
     crashed = [row for row in rows_of(tmp_path / "table") if row["status"] == "crashed"]
     assert [Path(row["uri"]).name for row in crashed] == ["005.jpg"]

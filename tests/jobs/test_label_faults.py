@@ -32,7 +32,7 @@ def test_killed_refused_and_interrupted_every_image_is_there_once(
     tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
 ) -> None:
     folder, table = pictures(IMAGES), tmp_path / "table"
-    command = ("label", folder, table, "--weights", tiny_checkpoint, "--json")
+    command = ("label", folder, table, "--weights", tiny_checkpoint, "--json", "--workers", 1)
 
     first = start(*command)
     first.wait_until(lambda: written_blocks(table) >= 1)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Path, start: Callable[..., Any]) -> None:
-    generate(tmp_path / "data", 12, 96, seed=1)
+    generate(tmp_path / "data", 4, 96, seed=1)
     run = tmp_path / "runs" / "night"
     command = ("train", tmp_path / "data" / "instances.json", "-o", tmp_path / "runs", "--name", "night", "--json")
     options = ("--epochs", 500, "--batch-size", 2)
