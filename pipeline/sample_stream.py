@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 LOADER_ROWS = 16
 """Samples a loading task: enough to hide a request's latency, few enough that the first batch comes at once."""
-RANGES = 8
-"""Blocks that Ray Data begins with at most, to be split into those of `LOADER_ROWS`."""
+RANGE_ROWS = 256 * LOADER_ROWS
+"""Sample numbers in a block before it is split into those of `LOADER_ROWS`."""
 
 
 def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -54,8 +54,8 @@ class SampleStream:
     def dataset(self) -> ray.data.Dataset:
         """Lazily: sample numbers, in small blocks, that a loading task turns into SAMPLE_SCHEMA rows."""
         samples = max(0, self.epochs - self.first_epoch) * self.epoch_samples
-        # Ray Data splits blocks here, but joins none: left to itself it would begin a small set with a block a row.
-        blocks = max(1, min(RANGES, samples // LOADER_ROWS))
+        # Blocks are split here, but none are joined: left to itself Ray Data begins a small set with one or two rows in each.
+        blocks = max(1, -(-samples // RANGE_ROWS))
         numbers = ray.data.range(samples, override_num_blocks=blocks).repartition(target_num_rows_per_block=LOADER_ROWS)
         return numbers.map_batches(self.load, batch_size=None, batch_format="pyarrow", num_cpus=self.loader_cpus)
 

@@ -73,7 +73,7 @@ def train(config: ModelConfig, image: Tensor, steps: int = 3) -> list[float]:
         assert not without, "a weight that no loss reaches"
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-        totals.append(float(total))
+        totals.append(float(total.detach()))
     found = model.predict([image])[0]
     assert (found.rles is not None, found.keypoints is not None) == ("mask" in config.tasks, "keypoint" in config.tasks)
     return totals

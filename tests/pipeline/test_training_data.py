@@ -179,9 +179,9 @@ def test_an_epochs_order_is_a_permutation_that_follows_from_seed_and_epoch() -> 
     assert Counter(epoch_order(3, 8, 0, 0).tolist()).most_common()[-1][1] >= 2  # fewer rows than a batch: repeated evenly
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A Ray cluster of this test's own; logical CPUs, so that it runs on any machine."""
+    """A Ray cluster of this file's own; logical CPUs, so that it runs on any machine."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
@@ -266,6 +266,18 @@ def test_every_worker_gets_equally_many_samples_and_every_epoch_every_image(tmp_
     seen = ray.get([consume.remote(shard) for shard in shards])
     assert [len(s) for s in seen] == [33, 33]
     assert Counter(seen[0] + seen[1]) == dict.fromkeys(range(22), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "tasks"), [(5, [5]), (20, [16, 4]), (160, [16] * 10)])
+def test_a_loading_task_gets_its_share_of_samples_however_few_they_are(local_ray: None, samples: int, tasks: list[int]) -> None:
+    class Counting:
+        def load(self, rows: list[int], epochs: list[int]) -> pa.Table:
+            return pa.table({"rows": [len(rows)]})
+
+    stream = SampleStream(ray.put(Counting()), samples, samples, first_epoch=0, epochs=1, seed=0, loader_cpus=0.5)
+    found = [row["rows"] for row in stream.dataset().take_all()]
+    assert sorted(found, reverse=True) == tasks
 
 
 def test_annotations_are_plain_json(tmp_path: Path) -> None:
