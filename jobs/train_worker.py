@@ -49,11 +49,8 @@ OPTIMIZER, STATE = "optimizer.pt", "state.json"
 TOTAL = "loss"
 """The sum of all losses, among their names."""
 
-LOOKS_PER_EPOCH = 5
-"""At whether the loss is still finite, and progress lines where they would not follow each other too closely."""
-
 SECONDS_PER_LINE = 5.0
-"""At least this long between two progress lines of an epoch."""
+"""About this long between two progress lines of an epoch, and between two looks at whether the loss is still finite."""
 
 EVALUATION_IMAGES = 16
 """Images fetched together while the ones before are evaluated."""
@@ -225,7 +222,7 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     total_steps = job.recipe.epochs * job.steps_per_epoch
     peak = peak_rate(job.recipe, job.recipe.batch_size * world)
     state.model.train()
-    sums, steps, rate = _Losses(), 0, 0.0
+    sums, steps, look, rate = _Losses(), 0, 1, 0.0
     batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
     start = said = time.perf_counter()
     while batch is not None and steps < job.steps_per_epoch:
@@ -236,10 +233,11 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
         steps += 1
         # Where images were left out as unusable the stream ends early, on every worker at the same step.
         batch = next(batches, None) if steps < job.steps_per_epoch else None
-        if batch is None or steps % -(-job.steps_per_epoch // LOOKS_PER_EPOCH) == 0:
+        if batch is None or steps == look:
             means = sums.recent()
             _check_finite(means, state.epoch + 1, steps, rate)
-            if steps < job.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE:
+            look += _agreed(round(SECONDS_PER_LINE * steps / (time.perf_counter() - start)))
+            if steps < job.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE / 2:
                 continue
             said = time.perf_counter()
             _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
@@ -268,7 +266,7 @@ class _Losses:
         self._names: list[str] = []
         self._recent: Tensor | None = None
         self._recent_steps = 0
-        self._sum: Tensor | None = None
+        self._all: Tensor | None = None
         self._steps = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
@@ -276,24 +274,37 @@ class _Losses:
         self._names = list(losses)
         values = torch.stack([loss.float() for loss in losses.values()])
         self._recent = values if self._recent is None else self._recent + values
+        self._all = values if self._all is None else self._all + values
         self._recent_steps += 1
+        self._steps += 1
 
     def recent(self) -> dict[str, float]:
         """Means over the steps since the last call and over all workers. Every worker must call it at the same step."""
-        if self._recent is None:
+        means = self._means(self._recent, self._recent_steps)
+        self._recent, self._recent_steps = None, 0
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Means over all steps and all workers. Every worker must call it at the same step."""
+        return self._means(self._all, self._steps)
+
+    def _means(self, sums: Tensor | None, steps: int) -> dict[str, float]:
+        if sums is None:
             return {}
-        values = self._recent / self._recent_steps
+        values = sums / steps
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
             values /= torch.distributed.get_world_size()
-        self._sum = values * self._recent_steps + (0 if self._sum is None else self._sum)
-        self._steps += self._recent_steps
-        self._recent, self._recent_steps = None, 0
         return dict(zip(self._names, values.tolist(), strict=True))
 
-    def means(self) -> dict[str, float]:
-        """Means over all steps, as of the last call of `recent`."""
-        return {} if self._sum is None else dict(zip(self._names, (self._sum / self._steps).tolist(), strict=True))
+
+def _agreed(steps: int) -> int:
+    """The first worker's number, at least 1, for all: their clocks differ, and they must look at the same step."""
+    if not torch.distributed.is_initialized():
+        return max(1, steps)
+    number = torch.tensor(max(1, steps), device=ray.train.torch.get_device())
+    torch.distributed.broadcast(number, src=0)
+    return int(number)
 
 
 def _check_finite(losses: Mapping[str, float], epoch: int, step: int, rate: float) -> None:

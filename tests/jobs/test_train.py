@@ -18,7 +18,7 @@ from jobs.cluster import Capacity
 from jobs.latest import read_latest
 from jobs.shapes import CATEGORIES, generate
 from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
-from jobs.train_worker import _check_finite, _is_best, _Losses, user_error
+from jobs.train_worker import _agreed, _check_finite, _is_best, _Losses, user_error
 from model.build import create_model
 from model.checkpoint import dumps, load_checkpoint
 from model.errors import CheckpointError, ConfigError, UnknownPresetError
@@ -161,7 +161,12 @@ def test_losses_average_over_the_steps_since_the_last_look() -> None:
     assert losses.recent() == {"loss": 2.0, "mask": 4.0}
     losses.add({"loss": torch.tensor(8.0), "mask": torch.tensor(0.0)})
     assert losses.recent() == {"loss": 8.0, "mask": 0.0}
-    assert losses.means() == pytest.approx({"loss": 4.0, "mask": 8 / 3})
+    losses.add({"loss": torch.tensor(0.0), "mask": torch.tensor(0.0)})  # nobody has looked at this one
+    assert losses.means() == pytest.approx({"loss": 3.0, "mask": 2.0})
+
+
+def test_one_worker_agrees_with_itself_and_looks_again() -> None:
+    assert [_agreed(steps) for steps in (0, 1, 40)] == [1, 1, 40]
 
 
 def test_a_loss_that_is_no_number_ends_training() -> None:
