@@ -26,7 +26,7 @@ from jobs.board import Listener, start_board, to_stderr
 from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
 from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
-from model.build import create_model
+from model.build import create_model, holds_classifier
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
 from model.errors import ConfigError, faults
@@ -77,7 +77,9 @@ class TrainOptions(BaseModel):
     proposals: str | None = Field(
         default=None, description="Parquet file of `masklake propose`, for a detector that learns alone."
     )
-    weights: str | None = Field(default=None, description="Checkpoint or torchvision weights to start from.")
+    weights: str | None = Field(
+        default=None, description="Checkpoint or torchvision weights to start from; a classifier's begin the backbone."
+    )
     reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
     workers: int = Field(default=1, gt=0, description="Training processes.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs when there is one a worker.")
@@ -240,17 +242,24 @@ def build_model(options: TrainOptions, data: CocoDataset, storage: Storage) -> M
 
 def _model_with(options: TrainOptions, data: CocoDataset, storage: Storage, changes: Mapping[str, Any]) -> MaskRCNN:
     """The preset's model, or the weights', with fields of its configuration changed."""
+
+    def as_preset() -> ModelConfig:
+        return _changed(preset_config(options.preset), {**changes, "categories": data.categories})
+
     if options.weights is None:
-        config = _changed(preset_config(options.preset), {**changes, "categories": data.categories})
+        config = as_preset()
         if config.backbone.norm == "frozen":
             raise ConfigError(
-                f"'{options.preset}' has frozen norm layers and cannot be trained from random weights: give --weights "
-                '(such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1), or set backbone = {norm = "group"} under [model].'
+                f"'{options.preset}' has frozen norm layers and cannot be trained from random weights: give --weights of a "
+                "detector, or of a classifier for its backbone (such as ResNet50_Weights.IMAGENET1K_V1, with "
+                '--reset-predictors), or set backbone = {norm = "group"} under [model].'
             )
         return create_model(config)
     weights: str | bytes = options.weights
     if storage.exists(options.weights) or "/" in options.weights:
         weights = storage.read_bytes(options.weights)
+    if holds_classifier(weights, options.weights):
+        return create_model(as_preset(), weights, reset_predictors=options.reset_predictors, weights_name=options.weights)
     base = create_model(
         options.preset,
         weights=weights,

@@ -12,11 +12,14 @@ from torch import Tensor
 from model import detectron2_weights, torchvision_weights
 from model.checkpoint import is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
+from model.errors import CheckpointError
 from model.mask_rcnn import MaskRCNN
 from model.presets import preset
 
 _PREDICTORS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
 _BRANCHES = ("mask_head.", "keypoint_head.")
+_CLASSIFIER = ("backbone.body.", "roi_stage.")
+"""What a classifier's weights begin; no detector has these alone."""
 _WEIGHT_NAME = re.compile(r"\w+_Weights\.\w+")
 
 
@@ -37,7 +40,8 @@ def create_model(
     norms, Detectron2's conventions.
     categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
     weights', keep the fresh last layers; leave out branches (mask, keypoint) that this model lacks, start new those that the
-    weights lack; and load the rest. weights_name: what messages call weights that come as bytes.
+    weights lack; and load the rest. Weights of torchvision's classifiers, such as ImageNet's, begin the backbone (section 3.1).
+    weights_name: what messages call weights that come as bytes.
 
     Raises UnknownPresetError, or CheckpointError for weights that cannot be read or do not fit.
     """
@@ -52,17 +56,32 @@ def create_model(
         config = config.changed(categories=tuple(categories))
     model = MaskRCNN(config)
     if state is not None:
+        if not reset_predictors and _begins_backbone(state):
+            raise CheckpointError(
+                f"{name} is a classifier, which finds nothing: a detector can be trained from it with reset_predictors=True "
+                "(masklake train --reset-predictors)"
+            )
         if reset_predictors:
             state = _with_fresh_layers(model, state)
         load_state(model.network, state, name)
     return model.to(device).eval()
 
 
+def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
+    """Whether weights, given as to `create_model`, are a torchvision classifier's. Raises CheckpointError like that."""
+    if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
+        return torchvision_weights.is_classifier(torchvision_weights.fetch(weights)[0])
+    data = read_bytes(weights)
+    if is_ours(data) or detectron2_weights.is_pickle(data):
+        return False
+    return torchvision_weights.is_classifier(torchvision_weights.read_pth(data, f"weights {weights_name or ''}".strip()))
+
+
 def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The weights under our names, and `config` as their source would have it."""
     if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
         state, eps = torchvision_weights.fetch(weights)
-        return _with_eps(config, eps), torchvision_weights.rename(state)
+        return _with_eps(config, eps), _renamed(state, config)
     data = read_bytes(weights)
     if is_ours(data):
         source, state = parse(data, name)
@@ -73,7 +92,13 @@ def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[
         state = torchvision_weights.read_pth(data, name)
     if detectron2_weights.is_theirs(state):
         return detectron2_weights.conventions(config), detectron2_weights.rename(state, config)
-    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), torchvision_weights.rename(state)
+    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), _renamed(state, config)
+
+
+def _renamed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    if torchvision_weights.is_classifier(state):
+        return torchvision_weights.rename_classifier(state, c4=config.features == "c4")
+    return torchvision_weights.rename(state)
 
 
 def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:
@@ -83,9 +108,12 @@ def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:
 def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` for fine-tuning `model`: without the branches that it lacks, with its own new layers where `state` has none.
 
-    New are the last layers whose shape differs, and whole branches. Anything else that is missing stays missing.
+    New are the last layers whose shape differs, and whole branches; of a classifier's, all but the backbone's. Anything else
+    that is missing stays missing.
     """
     own = model.network.state_dict()
+    if _begins_backbone(state):
+        return {key: tensor for key, tensor in own.items() if not key.startswith(_CLASSIFIER)} | dict(state)
     absent = tuple(branch for branch in _BRANCHES if not _has(own, branch))
     kept = {
         key: tensor
@@ -94,6 +122,10 @@ def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str
     }
     new = _PREDICTORS + tuple(branch for branch in _BRANCHES if not _has(kept, branch))
     return {key: tensor for key, tensor in own.items() if key.startswith(new) and key not in kept} | kept
+
+
+def _begins_backbone(state: Mapping[str, Tensor]) -> bool:
+    return bool(state) and all(key.startswith(_CLASSIFIER) for key in state)
 
 
 def _has(state: Mapping[str, Tensor], branch: str) -> bool:

@@ -1,7 +1,7 @@
 """torchvision's state dicts: their names in ours, and the conventions that go with them.
 
-Understands the ResNet FPN models (Faster, Mask and Keypoint R-CNN, and the V2 variants with batch norm in their heads) and the
-key names of torchvision's oldest files.
+Understands the ResNet FPN models (Faster, Mask and Keypoint R-CNN, and the V2 variants with batch norm in their heads), the
+key names of torchvision's oldest files, and the ResNet and ResNeXt classifiers, whose weights begin a backbone.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ def our_name(key: str) -> str:
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict under MaskLake's names. Raises CheckpointError where one weight comes under two, an old and a new one."""
     return renamed(state, our_name)
+
+
+def is_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict of torchvision's is a residual network that classifies images, such as ImageNet's."""
+    return {"conv1.weight", "layer1.0.conv1.weight", "fc.weight"} <= state.keys()
+
+
+def rename_classifier(state: Mapping[str, Tensor], c4: bool) -> dict[str, Tensor]:
+    """A classifier's weights as those of a detector's backbone; the fifth stage runs on regions where there is `c4`."""
+    body = {f"backbone.body.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}
+    fifth = "backbone.body.stages.3."
+    return {
+        (f"roi_stage.{key.removeprefix(fifth)}" if c4 and key.startswith(fifth) else key): tensor
+        for key, tensor in rename(body).items()
+    }
 
 
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+import torchvision
 from PIL import Image
 
 from jobs.cluster import Capacity
@@ -122,6 +123,20 @@ def test_weights_of_other_categories_need_new_predictors(tmp_path: Path) -> None
         next(model.network.backbone.parameters()),
         next(load_checkpoint(tmp_path / "w.safetensors").network.backbone.parameters()),
     )
+
+
+def test_a_classifier_begins_a_backbone_whatever_the_heads_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "resnet50.pth")
+    weights = {"preset": "maskrcnn_resnet50_fpn", "weights": str(tmp_path / "resnet50.pth")}
+    with pytest.raises(CheckpointError, match=r"weights .*resnet50\.pth is a classifier.*--reset-predictors"):
+        build_model(options(**weights), shapes(), Storage())
+    changes = {"mask_head": "mlp", "mask_hidden": [64], "rpn_backbone": "own"}
+    model = build_model(options(**weights, reset_predictors=True, model=changes), shapes(), Storage())
+    state = model.network.state_dict()
+    for backbone in ("backbone", "rpn_backbone"):
+        assert torch.equal(state[f"{backbone}.body.stem.0.weight"], torch.load(tmp_path / "resnet50.pth")["conv1.weight"])
+    assert (model.config.mask_hidden, len(model.config.categories)) == ((64,), 3)
 
 
 def test_branches_come_and_go_with_the_data(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import resnet50, resnext50_32x4d
 from torchvision.models.detection import (
     MaskRCNN,
     fasterrcnn_resnet50_fpn,
@@ -23,7 +24,7 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from model.build import create_model
+from model.build import create_model, holds_classifier
 from model.errors import CheckpointError
 from model.instances import Instances
 from model.presets import PRESETS
@@ -136,6 +137,58 @@ def test_every_weight_finds_its_place(name: str, builder: Callable[..., nn.Modul
     theirs = rename(builder(weights=None, weights_backbone=None).state_dict())
     ours = create_model(name).network.state_dict()
     assert shapes(theirs) == shapes(ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        ("maskrcnn_resnet50_fpn", resnet50),
+        ("maskrcnn_resnet50_c4", resnet50),
+        ("maskrcnn_resnext50_32x4d_fpn", resnext50_32x4d),
+    ],
+)
+def test_a_classifier_begins_the_backbone_and_nothing_else(
+    name: str, classifier: Callable[..., nn.Module], state_dict_bytes: Callable[[nn.Module], bytes]
+) -> None:
+    torch.manual_seed(0)
+    theirs = classifier(weights=None).eval()
+    for norm in (module for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    weights = state_dict_bytes(theirs)
+    assert holds_classifier(weights)
+    model = create_model(name, weights=weights, reset_predictors=True)
+    network = model.network
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = theirs.layer3(theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(pixels)))))))
+        torch.testing.assert_close(network.backbone.body(pixels)[2], expected, rtol=1e-4, atol=1e-4)
+    fifth = network.roi_stage if model.config.features == "c4" else network.backbone.body.stages[3]
+    for (key, tensor), (_, own) in zip(in_order_of_values(theirs.layer4), in_order_of_values(fifth), strict=True):
+        assert torch.equal(tensor, own), key
+
+    torch.manual_seed(1)
+    fresh = create_model(name).network.state_dict()
+    torch.manual_seed(1)
+    again = create_model(name, weights=weights, reset_predictors=True).network.state_dict()
+    assert {key for key in fresh if not torch.equal(fresh[key], again[key])} <= {
+        key for key in fresh if key.startswith(("backbone.body.", "roi_stage."))
+    }
+    with pytest.raises(CheckpointError, match=r"is a classifier, which finds nothing.*--reset-predictors"):
+        create_model(name, weights=weights)
+
+
+def test_a_classifier_of_another_network_is_refused(state_dict_bytes: Callable[[nn.Module], bytes]) -> None:
+    with pytest.raises(CheckpointError, match="another architecture"):
+        create_model("maskrcnn_resnet101_fpn", weights=state_dict_bytes(resnet50(weights=None)), reset_predictors=True)
+    assert not holds_classifier(state_dict_bytes(maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)))
+    assert not holds_classifier(state_dict_bytes(nn.Module()))
+
+
+def in_order_of_values(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Weights in the order of their sizes and values: the systems list a block's parts in different orders."""
+    state = [(key, tensor) for key, tensor in module.state_dict().items() if not key.endswith("num_batches_tracked")]
+    return sorted(state, key=lambda item: (tuple(item[1].shape), item[1].flatten()[:8].tolist()))
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
