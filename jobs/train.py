@@ -252,13 +252,15 @@ def _model_with(options: TrainOptions, data: CocoDataset, storage: Storage, chan
             raise ConfigError(
                 f"'{options.preset}' has frozen norm layers and cannot be trained from random weights: give --weights of a "
                 "detector, or of a classifier for its backbone (such as ResNet50_Weights.IMAGENET1K_V1, with "
-                '--reset-predictors), or set backbone = {norm = "group"} under [model].'
+                '--reset-predictors), or set backbone = {norm = "group"} under [model] and start from random ones.'
             )
         return create_model(config)
     weights: str | bytes = options.weights
     if storage.exists(options.weights) or "/" in options.weights:
         weights = storage.read_bytes(options.weights)
     if holds_classifier(weights, options.weights):
+        if options.learn == "detector" and options.proposals is None:
+            raise _lacks_proposals()
         return create_model(as_preset(), weights, reset_predictors=options.reset_predictors, weights_name=options.weights)
     base = create_model(
         options.preset,
@@ -296,10 +298,14 @@ def _check_detector(options: TrainOptions, config: ModelConfig) -> None:
     if options.learn != "detector" or options.proposals is not None:
         return
     if options.weights is None or config.rpn_backbone == "shared":
-        raise ConfigError(
-            'learn = "detector" needs proposals: give --proposals (a file of `masklake propose`), or --weights of a model '
-            "whose trained RPN has a backbone of its own; --learn separate trains both, one after the other."
-        )
+        raise _lacks_proposals()
+
+
+def _lacks_proposals() -> ConfigError:
+    return ConfigError(
+        'learn = "detector" needs proposals: give --proposals (a file of `masklake propose`), or --weights of a model '
+        "whose trained RPN has a backbone of its own; --learn separate trains both, one after the other."
+    )
 
 
 def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:

@@ -236,7 +236,8 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
         if batch is None or steps == look:
             means = sums.recent()
             _check_finite(means, state.epoch + 1, steps, rate)
-            look += _agreed(round(SECONDS_PER_LINE * steps / (time.perf_counter() - start)))
+            pace = steps / (time.perf_counter() - start)
+            look += _agreed(min(steps, round(SECONDS_PER_LINE * pace)))  # at most twice as far: the first may have been fast
             if steps < job.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE / 2:
                 continue
             said = time.perf_counter()

@@ -113,7 +113,10 @@ def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str
     """
     own = model.network.state_dict()
     if _begins_backbone(state):
-        return {key: tensor for key, tensor in own.items() if not key.startswith(_CLASSIFIER)} | dict(state)
+        if model.config.rpn_backbone == "own":
+            state = {f"rpn_{key}": tensor for key, tensor in state.items() if key.startswith("backbone.")} | dict(state)
+        begun = (*_CLASSIFIER, "rpn_backbone.body.")
+        return {key: tensor for key, tensor in own.items() if not key.startswith(begun)} | dict(state)
     absent = tuple(branch for branch in _BRANCHES if not _has(own, branch))
     kept = {
         key: tensor

@@ -203,9 +203,11 @@ class ModelConfig(_Frozen):
     """Of the deconvolution behind them (`fcn`)."""
     mask_hidden: tuple[Channels, ...] = (1024, 1024)
     """Widths of the fully connected layers before the last one (`mlp`)."""
-    mask_side: int | None = Field(default=None, gt=0, le=512)
-    """m, pixels of the mask's side. None is twice the bins (28, or 14 with C4 features), as a deconvolution makes them; a
-    convolutional head resizes its logits to any other m."""
+    mask_side: int = Field(default=28, gt=0, le=512)
+    """m, pixels of the mask's side (`mlp`)."""
+    mask_resize: int | None = Field(default=None, gt=0, le=512, exclude_if=lambda side: side is None)
+    """m, to which a convolutional head's logits are resized. None is what its deconvolution makes, twice the bins: 28, or 14
+    with C4 features. Not written where it is None, so that older models keep their names."""
     keypoint_pool: int = Field(default=14, gt=0, le=64)
     """Bins; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[Channels, ...] = Field(default=(512,) * 8, min_length=1)

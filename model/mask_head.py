@@ -19,14 +19,15 @@ from model.layers import ConvNorm, head_norm, init_relu_conv
 class MaskHead(nn.Module, ABC):
     """What the kinds of mask heads share: how masks of several classes become one mask, and its loss.
 
-    bins, side: of a region's and of a mask's side, P and m. channels: masks that the network puts out for a region; with one
+    bins, side: P and m, of a region's and of a mask's side. channels: masks that the network puts out for a region; with one
     a class, channel i is class i (the background's is never used by sigmoids, and the softmax's "outside").
     """
+
+    side: int
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.bins = config.box_bins if config.features == "c4" else config.mask_pool
-        self.side = config.mask_side or 2 * self.bins
         self.output = config.mask_output
         self.channels = 1 if config.mask_output == "agnostic" else config.num_classes
 
@@ -70,6 +71,7 @@ class ConvMaskHead(MaskHead):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.side = config.mask_resize or 2 * self.bins
         channels = (_region_channels(config), *config.mask_channels)
         self.convs = nn.ModuleList(
             ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
@@ -119,6 +121,7 @@ class FullyConnectedMaskHead(MaskHead):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.side = config.mask_side
         widths = (_region_channels(config) * self.bins**2, *config.mask_hidden)
         self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
         self.logits = nn.Linear(widths[-1], self.channels * self.side**2)

@@ -56,7 +56,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.deconv."),
     )
 )
-_BLOCK = re.compile(r"backbone\.body\.layer(\d)\.(\d+)\.(downsample\.[01]|conv\d|bn\d)\.")
+_BLOCK = re.compile(r"backbone\.body\.layer(\d)\.(\d+)\.(downsample\.[01]|conv[123]|bn[123])\.")
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.")
 _KEYPOINT_CONV = re.compile(r"roi_heads\.keypoint_head\.(\d+)\.")  # a Sequential of convolution, ReLU, convolution, ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 
 # Real data stands beside the checkout where it stands at all; the tests generate what they need and use it as well.
 SHARED_DATA = Path(os.environ.get("MASKLAKE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+# A shell's background job inherits that Ctrl-C is ignored, and so do the commands that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def roi_align(
     features: pyramid levels, (B, C, Hl, Wl) each, of one dtype and device; channels_last memory is fastest.
     rois: (R, 5) as image index, x1, y1, x2, y2 in canvas pixels. levels: int64 (R,), each RoI's index into ``features``.
     scales: feature pixels per canvas pixel of each level. output_size: P.
-    sampling_ratio: samples along a bin's side; 0, or -1 as torchvision has it, for as many as the bin has feature pixels.
+    sampling_ratio: samples along a bin's side; 0 or less (torchvision's -1) for as many as the bin has feature pixels.
     aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
     pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
 

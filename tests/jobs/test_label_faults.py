@@ -15,7 +15,7 @@ from pipeline.table import open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-IMAGES = 60
+IMAGES = 200  # four blocks, of a second or more each
 
 
 def written_blocks(table: Path) -> int:
@@ -39,7 +39,7 @@ def test_killed_refused_and_interrupted_every_image_is_there_once(
     code, _ = first.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL
     survived = written_blocks(table)
-    assert survived < 8
+    assert survived < 4
 
     second = start(*command)  # at once: on this host nobody waits for the dead driver's lease
     second.wait_until(lambda: f'"pid": {second.process.pid},' in lease_of(table))

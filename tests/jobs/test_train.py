@@ -132,6 +132,8 @@ def test_a_classifier_begins_a_backbone_whatever_the_heads_are(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"weights .*resnet50\.pth is a classifier.*--reset-predictors"):
         build_model(options(**weights), shapes(), Storage())
     changes = {"mask_head": "mlp", "mask_hidden": [64], "rpn_backbone": "own"}
+    with pytest.raises(ConfigError, match="needs proposals"):
+        build_model(options(**weights, reset_predictors=True, learn="detector", model=changes), shapes(), Storage())
     model = build_model(options(**weights, reset_predictors=True, model=changes), shapes(), Storage())
     state = model.network.state_dict()
     for backbone in ("backbone", "rpn_backbone"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,17 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
     first.wait_until(lambda: last_epoch() >= 1)
     code, _ = first.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL
+    while time.time() - (run / "latest.json").stat().st_mtime < 3:  # its worker lives a little longer and may end an epoch
+        time.sleep(0.1)
     survived = last_epoch()
     assert not (run / "metrics.json").exists()
 
     second = start(*command, *options)
-    second.wait_until(lambda: last_epoch() >= survived + 3)  # the dead driver's worker may have ended an epoch, too
+    second.wait_until(lambda: last_epoch() >= survived + 2)  # the second line is out, the first is shown
     code, err = second.stop(signal.SIGINT)
     assert code == 130, err
-    told = re.search(r"goes on after epoch (\d+) of 500", err)
-    assert told, err
-    resumed = int(told[1])
-    assert resumed >= survived
-    assert f"epoch {resumed + 1}/500, step " in err
-    assert f"epoch {resumed}/500, step " not in err
+    assert f"goes on after epoch {survived} of 500" in err
+    assert f"epoch {survived + 1}/500, step " in err
+    assert f"epoch {survived}/500, step " not in err
     assert err.endswith("masklake: interrupted. The same command goes on where this one stopped.\n")
     assert "Traceback" not in err

@@ -88,7 +88,7 @@ def test_an_mlp_predicts_any_m(tiny_config: ModelConfig, regions: Tensor, layers
 @pytest.mark.parametrize("output", ["sigmoid", "softmax", "agnostic"])
 @pytest.mark.parametrize("side", [1, 21, 27, 40])
 def test_a_convolutional_head_predicts_any_m(tiny_config: ModelConfig, regions: Tensor, side: int, output: str) -> None:
-    head = head_of(tiny_config, mask_output=output, mask_side=side)
+    head = head_of(tiny_config, mask_output=output, mask_resize=side)
     expected = functional.interpolate(by_layers(head, regions), (side, side), mode="bilinear")
     torch.testing.assert_close(head.all_channels(regions), expected, rtol=1e-4, atol=1e-4)
     logits = head(regions, LABELS)
@@ -109,7 +109,7 @@ def test_any_number_of_bins(tiny_config: ModelConfig) -> None:
 @pytest.mark.parametrize("output", ["sigmoid", "softmax", "agnostic"])
 @pytest.mark.parametrize("side", [28, 15])
 def test_no_regions_give_a_zero_loss_with_gradients(tiny_config: ModelConfig, output: str, side: int) -> None:
-    head = head_of(tiny_config, mask_output=output, mask_side=side)
+    head = head_of(tiny_config, mask_output=output, mask_resize=side)
     assert head(torch.zeros(0, 64, 14, 14), LABELS[:0]).shape == (0, side, side)
     loss = head.loss(torch.zeros(0, 64, 14, 14), LABELS[:0], torch.zeros(0, side, side))
     loss.backward()

@@ -174,6 +174,8 @@ def test_a_classifier_begins_the_backbone_and_nothing_else(
     assert {key for key in fresh if not torch.equal(fresh[key], again[key])} <= {
         key for key in fresh if key.startswith(("backbone.body.", "roi_stage."))
     }
+    two = create_model(PRESETS[name].changed(rpn_backbone="own"), weights=weights, reset_predictors=True).network
+    assert torch.equal(two.rpn_backbone.body.stem[0].weight, theirs.conv1.weight)
     with pytest.raises(CheckpointError, match=r"is a classifier, which finds nothing.*--reset-predictors"):
         create_model(name, weights=weights)
 
