@@ -259,9 +259,9 @@ def _model_with(options: TrainOptions, data: CocoDataset, storage: Storage, chan
     if storage.exists(options.weights) or "/" in options.weights:
         weights = storage.read_bytes(options.weights)
     if holds_classifier(weights, options.weights):
-        if options.learn == "detector" and options.proposals is None:
-            raise _lacks_proposals()
-        return create_model(as_preset(), weights, reset_predictors=options.reset_predictors, weights_name=options.weights)
+        config = as_preset()
+        _check_detector(options.model_copy(update={"weights": None}), config)  # the RPN is as untrained as without weights
+        return create_model(config, weights, reset_predictors=options.reset_predictors, weights_name=options.weights)
     base = create_model(
         options.preset,
         weights=weights,
@@ -298,14 +298,10 @@ def _check_detector(options: TrainOptions, config: ModelConfig) -> None:
     if options.learn != "detector" or options.proposals is not None:
         return
     if options.weights is None or config.rpn_backbone == "shared":
-        raise _lacks_proposals()
-
-
-def _lacks_proposals() -> ConfigError:
-    return ConfigError(
-        'learn = "detector" needs proposals: give --proposals (a file of `masklake propose`), or --weights of a model '
-        "whose trained RPN has a backbone of its own; --learn separate trains both, one after the other."
-    )
+        raise ConfigError(
+            'learn = "detector" needs proposals: give --proposals (a file of `masklake propose`), or --weights of a model '
+            "whose trained RPN has a backbone of its own; --learn separate trains both, one after the other."
+        )
 
 
 def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
