@@ -173,7 +173,7 @@ def convolutions(repeats: int) -> list[dict[str, object]]:
     """The 3x3 convolutions that cost most, on P2 and in the mask branch, beside torch's own (channels last, as ours)."""
     rows = []
     for where, shape in (("P2", (1, CHANNELS, 200, 336)), ("100 masks", (100, CHANNELS, 14, 14))):
-        conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(memory_format=torch.channels_last)
         layer, x = WinogradConv(conv), torch.randn(shape).to(memory_format=torch.channels_last)
         with torch.inference_mode():
             times = side_by_side({"ours": lambda layer=layer, x=x: layer(x), "peer": lambda conv=conv, x=x: conv(x)}, repeats)

@@ -55,7 +55,7 @@ def connect(address: str | None = None) -> Capacity:
     if not ray.is_initialized():
         _start(address or os.environ.get("RAY_ADDRESS") or "local")
     _quiet()
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    total: dict[str, float] = ray.cluster_resources()
     return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), EMBEDDED in total)
 
 

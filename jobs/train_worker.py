@@ -254,7 +254,7 @@ def _step(
     losses: dict[str, Tensor] = replica(images, targets)
     total = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     clip(replica.parameters(), recipe)
     optimizer.step()
     return {TOTAL: total.detach(), **{name: loss.detach() for name, loss in losses.items()}}

@@ -37,7 +37,7 @@ def prepare(network: nn.Module, precision: Precision) -> nn.Module:
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
     """Layers change their precision; buffers of coordinates (anchors) never do."""
     if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
-        part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     elif isinstance(part, nn.Linear | nn.GroupNorm | nn.BatchNorm2d):
         part.to(dtype=dtype)
 

@@ -25,7 +25,7 @@ def _load() -> None:
     found = importlib.util.find_spec("torchvision")
     if found is not None and found.origin is not None:
         for library in sorted(Path(found.origin).parent.glob("_C*.so")):
-            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            torch.ops.load_library(library)
     if not hasattr(torch.ops.torchvision, "nms"):
         importlib.import_module("torchvision")
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import botocore
@@ -40,6 +40,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+
+if TYPE_CHECKING:  # they exist in its stubs alone
+    from obstore.store import ClientConfig, RetryConfig
 
 logger = logging.getLogger(__name__)
 
@@ -282,22 +285,22 @@ class Storage:
     def _build_store(self, at: Location) -> ObjectStore:
         if at.is_local:
             return LocalStore("/")
-        client: dict[str, Any] = {
+        client: ClientConfig = {
             "connect_timeout": timedelta(seconds=self.options.connect_timeout_s),
             "timeout": timedelta(seconds=self.options.request_timeout_s),
         }
-        retry: dict[str, Any] = {
+        retry: RetryConfig = {
             "max_retries": self.options.max_retries,
             "retry_timeout": timedelta(seconds=self.options.request_timeout_s),
             "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
         }
         if at.scheme == "gs":
-            return GCSStore(at.bucket, client_options=client, retry_config=retry)  # type: ignore[arg-type]
+            return GCSStore(at.bucket, client_options=client, retry_config=retry)
         if at.scheme == "az":
-            return AzureStore(at.bucket, client_options=client, retry_config=retry)  # type: ignore[arg-type]
+            return AzureStore(at.bucket, client_options=client, retry_config=retry)
         return self._build_s3_store(at, client, retry)
 
-    def _build_s3_store(self, at: Location, client: dict[str, Any], retry: dict[str, Any]) -> S3Store:
+    def _build_s3_store(self, at: Location, client: ClientConfig, retry: RetryConfig) -> S3Store:
         config: dict[str, Any] = {"region": self.region(at.bucket), "virtual_hosted_style_request": False}
         if self.options.endpoint_url:
             config["endpoint"] = self.options.endpoint_url
@@ -308,7 +311,7 @@ class Storage:
             config["skip_signature"] = True
         else:
             config["credential_provider"] = _BotocoreCredentials(self._botocore_credentials)
-        return S3Store(at.bucket, client_options=client, retry_config=retry, **config)  # type: ignore[arg-type]
+        return S3Store(at.bucket, client_options=client, retry_config=retry, **config)
 
     def _build_filesystem(self, at: Location) -> pyarrow.fs.FileSystem:
         if at.is_local:

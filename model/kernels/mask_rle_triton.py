@@ -212,7 +212,7 @@ def _walk(
     write: bool,
 ) -> None:
     """One launch: count the changes of every stretch, or write them where ``ends`` says that they end."""
-    with torch.cuda.device_of(masks):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with torch.cuda.device_of(masks):  # Triton launches on the current device
         _walk_kernel[len(masks), triton.cdiv(widest, COLUMNS)](
             masks,
             regions,

@@ -28,7 +28,7 @@ def register(
     """
     name = f"{NAMESPACE}::{run.__name__.removeprefix('_')}"
 
-    def refuse(ctx: Any, *grads: Any) -> None:
+    def refuse(ctx: Any, *grads: Any) -> None:  # gradients and the edges of masks: learning ends there
         raise NotImplementedError(f"{name} cannot be differentiated")
 
     schema = torch.library.infer_schema(run, mutates_args=())
@@ -44,7 +44,7 @@ def _uncompiled(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def apart(*arguments: Any) -> Any:
         if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(run)(*arguments)  # type: ignore[no-untyped-call]
+            return torch.compiler.disable(run)(*arguments)
         return run(*arguments)
 
     return apart

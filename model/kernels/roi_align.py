@@ -109,7 +109,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _FORWARD = register(_roi_align, _fake, _keep_for_backward, _differentiate)
 _BACKWARD = register(_roi_align_backward, _fake_backward)
 
-_AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _run_without_autocast(operator: Any, device: str) -> None:
@@ -122,7 +122,7 @@ def _run_without_autocast(operator: Any, device: str) -> None:
         with torch.autocast(device, enabled=False):
             return operator(*arguments)
 
-    _AUTOCAST.impl(operator, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
+    _AUTOCAST.impl(operator, run, f"Autocast{device.upper()}")
 
 
 for _operator in (_FORWARD, _BACKWARD):

@@ -302,7 +302,7 @@ def roi_align_triton(
     out = empty_pooled(features, len(rois), output_size)
     if out.numel() == 0:
         return out
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with torch.cuda.device_of(out):  # Triton launches on the current device
         _forward_kernel[_grid(rois, features[0].shape[1], output_size, FORWARD_ELEMENTS)](
             out,
             *_arguments(features),
@@ -337,7 +337,7 @@ def roi_align_triton_backward(
         return [s.to(f.dtype) for s, f in zip(sums, features, strict=True)]
     geometry, scale_table = _level_tables(features, tuple(scales))
     constants = _constants(features, output_size, sampling_ratio, aligned, mode, BACKWARD_ELEMENTS)
-    with torch.cuda.device_of(grad):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(grad):
         _backward_kernel[_grid(rois, features[0].shape[1], output_size, BACKWARD_ELEMENTS)](
             grad,
             *_arguments(features),
