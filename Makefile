@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-faults check bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## Create .venv and install the locked packages into it
 
@@ -23,8 +23,11 @@ setup: .venv/.installed ## Create .venv and install the locked packages into it
 demo: setup ## Train, label 500 images, score and query them: about five minutes on two cores
 	@$(BIN)/masklake demo
 
-test: setup ## Run the whole test suite
-	@$(BIN)/python -m pytest
+test: setup ## Run the test suite: under 15 minutes on two idle cores
+	@$(BIN)/python -m pytest -m "not faults"
+
+test-faults: setup ## Run what is too long for every change: random kills, lost nodes, variants of whole runs
+	@$(BIN)/python -m pytest -m faults
 
 check: setup ## Lint, format check and types
 	@$(BIN)/ruff check .
