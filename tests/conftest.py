@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.s3_proxy import S3Proxy
+
 # Real data stands beside the checkout where it stands at all; the tests generate what they need and use it as well.
 SHARED_DATA = Path(os.environ.get("MASKLAKE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -80,3 +82,12 @@ def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     bucket = f"test-{os.urandom(6).hex()}"
     client.create_bucket(Bucket=bucket)
     return S3Server(_s3_server, bucket, client)
+
+
+@pytest.fixture
+def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """A proxy in front of `s3` that fails by rule (tests/s3_proxy.py); the AWS_* variables point at it, `s3` at the server."""
+    proxy = S3Proxy(s3.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    yield proxy
+    proxy.stop()
