@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from jobs.stopped import command_of, stopped_line
 from model.errors import MaskLakeError
 
 app = typer.Typer(
@@ -24,8 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-INTERRUPTED = "masklake: interrupted. The same command goes on where this one stopped.\n"
 
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
@@ -355,7 +354,7 @@ def main() -> None:
         sys.exit(141)
     except Exception as error:
         if comes_from_interrupt(error):
-            sys.stderr.write(INTERRUPTED)
+            sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
             sys.exit(130)
         if not isinstance(error, MaskLakeError):
             raise
@@ -363,7 +362,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends on Ctrl-C, without a word
-            sys.stderr.write(INTERRUPTED)
+            sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
         raise
 
 

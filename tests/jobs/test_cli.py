@@ -6,7 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
+from jobs.cli import app
+from jobs.stopped import AFTER_A_STOP, command_of, stopped_line
+
+COMMANDS = set(get_command(app).commands)  # type: ignore[attr-defined]
 HEAVY = ("torch", "ray", "duckdb", "pyarrow", "matplotlib", "deltalake")
 
 
@@ -38,12 +43,12 @@ class Interrupts:
 class Lost(MaskLakeError):
     exit_code = 77
 
-@cli.app.command()
+@cli.app.command("label")
 def wrapped():
     class Made:
         attribute = Interrupts()
 
-@cli.app.command()
+@cli.app.command("query")
 def cleaned_up():
     try:
         raise KeyboardInterrupt
@@ -61,11 +66,24 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("command", ["wrapped", "cleaned-up"])
-def test_ctrl_c_is_one_line_wherever_it_strikes(command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("label", "The same command goes on where this one stopped."),
+        ("query", "The table is as it was, and no file was written."),
+    ],
+)
+def test_ctrl_c_is_one_line_wherever_it_strikes_that_fits_the_command(command: str, line: str) -> None:
     done = run(command, code=INTERRUPTED_INSIDE)
     assert done.returncode == 130
-    assert done.stderr == "masklake: interrupted. The same command goes on where this one stopped.\n"
+    assert done.stderr == f"masklake: interrupted. {line}\n"
+
+
+def test_each_command_says_what_a_stop_leaves() -> None:
+    assert set(AFTER_A_STOP) == COMMANDS
+    assert stopped_line("convert", "stopped by SIGTERM") == "masklake: stopped by SIGTERM. Nothing was written.\n"
+    assert stopped_line(None) == "masklake: interrupted.\n"
+    assert command_of(["--version", "show", "table"]) == "show"
 
 
 def test_an_interrupt_that_an_error_replaces_is_that_error() -> None:

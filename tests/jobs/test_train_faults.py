@@ -42,5 +42,5 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
     assert f"goes on after epoch {survived} of 500" in err
     assert f"epoch {survived + 1}/500, step " in err
     assert f"epoch {survived}/500, step " not in err
-    assert err.endswith("masklake: interrupted. The same command goes on where this one stopped.\n")
+    assert err.endswith("masklake: interrupted. The same command goes on after the last complete epoch.\n")
     assert "Traceback" not in err

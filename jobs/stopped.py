@@ -1,0 +1,30 @@
+"""What a command leaves behind when a signal ends it: the one place of these lines, for Ctrl-C and SIGTERM alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+GOES_ON = "The same command goes on where this one stopped."
+NOTHING_WRITTEN = "Nothing was written."
+
+AFTER_A_STOP: Mapping[str, str] = {
+    "convert": NOTHING_WRITTEN,
+    "demo": GOES_ON,
+    "evaluate": NOTHING_WRITTEN,
+    "label": GOES_ON,
+    "propose": f"{NOTHING_WRITTEN} The same command starts from the beginning.",
+    "query": "The table is as it was, and no file was written.",
+    "show": NOTHING_WRITTEN,
+    "train": "The same command goes on after the last complete epoch.",
+}
+"""By command; each has its line (a test compares this with the commands)."""
+
+
+def command_of(arguments: list[str]) -> str | None:
+    """The command that a command line (without the program's name) starts: its first word that is no option."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def stopped_line(command: str | None, by: str = "interrupted") -> str:
+    """The line for stderr. by: what happened, such as "interrupted" (Ctrl-C) or "stopped by SIGTERM"."""
+    return " ".join(filter(None, (f"masklake: {by}.", AFTER_A_STOP.get(command or "")))) + "\n"
