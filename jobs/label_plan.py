@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jobs.cluster import RESERVED_CPUS, Capacity
 from model.config import ModelConfig, PredictOptions
+from model.identity import canonical_json, differing
 from model.inference import resolve
 from pipeline.decode import DecodeLimits
 from pipeline.errors import ClusterTooSmallError, TooManyFailuresError
@@ -24,6 +24,10 @@ BLOCKS_PER_WORKER = 4
 """Least blocks a worker, where the manifest is short: so that all end at about the same time."""
 RETRY_ROWS = 8
 """Images of a block when the blocks that were lost run again, before each image runs alone."""
+FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
+FIRST_LIMITS: Mapping[str, Any] = {"max_bytes": 256 * 2**20, "max_pixels": 100_000_000, "max_side": 65_535}
+"""The values that leave no trace in a `label_id`: a new option's (or limit's) when it was introduced, so that it labels nothing
+again where it is not used. Add to them; never change one."""
 FILTER_MEMORY = 256 * 2**20
 """Bytes that a resumed run's filter reserves; it holds 8 bytes for each finished image."""
 
@@ -67,10 +71,11 @@ def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits
         "nms_iou": settings.nms_iou,
         "max_detections": settings.max_detections,
         "mask_threshold": settings.mask_threshold,
-        "tasks": sorted(settings.tasks),
-        "limits": limits.model_dump(),
+        "tasks": settings.tasks,
+        "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS}),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    used = {name: value for name, value in facts.items() if name not in FIRST_OPTIONS or value != FIRST_OPTIONS[name]}
+    return hashlib.sha256(canonical_json(used)).hexdigest()[:16]
 
 
 def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, faults
+from model.identity import COUNTER
 from model.mask_rcnn import MaskRCNN
 from model.network import Network
 
 FORMAT = "masklake/1"
-_COUNTER = ".num_batches_tracked"
 LISTED = 20  # of the keys that do not fit, in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
@@ -122,8 +122,8 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None
 
     Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
     """
-    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(_COUNTER)}
-    state = {key: tensor for key, tensor in state.items() if not key.endswith(_COUNTER)}
+    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
     _check_classes(network.config, own, state, name)
     complaints = {
         "it lacks": sorted(own.keys() - state.keys()),

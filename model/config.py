@@ -75,7 +75,7 @@ class BackboneConfig(_Frozen):
 
 
 class ModelConfig(_Frozen):
-    """One instantiation of Mask R-CNN."""
+    """One instantiation of Mask R-CNN. A new field's default also goes into `model.identity.FIRST_DEFAULTS`."""
 
     preset: str
     categories: tuple[Category, ...] = Field(min_length=1)
@@ -205,9 +205,9 @@ class ModelConfig(_Frozen):
     """Widths of the fully connected layers before the last one (`mlp`)."""
     mask_side: int = Field(default=28, gt=0, le=512)
     """m, pixels of the mask's side (`mlp`)."""
-    mask_resize: int | None = Field(default=None, gt=0, le=512, exclude_if=lambda side: side is None)
+    mask_resize: int | None = Field(default=None, gt=0, le=512)
     """m, to which a convolutional head's logits are resized. None is what its deconvolution makes, twice the bins: 28, or 14
-    with C4 features. Not written where it is None, so that older models keep their names."""
+    with C4 features."""
     keypoint_pool: int = Field(default=14, gt=0, le=64)
     """Bins; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[Channels, ...] = Field(default=(512,) * 8, min_length=1)

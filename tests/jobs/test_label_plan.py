@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 
 from jobs.cluster import RESERVED_CPUS, Capacity
-from jobs.label_plan import RETRY_ROWS, Round, check_failures, failed_share, label_id, plan_workers, rounds
+from jobs.label_plan import (
+    FIRST_LIMITS,
+    FIRST_OPTIONS,
+    RETRY_ROWS,
+    Round,
+    check_failures,
+    failed_share,
+    label_id,
+    plan_workers,
+    rounds,
+)
 from model import PRESETS, PredictOptions
 from model.errors import ConfigError
+from model.identity import differing
 from pipeline.decode import DecodeLimits
 from pipeline.errors import ClusterTooSmallError, TooManyFailuresError
 
@@ -41,6 +52,19 @@ def test_the_label_id_names_nothing_else() -> None:
     assert identity(PredictOptions(batch_size=9)) == identity()
     assert identity(PredictOptions(score_threshold=TINY.score_threshold)) == identity()
     assert identity(PredictOptions(tasks=TINY.tasks)) == identity()
+
+
+def test_a_label_id_never_moves() -> None:
+    """Whoever has to change one of these makes every bucket be labelled again."""
+    assert identity(model="tiny-3888091d4543") == "c6a177b65ce6f4d1"
+    bf16 = PredictOptions(precision="bf16", score_threshold=0.5, max_detections=7, tasks=frozenset({"box"}))
+    assert identity(bf16, DecodeLimits(max_pixels=1000), "tiny-3888091d4543") == "4741e83e0c54dca0"
+
+
+def test_every_limit_has_the_default_it_was_introduced_with() -> None:
+    """A limit that is new leaves label_ids alone as long as it has that default."""
+    assert DecodeLimits.model_fields.keys() == FIRST_LIMITS.keys()
+    assert differing(DecodeLimits(**FIRST_LIMITS), {"DecodeLimits": FIRST_LIMITS}) == FIRST_OPTIONS["limits"]
 
 
 def test_a_task_that_the_model_cannot_do_is_refused() -> None:
