@@ -13,6 +13,7 @@ import obstore
 
 from model.errors import MaskLakeError
 from pipeline.errors import InputNotFoundError
+from pipeline.literal_keys import LiteralObject
 from pipeline.schema import Status
 from pipeline.storage import Storage, local_etag, parse, translated, unquoted
 
@@ -60,13 +61,22 @@ async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, conc
 
 
 async def _get(storage: Storage, uri: str, max_bytes: int) -> Fetched:
-    """One object of a store; raises what obstore raises."""
+    """One object of a store; raises what its client raises."""
+    if (literal := storage.literal_object(uri)) is not None:
+        return await asyncio.to_thread(_get_literal, literal, max_bytes)
     store, key = storage.object_store(uri)
     answer = await obstore.get_async(store, key)
     etag, size = unquoted(answer.meta["e_tag"]), answer.meta["size"]
     if size > max_bytes:
         return _too_large(etag, size, max_bytes)
     return Fetched(Status.OK, bytes(await answer.bytes_async()), etag, size)
+
+
+def _get_literal(found: LiteralObject, max_bytes: int) -> Fetched:
+    answer = found.get(max_bytes)
+    if answer.data is None:
+        return _too_large(unquoted(answer.etag), answer.size, max_bytes)
+    return Fetched(Status.OK, answer.data, unquoted(answer.etag), answer.size)
 
 
 def _read_local(path: str, max_bytes: int) -> Fetched:

@@ -1,8 +1,8 @@
 """Every handle on storage, built from one set of options (design: one module builds every handle).
 
 A URI is a local path (`/data/x`, `photos`, `file:///data/x`) or `scheme://bucket/key`; `s3://` is tested, `gs://` and `az://`
-come through the same libraries. Keys are literal: `s3://b/100%25.jpg` names the object `100%25.jpg`. Only `file://` URIs are
-percent-encoded, as their standard says. The canonical form of a local URI is its absolute path.
+come through the same libraries. Keys are literal: `s3://b/100%25.jpg` names the object `100%25.jpg`, `s3://b//a` is `/a` in b.
+Only `file://` URIs are percent-encoded, as their standard says. The canonical form of a local URI is its absolute path.
 
 Which client does what, and why: `docs/decisions/0003-storage-clients.md`. No function here returns or prints a credential
 except `Storage.delta_options`, whose result goes to `deltalake` and nowhere else.
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import botocore
 import botocore.config
@@ -40,6 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+from pipeline.literal_keys import LiteralObject, is_plain
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore.store import ClientConfig, RetryConfig
@@ -105,7 +107,9 @@ class Location:
     @property
     def uri(self) -> str:
         """The canonical URI: one spelling for one object, as it stands in the table."""
-        return self.key if self.is_local else f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+        if self.is_local:
+            return self.key
+        return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
 
 
 @dataclass(frozen=True)
@@ -119,34 +123,53 @@ class ObjectStat:
 _SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "file": "file"}
 
 
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
 def parse(uri: str | os.PathLike[str]) -> Location:
     """Split a URI; ConfigError for a scheme that no client here speaks, or a missing bucket."""
     text = os.fspath(uri)
     if not text:
         raise ConfigError("an empty path names nothing; give a local path, s3://, gs:// or az://")
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Location("file", "", os.path.abspath(text))
-    if scheme.lower() not in _SCHEMES:
+    found = _SCHEME.match(text)
+    if found is None:
+        return Location("file", "", _absolute(text))
+    scheme, rest = found.group(1).lower(), text[found.end() :]
+    if scheme not in _SCHEMES:
         raise ConfigError(f"{text}: no storage client for {scheme}://; give a local path, s3://, gs:// or az://")
-    if scheme.lower() == "file":
+    if scheme == "file":
         return Location("file", "", _file_uri_path(text))
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/KEY")
-    return Location(_SCHEMES[scheme.lower()], bucket, key)
+    return Location(_SCHEMES[scheme], bucket, key)
+
+
+def _absolute(path: str) -> str:
+    """`os.path.abspath`, but two slashes at the front, which POSIX leaves open, are one."""
+    return re.sub("^//+", "/", os.path.abspath(path))
 
 
 def _file_uri_path(uri: str) -> str:
     host, _, path = uri[len("file://") :].partition("/")
     if host not in ("", "localhost"):
         raise ConfigError(f"{uri}: file URIs name this machine only; write file:///{host}/{path} or a plain path")
-    return os.path.abspath("/" + unquote(path))
+    return _absolute("/" + os.fsdecode(unquote_to_bytes(os.fsencode(path))))
 
 
 def canonical(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a URI: absolute path for local files, `scheme://bucket/key` without a last slash elsewhere."""
-    return parse(uri).uri
+    """The one spelling of a place: absolute path for local files, `scheme://bucket/key` without a last slash elsewhere."""
+    at = parse(uri)
+    return at.uri if at.is_local else at.uri.rstrip("/")
+
+
+def folder_uri(uri: str | os.PathLike[str]) -> str:
+    """The one spelling of a folder that holds literal keys: `s3://b/a/` is `s3://b/a`, but `s3://b/a//` stays as it is.
+
+    Its keys begin with the folder's own and one slash; where it ends in a slash, with just that.
+    """
+    at = parse(uri)
+    return at.uri[:-1] if not at.is_local and re.search("[^/]/$", at.key) else at.uri
 
 
 def local_etag(stat: os.stat_result) -> str:
@@ -178,6 +201,8 @@ class Storage:
         self._stores: dict[tuple[str, str], ObjectStore] = {}
         self._filesystems: dict[tuple[str, str], pyarrow.fs.FileSystem] = {}
         self._regions: dict[str, str] = {}
+        self._clients: dict[str, Any] = {}
+        self._client_lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Storage({self.options!r})"
@@ -188,13 +213,26 @@ class Storage:
     # -- handles -------------------------------------------------------------------------------------------------------
 
     def object_store(self, uri: str) -> tuple[ObjectStore, str]:
-        """An obstore store and the key of `uri` in it: one store a bucket, one for all local files."""
+        """An obstore store and the key of `uri` in it: one store a bucket, one for all local files.
+
+        ConfigError for a key that obstore would take for another one; see `literal_object`.
+        """
         at = parse(uri)
+        if at.key and not at.is_local and not is_plain(at.key.rstrip("/")):
+            raise ConfigError(f"{uri!r}: holds an empty or a dot segment or a control character; choose another key")
         where = (at.scheme, at.bucket)
         if where not in self._stores:
             with translated(uri):
                 self._stores[where] = self._build_store(at)
         return self._stores[where], at.key.lstrip("/") if at.is_local else at.key
+
+    def literal_object(self, uri: str) -> LiteralObject | None:
+        """The object of an S3 URI whose key obstore cannot name; None where obstore can, and for other schemes."""
+        at = parse(uri)
+        if at.scheme != "s3" or not at.key or is_plain(at.key):
+            return None
+        with translated(uri):
+            return LiteralObject(self._botocore_client(at.bucket), at.bucket, at.key)
 
     def arrow(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         """A pyarrow file system and the path of `uri` in it (S3: bucket/key). It pickles, credentials included."""
@@ -368,6 +406,8 @@ class Storage:
         with translated(uri):
             if at.is_local:
                 return Path(at.key).read_bytes()
+            if (literal := self.literal_object(uri)) is not None:
+                return literal.get().data or b""
             store, key = self.object_store(uri)
             return bytes(obstore.get(store, key).bytes())
 
@@ -377,6 +417,9 @@ class Storage:
         with translated(uri):
             if at.is_local:
                 _write_local(Path(at.key), data)
+                return
+            if (literal := self.literal_object(uri)) is not None:
+                literal.put(data)
                 return
             store, key = self.object_store(uri)
             obstore.put(store, key, data)
@@ -388,6 +431,10 @@ class Storage:
             if at.is_local:
                 _copy_local(path, Path(at.key))
                 return
+            if (literal := self.literal_object(uri)) is not None:
+                with path.open("rb") as file:
+                    literal.put(file)
+                return
             store, key = self.object_store(uri)
             obstore.put(store, key, path)
 
@@ -397,6 +444,9 @@ class Storage:
         with translated(uri):
             if at.is_local:
                 Path(at.key).unlink(missing_ok=True)
+                return
+            if (literal := self.literal_object(uri)) is not None:
+                literal.delete()
                 return
             store, key = self.object_store(uri)
             try:
@@ -411,6 +461,9 @@ class Storage:
             if at.is_local:
                 found = os.stat(at.key)
                 return ObjectStat(local_etag(found), found.st_size)
+            if (literal := self.literal_object(uri)) is not None:
+                answer = literal.head()
+                return ObjectStat(unquoted(answer.etag), answer.size)
             store, key = self.object_store(uri)
             meta = obstore.head(store, key)
             return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
@@ -439,8 +492,8 @@ class Storage:
         if at.is_local:
             return os.path.exists(at.key)
         try:
-            if at.key.rstrip("/"):
-                self.stat(at.uri)
+            if at.key and not at.key.endswith("/"):
+                self.stat(uri)
                 return True
         except InputNotFoundError:
             pass  # no object of that name: it may be a prefix
@@ -454,13 +507,13 @@ class Storage:
         at = parse(uri)
         if at.is_local:
             return os.path.isfile(at.key)
-        if not at.key.rstrip("/"):
+        if not at.key or at.key.endswith("/"):
             return False
         try:
             self.stat(uri)
         except InputNotFoundError:
             return False
-        return not at.key.endswith("/")
+        return True
 
     def list_objects(self, uri: str) -> Iterator[pa.RecordBatch]:
         """Everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no promised order.
@@ -491,7 +544,7 @@ class Storage:
 
     def _s3_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
         """Listed by botocore: obstore gives up on the whole bucket at the first key like `a//b` or `a/./b`."""
-        prefix = at.key.rstrip("/") + "/" if at.key.rstrip("/") else ""
+        prefix = f"{at.key}/" if at.key and not at.key.endswith("/") else at.key
         pages = self._botocore_client(at.bucket).get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=prefix)
         for page in pages:
             yield [(item["Key"], item.get("ETag"), item["Size"]) for item in page.get("Contents", ())]
@@ -502,10 +555,19 @@ class Storage:
             yield [(item["path"], item["e_tag"], item["size"]) for item in page]
 
     def _botocore_client(self, bucket: str) -> Any:
+        """One client a bucket: making one takes a tenth of a second, and threads may share it."""
+        with self._client_lock:
+            if bucket not in self._clients:
+                self._clients[bucket] = self._build_botocore_client(bucket)
+            return self._clients[bucket]
+
+    def _build_botocore_client(self, bucket: str) -> Any:
         config: dict[str, Any] = {
             "connect_timeout": self.options.connect_timeout_s,
             "read_timeout": self.options.request_timeout_s,
             "retries": {"mode": "standard", "total_max_attempts": self.options.max_retries + 1},
+            "max_pool_connections": CONCURRENT_HEADS,
+            "request_checksum_calculation": "when_required",  # other stores than AWS's refuse the newer checksums
         }
         if self.options.endpoint_url:
             config["s3"] = {"addressing_style": "path"}
@@ -648,18 +710,26 @@ def describe(error: BaseException) -> str:
 
 
 def relative_to(base: str, name: str) -> str:
-    """`name` as a canonical URI: as it is where it is absolute, otherwise below the folder `base`."""
-    if "://" in name or os.path.isabs(name):
-        return canonical(name)
-    return canonical(Storage.join(base, name)) if "://" in base else canonical(os.path.join(base, name))
+    """`name` as a canonical URI: as it is where it is absolute, otherwise below the folder `base`.
+
+    A relative name may begin with `./` and `../`; every other part of a key is literal.
+    """
+    if _SCHEME.match(name) or os.path.isabs(name):
+        return parse(name).uri
+    if not _SCHEME.match(base):
+        return parse(os.path.join(base, name)).uri
+    while found := re.match(r"(\.\.?)/+", name):
+        base, name = parent(base) if found.group(1) == ".." else base, name[found.end() :]
+    return parse(f"{base}{name}" if base.endswith("/") else f"{base}/{name}").uri
 
 
 def parent(uri: str) -> str:
-    """The folder that holds `uri`."""
+    """The folder that holds `uri`, as `folder_uri` spells it."""
     at = parse(uri)
     if at.is_local:
         return os.path.dirname(at.key)
-    return Location(at.scheme, at.bucket, at.key.rstrip("/").rpartition("/")[0]).uri
+    key = folder_uri(uri)[len(f"{at.scheme}://{at.bucket}/") :]
+    return folder_uri(Location(at.scheme, at.bucket, key[: key.rfind("/") + 1]).uri)
 
 
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.Table:

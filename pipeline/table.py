@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.errors import ConfigError
 from pipeline.errors import InputNotFoundError, TableError
+from pipeline.literal_keys import is_plain
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage, canonical, describe, parse, translate, translated
 
@@ -88,6 +89,11 @@ def open_table(storage: Storage, uri: str) -> Table:
     table = Table(storage, canonical(uri))
     if re.search(r"%[0-9A-Fa-f]{2}|[\\\n]", table.uri):
         raise ConfigError(f"{table.uri}: Delta keeps no table at a path with %XX, a backslash or a line break; give another")
+    at = parse(table.uri)
+    if not at.is_local and at.key and not is_plain(at.key):
+        raise ConfigError(
+            f"{table.uri!r}: no table can be at a key with `//`, `/./`, `/../` or a control character; give another"
+        )
     if storage.is_file(table.uri):
         raise TableError(f"{table.uri}: is a file; a table is a folder, give another path")
     version = table.schema_version()
