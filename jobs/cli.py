@@ -5,18 +5,20 @@ Errors a user can cause end in one line on stderr and their own exit code (`mode
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from jobs.stopped import command_of, stopped_line
-from model.errors import MaskLakeError
+from jobs.usage import USAGE_ERROR, usage_line
+from model.errors import ConfigError, MaskLakeError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 app = typer.Typer(
     name="masklake",
@@ -26,13 +28,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
+
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout: what scripts read."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+def print_json(report: BaseModel) -> None:
+    """One JSON document on stdout: what scripts read. NaN and infinity, which JSON has not, are null."""
+    sys.stdout.write(report.model_dump_json(indent=2) + "\n")
 
 
 def show_version(wanted: bool) -> None:
@@ -77,7 +81,7 @@ def convert(
 
     report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps)
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
     else:
         typer.echo(
             f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
@@ -88,18 +92,50 @@ def convert(
 @app.command()
 def query(
     table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
-    sql: Annotated[str, typer.Argument(help="DuckDB SQL over images, detections, current_images, current_detections.")],
-    form: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="How to write the answer.")] = "table",
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write here, local or s3://, not to stdout.")] = None,
+    sql: Annotated[
+        str,
+        typer.Argument(
+            help="DuckDB SQL in quotes, over images, detections, current_images, current_detections; `-` reads it from stdin."
+        ),
+    ],
+    form: Annotated[
+        Literal["table", "csv", "tsv", "json", "jsonl", "parquet"] | None,
+        typer.Option("--format", help="How to write the answer; default: what --output's suffix says, else a table."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the whole answer here, local or s3://: *.csv, .tsv, .json, .jsonl, .parquet, .txt; text also with .gz.",
+        ),
+    ] = None,
     endpoint: Endpoint = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as JSON, or with --output what was written.")
+    ] = False,
 ) -> None:
-    """Ask a table in SQL, offline and without writing to it."""
+    """Ask a table in SQL, offline and without writing to it.
+
+    Instances are stored from score 0.05 on; `WHERE score >= 0.5` leaves the likely ones. `SHOW TABLES`, `DESCRIBE images` and
+    `SUMMARIZE images` say what there is. Only a table on the terminal is cut: a file or a pipe gets every row in full.
+    """
     from jobs import query as command
+    from jobs.answers import Format
     from pipeline.storage import Storage, StorageOptions
 
-    rows = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, sql, command.Format(form), output)
-    if output is not None:
-        typer.echo(f"{output}: {rows} rows")
+    storage = Storage(StorageOptions(endpoint_url=endpoint))
+    chosen = None if form is None else Format(form)
+    if output is None or output == "-":
+        if as_json and chosen not in (None, Format.JSON):
+            raise ConfigError(f"--json and --format {form} contradict each other; leave one out")
+        command.show(storage, table, command.read_sql(sql), Format.JSON if as_json else chosen or Format.TABLE)
+        return
+    report = command.run(storage, table, command.read_sql(sql), output, chosen)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(f"{report.output}: {report.rows} {'row' if report.rows == 1 else 'rows'}")
 
 
 @app.command()
@@ -117,7 +153,7 @@ def show(
 
     report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score)
     if as_json:
-        print_json(asdict(report))
+        print_json(report)
     else:
         typer.echo(f"{report.output}: {report.instances} instances of {report.uri}, {report.size[0]} x {report.size[1]} pixels")
 
@@ -179,7 +215,7 @@ def label(
     with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
         report = command.run(options, say=lambda line: typer.echo(line, err=True))
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
     else:
         typer.echo(command.describe(report))
     check_failures(report.statuses, max_failed)
@@ -254,9 +290,10 @@ def train(
             "storage": {"endpoint_url": endpoint},
         },
     )
-    report = command.run(options)
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
+        report = command.run(options)
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
     else:
         typer.echo(command.describe(report))
 
@@ -294,7 +331,7 @@ def propose(
     with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
         report = command.run(options)
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
     else:
         typer.echo(f"{report.output}: {report.proposals} proposals of {report.images} images by {report.model_id}")
 
@@ -324,7 +361,7 @@ def evaluate(
     storage = Storage(StorageOptions(endpoint_url=endpoint))
     report = command.run(storage, table, truth, images, labelling_run, max_dets or (1, 10, 100), iou_score, output)
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
     else:
         typer.echo(command.describe(report))
 
@@ -340,30 +377,50 @@ def demo(
     """See the whole product at work on drawn shapes: train, label, score, query."""
     from jobs import demo as command
 
-    report = command.run(output, train_images, unseen_images, epochs, say=lambda line: typer.echo(line, err=as_json))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        report = command.run(output, train_images, unseen_images, epochs, say=lambda line: typer.echo(line, err=as_json))
     if as_json:
-        print_json(report.model_dump())
+        print_json(report)
 
 
 def main() -> None:
     """Entry point of the `masklake` script."""
     try:
-        app()
-    except BrokenPipeError:  # who reads our output has seen enough (`| head`); nothing can be written any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        code = app(standalone_mode=False)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer's own answer to it is 1
+            _end_without_reader()
+        raise
+    except BrokenPipeError:
+        _end_without_reader()
     except Exception as error:
         if comes_from_interrupt(error):
-            sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
-            sys.exit(130)
+            _end_interrupted()
+        if isinstance(error, USAGE_ERROR):
+            _end(2, usage_line(error))
         if not isinstance(error, MaskLakeError):
             raise
-        sys.stderr.write(f"masklake: error: {error}\n")
-        sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code == 130:  # how typer ends on Ctrl-C, without a word
-            sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
-        raise
+        _end(error.exit_code, str(error))
+    if code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
+        _end_interrupted()
+    sys.exit(code)
+
+
+def _end(code: int, message: str) -> NoReturn:
+    if message:
+        sys.stderr.write(f"masklake: error: {message}\n")
+    sys.exit(code)
+
+
+def _end_interrupted() -> NoReturn:
+    sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
+    sys.exit(INTERRUPTED)
+
+
+def _end_without_reader() -> NoReturn:
+    """Who reads our output has seen enough (`| head`); nothing can be written any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def comes_from_interrupt(error: BaseException | None) -> bool:

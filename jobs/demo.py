@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from jobs import evaluate, label, train
-from jobs.query import write_table
+from jobs.answers import write_shown_table
 from jobs.shapes import CATEGORIES, generate
 from pipeline.decode import decode
 from pipeline.draw import contact_sheet, draw_instances
@@ -166,7 +166,7 @@ def answer(storage: Storage, table: Path, sql: str) -> str:
     """The answer to `sql` as a text table."""
     text = io.StringIO()
     with stream(storage, str(table), sql) as batches:
-        write_table(batches, text)
+        write_shown_table(batches, text)
     return text.getvalue().rstrip()
 
 

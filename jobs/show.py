@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.decode import decode
 from pipeline.draw import draw_instances
@@ -20,9 +20,10 @@ from pipeline.storage import Storage, canonical, describe
 NEAR_NAMES = 3
 
 
-@dataclass(frozen=True)
-class ShowReport:
+class ShowReport(BaseModel):
     """What was drawn. size: the picture's width and height in pixels, which is a multiple of a small image's own."""
+
+    model_config = ConfigDict(frozen=True)
 
     output: str
     uri: str
@@ -46,7 +47,7 @@ def run(storage: Storage, table_uri: str, uri: str, output: str, min_score: floa
     png = io.BytesIO()
     picture.save(png, "PNG")
     storage.write_bytes(output, png.getvalue())
-    return ShowReport(canonical(output), found["uri"], len(instances), picture.size)
+    return ShowReport(output=canonical(output), uri=found["uri"], instances=len(instances), size=picture.size)
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset
 
 from pipeline.duck import connected
 from pipeline.errors import QueryError
@@ -25,11 +26,7 @@ from pipeline.table import open_table
 
 BATCH_ROWS = 10_000
 
-_FILES = "_table"  # the pyarrow dataset behind the views
-
 _COLUMNS = ", ".join(TABLE_SCHEMA.names)
-
-_IMAGES = "CREATE VIEW images AS SELECT {columns} FROM {files}"
 
 _DETECTIONS = """
 CREATE VIEW {name} AS
@@ -68,8 +65,7 @@ def connect(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnect
     with tempfile.TemporaryDirectory(prefix="masklake-query-") as spill, connected() as connection:
         connection.execute("SET temp_directory = $folder", {"folder": spill})
         connection.execute("SET TimeZone = 'UTC'")
-        connection.register(_FILES, dataset)
-        _create_views(connection)
+        _create_views(connection, dataset)
         for setting in (
             "python_enable_replacements = false",  # a table name must not find a variable of this process
             "autoinstall_known_extensions = false",
@@ -81,11 +77,29 @@ def connect(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnect
         yield connection
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection) -> None:
-    connection.execute(_IMAGES.format(columns=_COLUMNS, files=_FILES))
+def _create_views(connection: duckdb.DuckDBPyConnection, dataset: pyarrow.dataset.Dataset) -> None:
+    # Not `register`, whose name behind the views would stand among them in SHOW TABLES.
+    connection.from_arrow(dataset).project(_COLUMNS).create_view("images")
     connection.execute(_DETECTIONS.format(name="detections", images="images", run=RUN_COLUMN))
     connection.execute(_CURRENT_IMAGES.format(columns=_COLUMNS, run=RUN_COLUMN, ok=Status.OK))
     connection.execute(_DETECTIONS.format(name="current_detections", images="current_images", run=RUN_COLUMN))
+
+
+class Answer:
+    """An answer as record batches, for results larger than memory. QueryError while iterating: the query failed at that row."""
+
+    def __init__(self, reader: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection | None = None) -> None:
+        self.schema: pa.Schema = reader.schema
+        self._reader = reader
+        self._connection = connection
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        with _query_errors(self._connection):  # its own errors alone: those of who reads the batches are raised elsewhere
+            yield from self._reader
+
+    def read_all(self) -> pa.Table:
+        """All rows in memory."""
+        return pa.Table.from_batches(self, self.schema)
 
 
 def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
@@ -95,31 +109,47 @@ def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, A
 
 
 @contextmanager
-def stream(
-    storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None
-) -> Iterator[pa.RecordBatchReader]:
-    """The answer as batches, for results larger than memory; valid inside the block. Errors as in `query`."""
-    with connect(storage, table_uri) as connection, _query_errors(connection):
-        if not sql.strip(" \t\r\n;"):
-            raise QueryError(f"the query is empty; select from {', '.join(VIEWS)}")
-        if len(connection.extract_statements(sql)) > 1:
-            raise QueryError("these are several statements, of which only one answer could be given; ask one at a time")
-        answer = connection.sql(sql, params=dict(parameters or {}))
-        if answer is None:
-            raise QueryError(f"the query returns no rows; select from {', '.join(VIEWS)}")
-        yield answer.to_arrow_reader(BATCH_ROWS)
+def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[Answer]:
+    """The answer as batches; valid inside the block. Errors as in `query`."""
+    with connect(storage, table_uri) as connection:
+        with _query_errors(connection):
+            check_statement(connection, sql)
+            relation = connection.sql(sql, params=dict(parameters or {}))
+            if relation is None:
+                raise QueryError(f"the query returns no rows; select from {', '.join(VIEWS)}")
+            answer = Answer(relation.to_arrow_reader(BATCH_ROWS), connection)
+        yield answer
+
+
+_READING = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})
+"""DuckDB's types of statements that only read: SHOW, DESCRIBE and SUMMARIZE are SELECT, a PIVOT of unknown values is MULTI."""
+
+
+def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raises QueryError unless `sql` is one statement that reads. Nothing else could do harm, but its answer would mislead."""
+    statements = connection.extract_statements(sql)
+    if not statements:
+        raise QueryError(f"the query is empty; select from {', '.join(VIEWS)}")
+    if len(statements) > 1:
+        raise QueryError("these are several statements, of which only one answer could be given; ask one at a time")
+    kind = statements[0].type.name
+    if kind not in _READING:
+        raise QueryError(f"{kind} statements are refused: a query reads the table and changes nothing. {ELSEWHERE}")
+
+
+ELSEWHERE = "Write the answer of a SELECT to a file with --output (`masklake query --help` lists the formats)."
 
 
 @contextmanager
-def _query_errors(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+def _query_errors(connection: duckdb.DuckDBPyConnection | None) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # of who reads the answer, not of the query
-        raise
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader hands DuckDB's errors on as Arrow's
-        forbidden = isinstance(error, duckdb.PermissionException)
-        remedy = "A query reads this table and nothing else; write its answer with --output." if forbidden else ""
-        raise QueryError(f"{error}\n{remedy or describe_views(connection.cursor())}") from error
+        if isinstance(error, duckdb.PermissionException):
+            remedy = f"A query reads the table and nothing else. {ELSEWHERE}"
+        else:
+            remedy = describe_views(connection.cursor()) if connection is not None else ""
+        raise QueryError(f"{error}\n{remedy}".rstrip()) from error
 
 
 def describe_views(connection: duckdb.DuckDBPyConnection) -> str:

@@ -37,7 +37,7 @@ from model.errors import ConfigError
 from pipeline.errors import InputNotFoundError, TableError
 from pipeline.literal_keys import is_plain
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
-from pipeline.storage import Storage, canonical, describe, parse, translate, translated
+from pipeline.storage import IMAGE_SUFFIXES, Storage, canonical, describe, parse, translate, translated
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,9 @@ def open_table(storage: Storage, uri: str) -> Table:
             f"{table.uri!r}: no table can be at a key with `//`, `/./`, `/../` or a control character; give another"
         )
     if storage.is_file(table.uri):
-        raise TableError(f"{table.uri}: is a file; a table is a folder, give another path")
+        expanded = " (a pattern such as 'photos/*.jpg' needs quotes, or the shell expands it)"
+        hint = expanded if table.uri.lower().endswith(IMAGE_SUFFIXES) else ""
+        raise TableError(f"{table.uri}: is a file; a table is a folder, give another path{hint}")
     version = table.schema_version()
     if version is None and storage.exists(storage.join(table.uri, "_delta_log")):
         raise TableError(f"{table.uri}: is a Delta table that MaskLake did not write; give another path")

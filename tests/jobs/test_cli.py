@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from typer.main import get_command
 
-from jobs.cli import app
+from jobs.cli import app, main, print_json
 from jobs.stopped import AFTER_A_STOP, command_of, stopped_line
 
 COMMANDS = set(get_command(app).commands)  # type: ignore[attr-defined]
@@ -97,3 +101,44 @@ def test_wrong_usage_is_exit_code_2() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout.startswith("masklake ")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_prints_json_on_request(command: str) -> None:
+    options = {name for parameter in get_command(app).commands[command].params for name in parameter.opts}  # type: ignore[attr-defined]
+    assert "--json" in options
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    class Report(BaseModel):
+        scores: dict[str, Any]
+
+    print_json(Report(scores={"ap": math.nan, "by_max_dets": {100: math.inf}}))
+    assert json.loads(capsys.readouterr().out) == {"scores": {"ap": None, "by_max_dets": {"100": None}}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["query", "t", "SELECT", "a", "FROM", "b"],
+            "query: got unexpected extra arguments (a FROM b). SQL is one argument: put",
+        ),
+        (["query", "t", "SELECT", "-1"], "put it in quotes"),
+        (["query", "t"], "missing argument 'sql': DuckDB SQL in quotes"),
+        (["label", "a.jpg", "b.jpg", "c.jpg", "t", "--weights", "w"], "label 'photos/*.jpg' TABLE"),
+        (["label", "a", "t"], "missing option '--weights': A"),
+        (["show", "t", "a.jpg", "b.jpg", "-o", "x.png"], "one image at a time. See masklake show --help\n"),
+        (["train", "--epochs", "many"], "train: invalid value for '--epochs'"),
+        (["quer"], "masklake: error: no such command 'quer'. Did you mean 'query'? See masklake --help\n"),
+    ],
+)
+def test_wrong_usage_is_a_line_with_the_usual_cause(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["masklake", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n")) == (2, 1)
+    assert said in err

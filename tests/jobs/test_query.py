@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from jobs import show
+from jobs.answers import Format
 from jobs.cli import main
-from jobs.query import Format, plain, write_table
-from jobs.query import run as run_query
+from jobs.query import show as show_answer
+from model.errors import ConfigError
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
 from pipeline.schema import FILE_SCHEMA
 from pipeline.storage import Storage
@@ -101,7 +102,7 @@ def test_three_ways_to_read_an_answer(place: str, masklake: Any) -> None:
 def test_an_answer_can_go_to_a_file(place: str, masklake: Any) -> None:
     table = label(place, ["x.jpg"])
     code, out, _ = masklake("query", table, "SELECT 1 AS one", "--format", "csv", "--output", f"{place}/answer.csv")
-    assert (code, out) == (0, f"{place}/answer.csv: 1 rows\n")
+    assert (code, out) == (0, f"{place}/answer.csv: 1 row\n")
     assert Storage().read_bytes(f"{place}/answer.csv") == b"one\r\n1\r\n"
 
 
@@ -131,26 +132,75 @@ def test_columns_of_one_name_stay_apart_in_json(tmp_path: Path, masklake: Any) -
 def test_dates_that_python_has_not_are_refused_with_the_way_out(tmp_path: Path, form: str) -> None:
     table = label(str(tmp_path), ["a.jpg"])
     with pytest.raises(QueryError, match=r"column 'd'.*select d::VARCHAR"):
-        run_query(Storage(), table, "SELECT DATE '12000-01-01' AS d", Format(form))
-    assert run_query(Storage(), table, "SELECT (DATE '12000-01-01')::VARCHAR AS d", Format(form)) == 1
+        show_answer(Storage(), table, "SELECT DATE '12000-01-01' AS d", Format(form))
+    assert show_answer(Storage(), table, "SELECT (DATE '12000-01-01')::VARCHAR AS d", Format(form)) == 1
 
 
-def test_values_are_plain() -> None:
-    point = pa.struct([("x", pa.float32()), ("raw", pa.binary())])
-    assert plain([{"x": np.float32(0.1).item(), "raw": b"PP`m1"}], pa.list_(point)) == [{"x": 0.1, "raw": "PP`m1"}]
-    assert plain(math.nan, pa.float64()) is None
-    assert plain(b"\xff", pa.binary()) == "\\xff"
-    assert plain([("a", 1)], pa.map_(pa.string(), pa.int64())) == [["a", 1]]
+def test_a_file_holds_every_row_in_full_in_the_format_of_its_suffix(place: str, masklake: Any) -> None:
+    table = label(place, ["x.jpg"])
+    sql = "SELECT range AS n, repeat('m', 200) AS text FROM range(245)"
+    for suffix in ("csv", "csv.gz", "tsv", "json", "jsonl", "parquet", "txt"):
+        code, out, _ = masklake("query", table, sql, "-o", f"{place}/all.{suffix}")
+        assert (code, out) == (0, f"{place}/all.{suffix}: 245 rows\n")
+    lines = Storage().read_bytes(f"{place}/all.csv").decode().splitlines()
+    assert (len(lines), lines[245]) == (246, "244," + "m" * 200)
+    assert gzip.decompress(Storage().read_bytes(f"{place}/all.csv.gz")).decode().splitlines() == lines
+    assert len(json.loads(Storage().read_bytes(f"{place}/all.json"))) == 245
+    assert pq.read_table(pa.BufferReader(Storage().read_bytes(f"{place}/all.parquet"))).num_rows == 245
+    code, out, _ = masklake("query", table, sql, "-o", f"{place}/other", "--format", "json", "--json")
+    assert (code, json.loads(out)) == (0, {"output": f"{place}/other", "format": "json", "rows": 245})
 
 
-def test_a_long_table_is_cut_and_says_so() -> None:
-    out = io.StringIO()
-    table = pa.table({"number": range(250), "text": ["x" * 500] * 250})
-    assert write_table(table.to_reader(), out) == 250
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 103
-    assert max(map(len, lines[:-1])) < 120
-    assert lines[-1] == "(250 rows, 100 shown; --format csv gives all)"
+def test_a_pipe_gets_the_whole_table(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    _, out, _ = masklake("query", table, "SELECT range AS n, repeat('m', 200) AS text FROM range(245)")
+    assert len(out.splitlines()) == 248
+    assert "m" * 200 in out
+    assert "…" not in out
+
+
+def test_sql_comes_from_stdin(tmp_path: Path, masklake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 1 AS one\n"))
+    assert json.loads(masklake("query", table, "-", "--json")[1]) == [{"one": 1}]
+    assert masklake("query", table, "SELECT 1", "--json", "--format", "csv")[0] == ConfigError.exit_code
+    assert masklake("query", table, "SELECT 1", "--format", "parquet")[0] == ConfigError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [
+        ("{0}/nowhere/a.csv", 20, "there is no folder"),
+        ("{0}", 12, "is a folder"),
+        ("{0}/new/", 12, "is a folder"),
+        ("{0}/table/a.csv", 12, "in the table's own folder"),
+        ("{0}/a.xlsx", 12, ".parquet"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_query_runs(
+    tmp_path: Path, masklake: Any, output: str, code: int, said: str
+) -> None:
+    found, out, err = masklake("query", label(str(tmp_path), ["x.jpg"]), "SELECT bad", "-o", output.format(tmp_path))
+    assert (found, out) == (code, "")
+    assert said in err
+
+
+def test_an_answer_that_fails_leaves_the_file_as_it_was(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    (tmp_path / "a.csv").write_text("before")
+    sql = "SELECT CASE WHEN range > 40000 THEN error('late') ELSE range END AS n FROM range(50000)"
+    code, out, err = masklake("query", table, sql, "-o", str(tmp_path / "a.csv"))
+    assert (code, out) == (QueryError.exit_code, "")
+    assert "late" in err
+    assert (tmp_path / "a.csv").read_text() == "before"
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["a.csv"]
+
+
+def test_who_stops_reading_is_no_error(tmp_path: Path, start: Any) -> None:
+    command = start("query", label(str(tmp_path), ["x.jpg"]), "SELECT * FROM range(2000000)", "--format", "csv")
+    assert command.process.stdout.readline() == "range\n"
+    command.process.stdout.close()
+    assert (command.process.stderr.read(), command.process.wait(60)) == ("", 141)
 
 
 def test_show_draws_the_upright_image(place: str, masklake: Any) -> None:

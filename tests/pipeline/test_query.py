@@ -153,6 +153,35 @@ def test_sql_that_fails_says_why_and_what_there_is(tmp_path: Path, write_run: An
         query(Storage(), str(tmp_path), sql)
 
 
+def test_only_the_views_are_listed(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    for sql in ("SHOW TABLES", "SELECT table_name FROM information_schema.tables", "SELECT name FROM (SHOW ALL TABLES)"):
+        assert sorted(name for (name,) in ask(str(tmp_path), sql)) == sorted(VIEWS), sql
+    assert ask(str(tmp_path), "SELECT column_name FROM (DESCRIBE images) LIMIT 2") == [("image_id",), ("uri",)]
+    assert len(ask(str(tmp_path), "SUMMARIZE images")) == len(ask(str(tmp_path), "DESCRIBE images"))
+    assert ask(str(tmp_path), "SELECT cat FROM (PIVOT detections ON category USING count(*) GROUP BY uri)") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TABLE x AS SELECT 1",
+        "INSERT INTO images VALUES (1)",
+        "DELETE FROM images",
+        "DROP VIEW images",
+        "COPY images TO 'x.csv'",
+        "SET threads = 1",
+        "BEGIN",
+        "USE memory",
+        "EXPORT DATABASE 'x'",
+    ],
+)
+def test_statements_that_write_are_refused_by_name(tmp_path: Path, write_run: Any, make_row: Any, sql: str) -> None:
+    write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
+    with pytest.raises(QueryError, match=r"statements are refused.*--output"):
+        query(Storage(), str(tmp_path), sql)
+
+
 def test_one_question_at_a_time(tmp_path: Path, write_run: Any, make_row: Any) -> None:
     table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
     with pytest.raises(QueryError, match="several statements"):
@@ -160,7 +189,7 @@ def test_one_question_at_a_time(tmp_path: Path, write_run: Any, make_row: Any) -
     assert query(Storage(), table.uri, "SELECT 1 AS one;").to_pylist() == [{"one": 1}]
 
 
-@pytest.mark.parametrize("sql", ["", " ;\n"])
+@pytest.mark.parametrize("sql", ["", " ;\n", "-- nothing", "/* nothing */"])
 def test_an_empty_query_is_told(tmp_path: Path, write_run: Any, make_row: Any, sql: str) -> None:
     write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
     with pytest.raises(QueryError, match="current_detections"):

@@ -1,0 +1,47 @@
+"""Wrong usage in the command line's own words: what is wrong, what usually is behind it, and where to read on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]  # click's UsageError, of whichever click typer brings along
+
+QUOTE_SQL = 'SQL is one argument: put it in quotes, as in masklake query TABLE "SELECT count(*) FROM images"'
+
+EXTRA_ARGUMENTS: Mapping[str, str] = {
+    "query": QUOTE_SQL,
+    "label": "The shell expands a pattern without quotes: put it in quotes, as in masklake label 'photos/*.jpg' TABLE",
+    "show": "It draws one image at a time",
+}
+"""By command: what usually is behind more arguments than it takes."""
+
+
+def usage_line(error: Any) -> str:
+    """The lines for a USAGE_ERROR, without `masklake: error:`; empty where the help was printed instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    context = error.ctx
+    command = context.info_name if context is not None and context.parent is not None else None
+    parts = [_message(error), _hint(command, error)]
+    text = ". ".join(part for part in parts if part)
+    path = f"masklake {command}" if command else "masklake"
+    return f"{f'{command}: ' if command else ''}{text}{'' if text.endswith('?') else '.'} See {path} --help"
+
+
+def _message(error: Any) -> str:
+    """click's own message, as a part of a sentence."""
+    text = str(error.format_message()).strip().rstrip(".").replace("Value error, ", "")
+    text = text[:1].lower() + text[1:].replace("(s)", "s")
+    about = getattr(getattr(error, "param", None), "help", None)
+    return f"{text}: {about.rstrip('.')}" if about and type(error).__name__ == "MissingParameter" else text
+
+
+def _hint(command: str | None, error: Any) -> str:
+    if "unexpected extra" in str(error.format_message()):
+        return EXTRA_ARGUMENTS.get(command or "", "")
+    if type(error).__name__ == "NoSuchOption" and command == "query" and not str(error.option_name).startswith("--"):
+        return QUOTE_SQL  # a minus in SQL without quotes
+    return ""
