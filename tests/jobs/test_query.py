@@ -196,6 +196,7 @@ def test_an_answer_that_fails_leaves_the_file_as_it_was(tmp_path: Path, masklake
     assert [path.name for path in tmp_path.glob("*.csv")] == ["a.csv"]
 
 
+@pytest.mark.slow
 def test_who_stops_reading_is_no_error(tmp_path: Path, start: Any) -> None:
     command = start("query", label(str(tmp_path), ["x.jpg"]), "SELECT * FROM range(2000000)", "--format", "csv")
     assert command.process.stdout.readline() == "range\n"
