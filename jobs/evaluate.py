@@ -6,16 +6,19 @@ Every image of the truth counts: one that the table has not, or could not read, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.coco import read_coco
+from jobs.counts import counted_instances
+from model.errors import ConfigError
+from pipeline.coco import CocoDataset, read_coco
 from pipeline.errors import InputNotFoundError
 from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
-from pipeline.matching import COLUMNS, ImageNames, check_sizes, collect
+from pipeline.matching import COLUMNS, ImageNames, TableDetections, check_sizes, collect
 from pipeline.query import query, stream
+from pipeline.schema import LIKELY_SCORE
 from pipeline.storage import Storage
 
 
@@ -31,11 +34,14 @@ class EvaluateReport(BaseModel):
     failed: int = Field(description="Of these, images whose row says that they could not be labelled.")
     missing: int = Field(description="Of these, images without a row.")
     strangers: int = Field(description="Images of the table that the truth does not list: ignored.")
+    ambiguous: int = Field(description="Of these, images whose name alone fits several of the truth.")
     instances: int = Field(description="Of the truth, without crowds.")
-    detections: int
+    detections: int = Field(description="Of the table in these images, weak ones included: average precision needs them.")
+    detections_likely: int = Field(description="Of these, of score >= 0.5.")
     dropped: dict[str, int] = Field(description="What the truth's reader left out, by reason.")
     notes: list[str]
     scores: dict[IouType, dict[str, Any]]
+    not_scored: dict[IouType, str] = Field(description="Kinds that one side lacks, and which.")
     mean_iou: float | None = Field(description="Of the foreground; None without masks.")
     iou_score: float = Field(description="Least score of a detection in mean_iou.")
 
@@ -56,10 +62,14 @@ def run(
     Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError.
     """
     data = read_coco(storage, truth)
+    parameters = None if labelling_run is None else {"run": labelling_run}
     source = "current_images" if labelling_run is None else "images WHERE run = $run"
     sql = f"SELECT {', '.join(COLUMNS)} FROM {source}"  # noqa: S608 - constants of this program; the run is a parameter
-    with stream(storage, table, sql, None if labelling_run is None else {"run": labelling_run}) as batches:
-        found = collect(batches, ImageNames(data, images))
+    names = ImageNames(data, images)
+    with stream(storage, table, f"SELECT uri FROM {source}", parameters) as batches:  # noqa: S608 - likewise
+        matches = names.match(uri for batch in batches for uri in batch["uri"].to_pylist())
+    with stream(storage, table, sql, parameters) as batches:
+        found = collect(batches, matches.image_ids)
     if labelling_run is not None and not (found.labelled or found.failed or found.strangers):
         runs = ", ".join(
             row["run"] for row in query(storage, table, "SELECT DISTINCT run FROM images ORDER BY run").to_pylist()
@@ -71,6 +81,7 @@ def run(
             "Check the truth, or name the folder of its images with --images."
         )
     check_sizes(found, data)
+    check_categories(table, data, found)
     scores = coco_metrics(data, found.rows, max_dets=max_dets)
     report = EvaluateReport(
         table=table,
@@ -80,11 +91,18 @@ def run(
         failed=found.failed,
         missing=len(data.images) - found.labelled - found.failed,
         strangers=found.strangers,
+        ambiguous=len(matches.ambiguous),
         instances=data.instance_count(),
         detections=len(found.rows),
+        detections_likely=sum(row["score"] >= LIKELY_SCORE for row in found.rows),
         dropped=dict(data.dropped),
-        notes=_notes({c.id: c.name for c in data.categories}, found.names),
+        notes=[
+            *_notes({c.id: c.name for c in data.categories}, found.names),
+            *_partial(found.rows, scores),
+            *_ambiguous(matches.ambiguous),
+        ],
         scores={kind: vars(score) for kind, score in scores.items()},
+        not_scored=not_scored(data, found.rows, scores),
         mean_iou=mean_iou(data, found.rows, iou_score) if "segm" in scores else None,
         iou_score=iou_score,
     )
@@ -106,6 +124,52 @@ def _notes(truth: Mapping[int, str], table: Mapping[int, str]) -> list[str]:
     return notes
 
 
+def check_categories(table: str, truth: CocoDataset, found: TableDetections) -> None:
+    """Raises ConfigError where no detection is of a category that the truth has: every score would be 0 and mean nothing."""
+    known = {category.id: category.name for category in truth.categories}
+    if found.names and not found.names.keys() & known.keys():
+        raise ConfigError(
+            f"{table} and {truth.source} have no category id in common: {_ids(found.names)} in the table, "
+            f"{_ids(known)} in the truth. Give the truth the ids that the model was trained with."
+        )
+
+
+def _ids(names: Mapping[int, str]) -> str:
+    shown = [f"{number} ({name})" for number, name in sorted(names.items())[:5]]
+    return ", ".join([*shown, *(["..."] if len(names) > len(shown) else [])])
+
+
+def not_scored(truth: CocoDataset, rows: Sequence[Mapping[str, Any]], scored: Collection[IouType]) -> dict[IouType, str]:
+    """The kinds that one side has and the other lacks, with the side that lacks them."""
+    sides: dict[IouType, tuple[bool, str, str]] = {
+        "segm": (truth.has_masks, "masks", "segmentation"),
+        "keypoints": (truth.has_keypoints, "keypoints", "keypoints"),
+    }
+    lacking: dict[IouType, str] = {}
+    for kind, (in_truth, name, column) in sides.items():
+        in_table = any(column in row for row in rows)
+        if in_truth and not in_table and kind not in scored:
+            lacking[kind] = f"the table holds no {name}; `masklake label --tasks` says what is stored"
+        elif in_table and not in_truth:
+            lacking[kind] = f"the truth holds no {name}"
+    return lacking
+
+
+def _partial(rows: Sequence[Mapping[str, Any]], scored: Collection[IouType]) -> list[str]:
+    """A table of several runs, some of which stored no masks."""
+    without = sum("segmentation" not in row for row in rows) if "segm" in scored else 0
+    return [f"{without:,} of {len(rows):,} detections hold no mask and do not count for masks"] if without else []
+
+
+def _ambiguous(uris: Sequence[str]) -> list[str]:
+    if not uris:
+        return []
+    return [
+        f"{len(uris):,} images of the table, such as {uris[0]}, fit several of the truth by their name alone and do not count; "
+        "name the folder of the truth's images with --images"
+    ]
+
+
 def describe(report: EvaluateReport) -> str:
     """The report for people: what was compared, then one line a number, in percent as papers write them."""
     lines = [
@@ -117,6 +181,10 @@ def describe(report: EvaluateReport) -> str:
         lines.append(f"  {report.strangers} images of the table are not in the truth and do not count")
     lines += [f"  the truth's reader left out {count} {reason}" for reason, count in report.dropped.items()]
     lines += [f"  note: {note}" for note in report.notes]
+    lines.append(
+        f"  found in them: {counted_instances(report.detections_likely, report.detections)} (average precision counts all)"
+    )
+    lines += [f"  {KIND_NAMES[kind]} is not scored: {reason}" for kind, reason in report.not_scored.items()]
     lines += ["", f"  {'':10}{'detections':>11}{'AP':>8}{'AP50':>8}{'AR':>8}"]
     for kind, score in report.scores.items():
         for count, row in score["by_max_dets"].items():

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import label_plan
 from jobs.cluster import connect, data_context, last_line
+from jobs.counts import counted_instances
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from model import MaskRCNN, PredictOptions, load_checkpoint
@@ -29,7 +30,7 @@ from pipeline.labeller import LabellingActor, LabelSpec
 from pipeline.lease import Lease
 from pipeline.manifest import InputSpec, Plan, plan_run
 from pipeline.rows import Outcome, to_table
-from pipeline.schema import FILE_SCHEMA, Status
+from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, Status
 from pipeline.storage import Storage, StorageOptions
 from pipeline.table import Table, open_table
 
@@ -59,7 +60,7 @@ class LabelOptions(BaseModel):
 
 
 class LabelReport(BaseModel):
-    """What a run did. statuses and categories count the whole run; images_per_s what this start of it labelled."""
+    """What a run did. statuses, instances and categories count the whole run; images_per_s what this start of it labelled."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,7 +71,10 @@ class LabelReport(BaseModel):
     images: int
     resumed: bool
     statuses: dict[str, int] = Field(description="Images by status.")
-    categories: dict[str, int] = Field(description="Instances by category.")
+    instances: int = Field(description="Of score >= 0.5 (`schema.LIKELY_SCORE`): what is likely in the pictures.")
+    instances_stored: int = Field(description="In the table, weak ones included, which average precision needs.")
+    categories: dict[str, int] = Field(description="Instances of score >= 0.5 by category.")
+    categories_stored: dict[str, int] = Field(description="Instances in the table by category.")
     failed_share: float = Field(description="Of the images, 0 to 1.")
     labelled_now: int = Field(description="Images that this start of the run labelled.")
     seconds: float = Field(description="Of labelling, the workers' start included.")
@@ -128,14 +132,15 @@ def describe(report: LabelReport) -> str:
     """The report in a few lines for a person."""
     if report.run_id is None:
         return f"{report.table}: nothing new"
-    statuses = ", ".join(f"{count} {status}" for status, count in report.statuses.items() if count)
+    statuses = ", ".join(f"{count:,} {status}" for status, count in report.statuses.items() if count)
     shown = list(report.categories.items())[:10]
-    instances = ", ".join(f"{count} {category}" for category, count in shown) or "none"
     more = f" and {len(report.categories) - len(shown)} more categories" if len(report.categories) > len(shown) else ""
+    by_category = ", ".join(f"{count:,} {category}" for category, count in shown) + more
     return (
         f"run        {report.run_id}{' (resumed)' if report.resumed else ''}\n"
         f"images     {statuses}\n"
-        f"instances  {instances}{more}\n"
+        f"found      {counted_instances(report.instances, report.instances_stored)}\n"
+        f"categories {by_category or 'none'} (of score >= {LIKELY_SCORE:g})\n"
         f"speed      {report.images_per_s:.1f} images/s ({report.labelled_now} in {report.seconds:.1f} s, start-up included)\n"
         f"table      {report.table}"
     )
@@ -166,7 +171,7 @@ def _label(run: _Run, say: Say) -> LabelReport:
     run.lease.confirm()
     table.commit_run(plan.run_id, settled)
     table.compact(plan.run_id)
-    statuses, categories = run_output.summarise(table, plan.run_id)
+    summary = run_output.summarise(table, plan.run_id)
     return LabelReport(
         table=table.uri,
         run_id=plan.run_id,
@@ -174,9 +179,12 @@ def _label(run: _Run, say: Say) -> LabelReport:
         label_id=run.spec.label_id,
         images=plan.images,
         resumed=plan.resumed,
-        statuses=statuses,
-        categories=categories,
-        failed_share=label_plan.failed_share(statuses),
+        statuses=summary.statuses,
+        instances=sum(summary.likely.values()),
+        instances_stored=sum(summary.stored.values()),
+        categories=summary.likely,
+        categories_stored=summary.stored,
+        failed_share=label_plan.failed_share(summary.statuses),
         labelled_now=before,
         seconds=seconds,
         images_per_s=before / seconds,
@@ -333,7 +341,10 @@ def _nothing_new(table: Table, model_id: str, label_id: str) -> LabelReport:
         images=0,
         resumed=False,
         statuses={},
+        instances=0,
+        instances_stored=0,
         categories={},
+        categories_stored={},
         failed_share=0.0,
         labelled_now=0,
         seconds=0.0,

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import InputNotFoundError
-from pipeline.schema import FILE_SCHEMA, MANIFEST_SCHEMA, RUN_COLUMN, Status
+from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN, Status
 from pipeline.storage import Storage, translated
 from pipeline.table import DataFile, Table
 
@@ -136,16 +136,32 @@ def manifest_rows(table: Table, run_id: str, image_ids: NDArray[np.int64]) -> pa
     return pa.concat_tables(parts).cast(MANIFEST_SCHEMA) if parts else MANIFEST_SCHEMA.empty_table()
 
 
-def summarise(table: Table, run_id: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Of a committed run: images by status (every status named), and instances by category name, most frequent first."""
+@dataclass(frozen=True)
+class Summary:
+    """Of a committed run: images by status (every status named), and instances by category name, most frequent first.
+
+    likely: instances of at least LIKELY_SCORE. stored: all that the table holds.
+    """
+
+    statuses: dict[str, int]
+    likely: dict[str, int]
+    stored: dict[str, int]
+
+
+def summarise(table: Table, run_id: str) -> Summary:
+    """The summary of a run; zeros where it is not committed."""
     statuses = Counter({status.value: 0 for status in Status})
-    categories: Counter[str] = Counter()
+    likely: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
     if table.is_committed(run_id) and any(run == run_id for _, run in table.files()):
         chosen = pc.field(RUN_COLUMN) == run_id
         for batch in table.dataset().scanner(columns=["status", "instances"], filter=chosen).to_batches():
             statuses.update(_value_counts(batch["status"]))
-            categories.update(_value_counts(batch["instances"].flatten().field("category")))
-    return dict(statuses), dict(categories.most_common())
+            instances = batch["instances"].flatten()
+            categories = instances.field("category")
+            stored.update(_value_counts(categories))
+            likely.update(_value_counts(categories.filter(pc.greater_equal(instances.field("score"), LIKELY_SCORE))))
+    return Summary(dict(statuses), dict(likely.most_common()), dict(stored.most_common()))
 
 
 def _value_counts(values: pa.Array) -> dict[str, int]:

@@ -17,6 +17,11 @@ RUN_COLUMN = "run"
 """The partition column: in the folder's name and the Delta log, not in the files."""
 
 
+LIKELY_SCORE = 0.5
+"""From here on an instance counts in summaries and is drawn. Weaker ones, down to the model's threshold (0.05), are stored
+because average precision needs them; there are several times as many as there are things in the pictures."""
+
+
 class Status(StrEnum):
     """What became of one image."""
 

@@ -21,7 +21,7 @@ from model.errors import ConfigError
 from pipeline.coco import parse_coco, read_coco, to_rle
 from pipeline.errors import AnnotationError, InputNotFoundError, TableError
 from pipeline.evaluation import coco_metrics, mean_iou
-from pipeline.matching import ImageNames
+from pipeline.matching import ImageNames, Matches
 from pipeline.schema import FILE_SCHEMA
 from pipeline.storage import Storage
 from pipeline.table import open_table
@@ -167,20 +167,88 @@ def names_of(*file_names: str, folder: str | None = None) -> ImageNames:
 
 
 def test_images_are_found_by_the_end_of_their_uri() -> None:
-    assert names_of("a.jpg", "b.jpg").find("s3://bucket/val/b.jpg") == 1
-    assert names_of("x/a.jpg", "y/a.jpg").find("/data/y/a.jpg") == 1
-    assert names_of("x/a.jpg", "y/a.jpg").find("/data/a.jpg") is None  # could be either
-    assert names_of("val2017/a.jpg").find("/photos/a.jpg") == 0
-    assert names_of("a.jpg").find("/photos/ba.jpg") is None
-    names = names_of("a.jpg")
-    names.find("/one/a.jpg")
-    with pytest.raises(ConfigError, match=r"/two/a\.jpg and /one/a\.jpg both fit .*--images"):
-        names.find("/two/a.jpg")
+    assert names_of("a.jpg", "b.jpg").match(["s3://bucket/val/b.jpg"]).image_ids == {"s3://bucket/val/b.jpg": 1}
+    assert names_of("x/a.jpg", "y/a.jpg").match(["/data/y/a.jpg"]).image_ids == {"/data/y/a.jpg": 1}
+    assert names_of("val2017/a.jpg").match(["/photos/a.jpg"]).image_ids == {"/photos/a.jpg": 0}
+    assert names_of("a.jpg").match(["/photos/ba.jpg"]) == Matches({}, [])
+    assert names_of("x/a.jpg", "y/a.jpg").match(["/data/a.jpg"]) == Matches({}, ["/data/a.jpg"])  # could be either
+    with pytest.raises(ConfigError, match=r"/one/a\.jpg and /two/a\.jpg both fit a\.jpg .*--images"):
+        names_of("a.jpg").match(["/one/a.jpg", "/two/a.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("truth", "exact", "other"),
+    [
+        ("sub/a.jpg", "/photos/sub/a.jpg", "/photos/a.jpg"),
+        ("sub/a.jpg", "s3://b/sub/a.jpg", "s3://b/elsewhere/a.jpg"),
+        ("a.jpg", "/photos/a.jpg", "/photos/sub/a.jpg"),
+        ("/photos/a.jpg", "/photos/a.jpg", "/copies/photos/a.jpg"),
+    ],
+)
+def test_of_two_files_of_one_name_the_exact_one_is_taken(truth: str, exact: str, other: str) -> None:
+    for uris in ([exact, other], [other, exact]):
+        assert names_of(truth).match(uris).image_ids == {exact: 0}
 
 
 def test_a_folder_makes_the_choice() -> None:
-    names = names_of("a.jpg", folder="/one")
-    assert (names.find("/one/a.jpg"), names.find("/two/a.jpg")) == (0, None)
+    assert names_of("a.jpg", folder="/one").match(["/one/a.jpg", "/two/a.jpg"]) == Matches({"/one/a.jpg": 0}, [])
+
+
+def test_a_table_without_masks_is_scored_on_boxes(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    for row in rows:
+        row |= {"rles": [None] * len(row["instances"]), "keypoints": [[]] * len(row["instances"])}
+    write_table(str(tmp_path / "table"), rows)
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
+    assert set(report.scores) == {"bbox"}
+    assert report.scores["bbox"]["ap"] > 0.5
+    assert report.mean_iou is None
+    assert set(report.not_scored) == {"segm", "keypoints"}
+    assert "mask is not scored: the table holds no masks; `masklake label --tasks`" in evaluate.describe(report)
+
+
+def test_a_truth_without_masks_is_named_as_such(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "/photos"))
+    document = json.loads(shapes.read_text())
+    for annotation in document["annotations"]:
+        for field in ("segmentation", "keypoints", "num_keypoints"):
+            annotation.pop(field, None)
+    for category in document["categories"]:
+        category.pop("keypoints", None)
+        category.pop("skeleton", None)
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "boxes.json"))
+    assert set(report.scores) == {"bbox"}
+    assert report.not_scored == {"segm": "the truth holds no masks", "keypoints": "the truth holds no keypoints"}
+
+
+def test_a_run_without_masks_beside_one_with_masks_is_noted(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    rows[0]["rles"] = [None] * len(rows[0]["instances"])
+    write_table(str(tmp_path / "table"), rows)
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
+    assert f"{len(rows[0]['instances'])} of {report.detections} detections hold no mask" in report.notes[0]
+    assert set(report.scores) == {"bbox", "segm", "keypoints"}
+
+
+def test_both_counts_of_detections_are_said(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    write_table(str(tmp_path / "table"), rows)
+    scores = [instance["score"] for row in rows for instance in row["instances"]]
+    likely = sum(score >= 0.5 for score in scores)
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
+    assert (report.detections_likely, report.detections) == (likely, len(scores))
+    assert f"{likely} instances of score >= 0.5, {len(scores)} stored" in evaluate.describe(report)
+
+
+def test_sides_without_a_category_in_common_are_refused(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    for row in rows:
+        for instance in row["instances"]:
+            instance |= {"category_id": 70 + instance["category_id"]}
+    write_table(str(tmp_path / "table"), rows)
+    with pytest.raises(ConfigError, match=r"no category id in common: 71 \(disk\).* in the table, 1 \(disk\)"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
 
 
 def test_the_command_prints_a_table_or_json(shapes: Path, tmp_path: Path) -> None:

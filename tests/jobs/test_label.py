@@ -61,7 +61,9 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
     assert first.failed_share == pytest.approx(2 / 24)
     rows = rows_of(table)
     assert [Path(row["uri"]).name for row in rows] == [f"{n:03d}.jpg" for n in range(22)] + ["cut.jpg", "notes.jpg"]
-    assert sum(first.categories.values()) == sum(len(row["instances"]) for row in rows) > 22
+    scores = [instance["score"] for row in rows for instance in row["instances"]]
+    assert sum(first.categories_stored.values()) == first.instances_stored == len(scores) > 22
+    assert sum(first.categories.values()) == first.instances == sum(score >= 0.5 for score in scores)
     assert all(len(row["rles"]) == len(row["instances"]) for row in rows)
     assert [row["error"] is None for row in rows] == [row["status"] == "ok" for row in rows]
     assert first.model_id.startswith("tiny-")

@@ -79,17 +79,18 @@ def test_settled_rows_are_committed_whole(table: Table, make_row: Any) -> None:
     write(table, make_row, "a_000000", [0, 1])
     write(table, make_row, "b_000000", [1, 2])
     table.commit_run(RUN, run_output.settle(table, RUN, run_output.finished(table, RUN), images=3))
-    statuses, categories = run_output.summarise(table, RUN)
-    assert statuses == {"ok": 3} | dict.fromkeys(statuses.keys() - {"ok"}, 0)
-    assert categories == {"cat": 3, "dog": 3}
+    found = run_output.summarise(table, RUN)
+    assert found.statuses == {"ok": 3} | dict.fromkeys(found.statuses.keys() - {"ok"}, 0)
+    assert found.stored == {"cat": 3, "dog": 3}
+    assert found.likely == {"cat": 3}, "the dogs' score is 0.375"
     rows = table.dataset().to_table().sort_by("image_id").to_pylist()
     assert [(row["uri"], row["rles"]) for row in rows] == [(f"u{n}", [b"counts-cat", b"counts-dog"]) for n in range(3)]
 
 
 def test_a_run_that_is_not_committed_has_no_summary(table: Table) -> None:
-    statuses, categories = run_output.summarise(table, RUN)
-    assert set(statuses.values()) == {0}
-    assert categories == {}
+    found = run_output.summarise(table, RUN)
+    assert set(found.statuses.values()) == {0}
+    assert (found.likely, found.stored) == ({}, {})
 
 
 def test_rows_of_the_manifest_by_number(table: Table) -> None:
