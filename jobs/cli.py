@@ -60,8 +60,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A torchvision state dict (.pth) or Detectron2 checkpoint (.pkl, .pth), local or s3://, or a torchvision "
-            "weights' name."
+            help="A torchvision state dict or Detectron2 checkpoint (.pth, .safetensors, .pkl), local or s3://, or a "
+            "torchvision weights' name."
         ),
     ],
     target: Annotated[str, typer.Argument(help="The checkpoint to write, *.safetensors, local or s3://.")],
@@ -72,6 +72,10 @@ def convert(
             min=0, help="Of the norms; default: 0 for torchvision's own COCO_V1 files, else 1e-5. Saved anew: say it."
         ),
     ] = None,
+    categories: Annotated[
+        str | None,
+        typer.Option(help="File that names what the weights were trained on: COCO JSON, or text, one name a line."),
+    ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +83,7 @@ def convert(
     from jobs import convert as command
     from pipeline.storage import Storage, StorageOptions
 
-    report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps)
+    report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps, categories)
     if as_json:
         print_json(report)
     else:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from model import create_model
 from model.checkpoint import dumps
+from model.config import Category
 from model.errors import ConfigError
+from pipeline.coco import parse_coco
 from pipeline.storage import Storage, canonical
 
 
@@ -26,24 +31,29 @@ class ConvertReport(BaseModel):
     norm_eps: float
 
 
-def run(source: str, target: str, preset: str, storage: Storage, norm_eps: float | None = None) -> ConvertReport:
+def run(
+    source: str, target: str, preset: str, storage: Storage, norm_eps: float | None = None, categories: str | None = None
+) -> ConvertReport:
     """Reads `source` as `preset` and writes `target`, one safetensors file.
 
-    source: torchvision's state dict (.pth) or Detectron2's checkpoint (.pkl of its model zoo, .pth), local or s3://, or the
-    name of torchvision's weights, which are downloaded. Which system a file is of is read off its names; the checkpoint holds
-    that system's conventions. norm_eps: added to the norms' variance; a state dict does not say it. None: 0 for torchvision's
-    own COCO_V1 files, else 1e-5. Who has saved the COCO_V1 model anew has to say 0.
+    source: torchvision's state dict (.pth, .safetensors) or Detectron2's checkpoint (.pkl of its model zoo, .pth), bare or in a
+    training checkpoint, local or s3://, or the name of torchvision's weights, which are downloaded. Which system a file is of
+    is read off its names; the checkpoint holds that system's conventions. norm_eps: added to the norms' variance; a state dict
+    does not say it. None: 0 for torchvision's own COCO_V1 files, else 1e-5. Who has saved the COCO_V1 model anew has to say 0.
+    categories: a file that names what the weights were trained on (`read_categories`). None: the preset's.
 
     Raises UnknownPresetError, CheckpointError (not weights of this architecture), ConfigError (a target that is not named
-    .safetensors, or is the source) and the storage's errors.
+    .safetensors, cannot be written, or is the source) and the storage's errors.
     """
-    if not target.endswith(".safetensors"):
-        raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
-    if canonical(target) == canonical(source):
-        raise ConfigError(f"cannot write {target} over its own source: name another file")
+    _check_target(source, target)
     if norm_eps is not None and not math.isfinite(norm_eps):
         raise ConfigError(f"--norm-eps {norm_eps} is not a finite number")
-    model = create_model(preset, weights=storage.read_bytes(source) if "://" in source else source)
+    model = create_model(
+        preset,
+        weights=storage.read_bytes(source) if "://" in source else source,
+        categories=None if categories is None else read_categories(storage, categories),
+        weights_name=source,
+    )
     if norm_eps is not None:
         backbone = model.config.backbone.model_copy(update={"norm_eps": norm_eps})
         model = create_model(model.config.model_copy(update={"backbone": backbone}), weights=dumps(model))
@@ -57,3 +67,48 @@ def run(source: str, target: str, preset: str, storage: Storage, norm_eps: float
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         norm_eps=model.config.backbone.norm_eps,
     )
+
+
+def read_categories(storage: Storage, uri: str) -> tuple[Category, ...]:
+    """The categories of a model, class by class, from a COCO JSON file, a JSON list of names, or text, a name a line.
+
+    A COCO file's categories are taken by their ids, as torchvision's and Detectron2's classes are ordered; names get the ids
+    1, 2, 3 and so on. Raises ConfigError for a file that names none.
+    """
+    text = storage.read_bytes(uri)
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = _lines(text, uri)
+    rows = document.get("categories") if isinstance(document, dict) else document
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"--categories {uri} names no categories: give a COCO JSON file, or a text file with one name a line")
+    rows = [{"id": number, "name": row} if isinstance(row, str) else row for number, row in enumerate(rows, start=1)]
+    categories = parse_coco({"images": [], "annotations": [], "categories": rows}, uri).categories
+    return tuple(sorted(categories, key=lambda category: category.id))
+
+
+def _lines(text: bytes, uri: str) -> list[str]:
+    try:
+        return [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--categories {uri} is neither JSON nor text: {error}") from error
+
+
+def _check_target(source: str, target: str) -> None:
+    """Raises ConfigError, before the weights are read, for a target that cannot be written. Folders that lack are made."""
+    if not target.endswith(".safetensors"):
+        raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
+    if canonical(target) == canonical(source):
+        raise ConfigError(f"cannot write {target} over its own source: name another file")
+    if "://" in target:
+        return
+    if os.path.isdir(target):
+        raise ConfigError(f"cannot write {target}: it is a folder")
+    folder = Path(target).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {target}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write {target}: no permission to write into {folder}")

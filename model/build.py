@@ -14,7 +14,9 @@ from model.checkpoint import is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
 from model.errors import CheckpointError
 from model.mask_rcnn import MaskRCNN
-from model.presets import preset
+from model.other_networks import backbone_name, other_network, residual_network
+from model.presets import PRESETS, preset
+from model.weights_file import read_state
 
 _PREDICTORS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
 _BRANCHES = ("mask_head.", "keypoint_head.")
@@ -34,8 +36,9 @@ def create_model(
     """Build a model, in evaluation mode, on `device`.
 
     preset_or_config: a name in `PRESETS`, or a configuration, which is then followed to the letter.
-    weights: our checkpoint, a torchvision state dict (.pth) or a Detectron2 checkpoint (.pkl of its model zoo, .pth), as path
-    or bytes; or the name of torchvision's weights, which are downloaded. None leaves random weights. A preset's name takes on
+    weights: our checkpoint, a torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model zoo,
+    .pth, .safetensors), bare or in a training checkpoint or a wrapper (`model.weights_file`), as path or bytes; or the name of
+    torchvision's weights, which are downloaded. None leaves random weights. A preset's name takes on
     what the weights' source says: a checkpoint's own configuration where the preset is the same, the eps of torchvision's
     norms, Detectron2's conventions.
     categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
@@ -67,6 +70,22 @@ def create_model(
     return model.to(device).eval()
 
 
+def preset_of_weights(weights: str) -> str | None:
+    """The preset of torchvision's weights by name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; None for other strings.
+
+    Raises CheckpointError for the names of weights that are no detector's, or of one without a preset.
+    """
+    if not _WEIGHT_NAME.fullmatch(weights):
+        return None
+    name = weights.partition("_Weights.")[0].lower()
+    if name not in PRESETS:
+        raise CheckpointError(
+            f"{weights} are not a whole detector's weights that MaskLake knows; classifiers' begin a training (masklake train "
+            "--weights, --reset-predictors)"
+        )
+    return name
+
+
 def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
     """Whether weights, given as to `create_model`, are a torchvision classifier's. Raises CheckpointError like that."""
     if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
@@ -74,31 +93,36 @@ def holds_classifier(weights: str | Path | bytes, weights_name: str | None = Non
     data = read_bytes(weights)
     if is_ours(data) or detectron2_weights.is_pickle(data):
         return False
-    return torchvision_weights.is_classifier(torchvision_weights.read_pth(data, f"weights {weights_name or ''}".strip()))
+    return torchvision_weights.is_classifier(read_state(data, f"weights {weights_name or ''}".strip()))
 
 
 def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The weights under our names, and `config` as their source would have it."""
     if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
         state, eps = torchvision_weights.fetch(weights)
-        return _with_eps(config, eps), _renamed(state, config)
+        return _with_eps(config, eps), _renamed(state, config, name)
     data = read_bytes(weights)
     if is_ours(data):
         source, state = parse(data, name)
         return source if source.preset == config.preset else config, state
-    if detectron2_weights.is_pickle(data):
-        state = detectron2_weights.read_pickle(data, name)
-    else:
-        state = torchvision_weights.read_pth(data, name)
+    state = read_state(data, name)
+    if (other := other_network(state)) is not None:
+        raise CheckpointError(f"{name} holds {other}, which is no network that MaskLake can take: docs/models.md lists those")
     if detectron2_weights.is_theirs(state):
         return detectron2_weights.conventions(config), detectron2_weights.rename(state, config)
-    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), _renamed(state, config)
+    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), _renamed(state, config, name)
 
 
-def _renamed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    if torchvision_weights.is_classifier(state):
-        return torchvision_weights.rename_classifier(state, c4=config.features == "c4")
-    return torchvision_weights.rename(state)
+def _renamed(state: Mapping[str, Tensor], config: ModelConfig, name: str) -> dict[str, Tensor]:
+    if not torchvision_weights.is_classifier(state):
+        return torchvision_weights.rename(state)
+    theirs, ours = residual_network(state), backbone_name(config.backbone)
+    if theirs != ours:
+        raise CheckpointError(
+            f"{name} is of another architecture than model {config.preset!r}: it is {theirs}, a classifier, and the model's "
+            f"backbone is {ours}"
+        )
+    return torchvision_weights.rename_classifier(state, c4=config.features == "c4")
 
 
 def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:

@@ -6,7 +6,7 @@ Nothing here unpickles: reading an untrusted file runs no code of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,13 +68,20 @@ def read_bytes(source: str | Path | bytes) -> bytes:
         return Path(source).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {source}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"cannot read checkpoint {source}: it is a folder; name a file in it") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {source}: {error}") from error
+        raise CheckpointError(f"cannot read checkpoint {source}: {error.strerror}") from error
 
 
 def is_ours(data: bytes) -> bool:
     """Whether these bytes begin as a safetensors file that MaskLake wrote."""
     return _metadata(data).get("format") == FORMAT
+
+
+def has_safetensors_header(data: bytes) -> bool:
+    """Whether these bytes begin as safetensors of whatever program: the length of a header, and its first brace."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= _HEADER_LIMIT
 
 
 def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -134,10 +141,10 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None
             if own[key].shape != state[key].shape
         ],
     }
-    if found := [f"{what} {_listed(keys)}" for what, keys in complaints.items() if keys]:
+    if found := [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]:
         raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
     if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
-        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {_listed(strange)}")
+        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
     network.load_state_dict(state, strict=False)
 
 
@@ -149,14 +156,16 @@ def _is_weight(tensor: Tensor) -> bool:
 
 def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     key = "box_head.cls_score.bias"
-    if key in state and state[key].shape != own[key].shape:
+    if key in state and state[key].dim() == 1 and state[key].shape != own[key].shape:
         raise CheckpointError(
             f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
-            f"({len(config.categories)} categories): give the categories that it was trained on, or reset_predictors=True "
-            "(--reset-predictors) to train new ones"
+            f"({len(config.categories)} categories): name the {len(state[key]) - 1} that it was trained on (masklake convert "
+            "--categories FILE; categories= of create_model), or begin new last layers (masklake train --reset-predictors; "
+            "reset_predictors=True)"
         )
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """The first `LISTED` of them, and how many more there are."""
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
     return f"{', '.join(keys[:LISTED])}{more}"

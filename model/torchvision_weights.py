@@ -6,13 +6,10 @@ key names of torchvision's oldest files, and the ResNet and ResNeXt classifiers,
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from model.checkpoint import renamed
 from model.errors import CheckpointError
+from model.weights_file import read_state
 
 _ZERO_EPS_FILES = ("258fb6c6", "bf2d0c1e", "fc266e95")
 """SHA-256 prefixes of the COCO_V1 files (box, mask, keypoint), for which torchvision's builders set the norm's eps to 0."""
@@ -96,26 +94,6 @@ def rename_classifier(state: Mapping[str, Tensor], c4: bool) -> dict[str, Tensor
     }
 
 
-def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a `torch.save`d state dict, by name; arbitrary objects are refused, not unpickled.
-
-    Raises CheckpointError for anything else.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training script saves its arguments, too
-            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes make of torch's reader; its own message advises to unpickle them
-        raise CheckpointError(
-            f"{name} is neither a MaskLake checkpoint nor a state dict of tensors ({type(error).__name__}); "
-            "other objects are refused, since reading them could run code"
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]  # torchvision's training script saves optimiser and epoch beside the weights
-    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise CheckpointError(f"{name} is no state dict: expected tensors by name")
-    return dict(content)
-
-
 def norm_eps_of_file(data: bytes) -> float:
     """The eps that torchvision's builder gives the frozen norms of this weights file."""
     return 0.0 if hashlib.sha256(data).hexdigest().startswith(_ZERO_EPS_FILES) else 1e-5
@@ -142,4 +120,4 @@ def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
         data = kept.read_bytes()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot download torchvision's weights {weight_name} to {kept}: {error}") from error
-    return read_pth(data, f"{weight_name} ({kept})"), 0.0 if str(weights) in _ZERO_EPS_WEIGHTS else 1e-5
+    return read_state(data, f"{weight_name} ({kept})"), 0.0 if str(weights) in _ZERO_EPS_WEIGHTS else 1e-5

@@ -14,9 +14,11 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.convert import read_categories
 from model import create_model, load_checkpoint
 from model.errors import CheckpointError, ConfigError
 from model.torchvision_weights import rename
+from pipeline.storage import Storage
 
 KINDS = ("weight", "bias")
 
@@ -121,6 +123,56 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(source)):
         convert(str(source), str(tmp_path / "out.safetensors"), "--preset", "maskrcnn_resnet50_fpn")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+CATEGORIES = {
+    "coco.json": '{"categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a", "keypoints": ["left_x", "right_x"]}]}',
+    "names.json": '["a", "b"]',
+    "names.txt": "\ufeffa\r\n\nb\n",
+}
+
+
+@pytest.mark.parametrize("name", CATEGORIES)
+def test_other_categories_are_named_by_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(CATEGORIES[name])
+    first, second = read_categories(Storage(), str(tmp_path / name))
+    assert (first.name, second.name) == ("a", "b")
+    if name == "coco.json":
+        assert (first.id, second.id, first.flip_pairs) == (3, 7, ((0, 1),))
+    else:
+        assert (first.id, second.id) == (1, 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"categories": []}', b"\xff\xfe\x00", b"3"])
+def test_a_file_that_names_no_categories_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--categories \S*classes\.txt"):
+        read_categories(Storage(), str(tmp_path / "classes.txt"))
+
+
+def test_wrapped_weights_of_other_categories_become_a_checkpoint(tmp_path: Path) -> None:
+    """Our own test of the whole way: a training checkpoint of a wrapped model with two classes, in half precision."""
+    state = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3).state_dict()
+    wrapped = {f"module.{key}": tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    torch.save({"state_dict": wrapped, "epoch": 3}, source)
+    arguments = (str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--json")
+    with pytest.raises(CheckpointError, match=r"3 classes .* here has 91 \(90 categories\): name the 2 .*--categories FILE"):
+        convert(*arguments)
+    (tmp_path / "names.txt").write_text("nucleus\ncell\n")
+    assert json.loads(convert(*arguments, "--categories", str(tmp_path / "names.txt")))["categories"] == 2
+    assert load_checkpoint(target).config.category_names == {1: "nucleus", 2: "cell"}
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.safetensors").mkdir()
+    for target, cause in (
+        ("file/new/out.safetensors", r"\S*file is a file, not a folder"),
+        ("folder.safetensors", "it is a folder"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot write .*: {cause}$"):
+            convert(str(tmp_path / "none.pth"), str(tmp_path / target), "--preset", "tiny")
 
 
 def test_the_target_must_be_named_as_what_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""`--weights` of commands that need a whole model: a checkpoint, torchvision's weights by name, or who converts the rest."""
+
+from __future__ import annotations
+
+from model import create_model
+from model.build import preset_of_weights
+from model.checkpoint import dumps, is_ours
+from model.errors import CheckpointError
+from model.weights_file import what_it_is
+from pipeline.storage import Storage
+
+
+def read_model(storage: Storage, weights: str) -> bytes:
+    """A MaskLake checkpoint's bytes, from `weights` in any form that says by itself what model it is of.
+
+    weights: a checkpoint, local or s3://, or the name of a torchvision detector's weights, such as
+    `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache and converted in memory (their
+    `model_id` is that of a file of `masklake convert`). Raises CheckpointError for any other file: other systems' files do not say their
+    preset, so the message names the `masklake convert` that is told it; and the storage's errors.
+    """
+    if (preset := preset_of_weights(weights)) is not None:
+        return dumps(create_model(preset, weights=weights))
+    data = storage.read_bytes(weights)
+    if is_ours(data):
+        return data
+    if (what := what_it_is(data)) is not None:
+        raise CheckpointError(f"{weights} is not a MaskLake checkpoint: it is {what}")
+    raise CheckpointError(
+        f"{weights} is not a MaskLake checkpoint. Weights of torchvision or Detectron2 become one by: "
+        f"masklake convert {weights} model.safetensors --preset PRESET"
+    )
