@@ -15,8 +15,8 @@ def read_model(storage: Storage, weights: str) -> bytes:
 
     weights: a checkpoint, local or s3://, or the name of a torchvision detector's weights, such as
     `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache and converted in memory (their
-    `model_id` is that of a file of `masklake convert`). Raises CheckpointError for any other file: other systems' files do not say their
-    preset, so the message names the `masklake convert` that is told it; and the storage's errors.
+    `model_id` is that of a file of `masklake convert`). Raises the storage's errors, and CheckpointError for any other file:
+    those of other systems do not say their preset, so the message names the `masklake convert` that is told it.
     """
     if (preset := preset_of_weights(weights)) is not None:
         return dumps(create_model(preset, weights=weights))
