@@ -25,7 +25,8 @@ from pipeline.draw import contact_sheet, draw_instances
 from pipeline.evaluation import IouType
 from pipeline.query import query, stream
 from pipeline.schema import LIKELY_SCORE
-from pipeline.storage import Storage, translated
+from pipeline.storage import Storage
+from pipeline.storage_errors import translated
 
 Say = Callable[[str], None]
 

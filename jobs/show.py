@@ -15,7 +15,8 @@ from pipeline.draw import draw_instances
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.query import connect
 from pipeline.schema import Status
-from pipeline.storage import Storage, canonical, describe
+from pipeline.storage import Storage, canonical
+from pipeline.storage_errors import describe
 
 NEAR_NAMES = 3
 

@@ -15,7 +15,8 @@ from model.errors import MaskLakeError
 from pipeline.errors import InputNotFoundError
 from pipeline.literal_keys import LiteralObject
 from pipeline.schema import Status
-from pipeline.storage import Storage, local_etag, parse, translated, unquoted
+from pipeline.storage import Storage, local_etag, parse, unquoted
+from pipeline.storage_errors import translated
 
 CONCURRENT_GETS = 32
 """Requests in flight a call: enough to hide 50 ms of latency at 600 images/s, few enough for one node's sockets."""

@@ -4,6 +4,8 @@ Two drivers on one run would each write every row; Ray Data's checkpoint protect
 the lease is an object created and renewed by conditional puts, so that of two drivers one is refused by the store itself. On a
 local file system it is a lock of the operating system, which the kernel drops when the driver dies.
 
+A put whose reply is lost is asked about and never mistaken for another driver's (`pipeline.conditional`).
+
 An expired lease is taken over. A holder on this host whose process is gone counts as expired at once; of a holder elsewhere
 we only know its last renewal, and clocks differ between hosts, so we watch the lease for its whole lifetime on our own clock.
 """
@@ -24,13 +26,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
+from model.errors import MaskLakeError
+from pipeline.conditional import ConditionalObject, RefusedError, bare_tags
 from pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
-from pipeline.storage import Storage, describe, parse, translated
+from pipeline.storage import Storage, parse
+from pipeline.storage_errors import translated
+
+if TYPE_CHECKING:  # it exists in obstore's stubs alone
+    from obstore import UpdateVersion
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ TTL_S = 30.0
 """Seconds a lease lives without renewal; a driver renews it three times in that time."""
 
 OnWait = Callable[[str], None]
+
+_HELD_HERE: set[str] = set()  # tokens of the leases in objects that this process holds or is about to take
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,14 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether this holder surely does not write any more: it said so, or its process on this host ended."""
+        """Whether this holder surely does not write any more: it said so, or it or its process on this host ended."""
         if self.released:
             return True
-        return self.host == _this_host() and not _lives(self.pid, self.pid_started)
+        if self.host != _this_host():
+            return False
+        if (self.pid, self.pid_started) == (os.getpid(), _start_tick(os.getpid()) or ""):
+            return self.token not in _HELD_HERE
+        return not _lives(self.pid, self.pid_started)
 
     def __str__(self) -> str:
         age = (datetime.now(UTC) - datetime.fromisoformat(self.acquired_at)).total_seconds()
@@ -141,17 +152,20 @@ class FileLease(Lease):
         with translated(uri):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+b")
-            self._lock()
+            try:
+                self._lock()
+                self._write(Holder.this_process(self.ttl_s).to_json())
+            except BaseException:
+                self._file.close()  # an open file would hold the lock until this process ends
+                raise
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             content = self._path.read_bytes()
-            self._file.close()
             # The holder writes its name right after it locks: between the two the file may still be empty.
             raise self._held_by(Holder.from_json(content, self.uri) if content else "another process") from None
-        self._write(Holder.this_process(self.ttl_s).to_json())
 
     def _write(self, content: bytes) -> None:
         self._file.truncate(0)
@@ -176,8 +190,10 @@ class FileLease(Lease):
     def release(self) -> None:
         """Drop the lock. The file stays: removing it would let two waiting drivers lock two different files."""
         if not self._file.closed:
-            self._write(b"")
-            self._file.close()
+            try:
+                self._write(b"")
+            finally:
+                self._file.close()
 
 
 class ObjectLease(Lease):
@@ -186,52 +202,49 @@ class ObjectLease(Lease):
     def __init__(self, storage: Storage, uri: str, run_id: str, ttl_s: float, on_wait: OnWait) -> None:
         super().__init__(uri, run_id, ttl_s)
         self._on_wait = on_wait
-        self._store, self._key = storage.object_store(uri)
         self._holder = Holder.this_process(ttl_s)
-        self._lock = threading.Lock()  # a renewal and a confirmation must not use one entity tag twice
+        self._lock = threading.Lock()  # a renewal and a confirmation must not use one version twice
         self._stop = threading.Event()
         self._reason: str | None = None  # why it is lost
-        with translated(uri):
-            self._etag = self._take()
-            self._prove_conditional_puts()
-        self._renewed = time.monotonic()
+        self._trouble: MaskLakeError | None = None  # why the last renewal failed
+        _HELD_HERE.add(self._holder.token)
+        try:
+            bare = bare_tags(storage, uri.rpartition("/")[0])
+            self._object = ConditionalObject(_impatient(storage, ttl_s), uri, self._holder.token, bare)
+            with translated(uri):
+                self._version, self._renewed = self._take()
+        except BaseException:
+            _HELD_HERE.discard(self._holder.token)  # should the put arrive after all, this process may take it over
+            raise
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease-{run_id}", daemon=True)
         self._thread.start()
 
-    def _take(self) -> str:
-        """The entity tag of our lease object."""
+    def _take(self) -> tuple[UpdateVersion, float]:
+        """The version of our lease object, and when it was asked for: others count its lifetime from a later moment."""
+        started = time.monotonic()
         try:
-            return _tag(obstore.put(self._store, self._key, self._holder.to_json(), mode="create"))
-        except AlreadyExistsError:
-            return self._take_over()
+            return self._object.create(self._holder.to_json()), started
+        except RefusedError as error:
+            return self._take_over(error)
 
-    def _prove_conditional_puts(self) -> None:
-        """A store that ignores the condition would let every driver in; so ask for what must be refused."""
-        try:
-            obstore.put(self._store, self._key, self._holder.to_json(), mode="create")
-        except AlreadyExistsError:
-            return
-        raise StorageError(
-            f"{self.uri}: this store ignores conditional puts (If-None-Match), so a run cannot be protected against a second "
-            "driver; use a store that has them"
-        )
-
-    def _take_over(self) -> str:
-        holder, etag = self._read()
+    def _take_over(self, refused: RefusedError) -> tuple[UpdateVersion, float]:
+        if refused.found is None:
+            raise StorageError(f"{self.uri}: could neither be created nor read; is it being removed?") from refused
+        holder = Holder.from_json(refused.found.content, self.uri)
         if not holder.is_gone:
-            self._watch_until_expired(holder, etag)
+            self._watch_until_expired(holder, refused.found.version)
+        started = time.monotonic()
         try:
-            result = obstore.put(self._store, self._key, self._holder.to_json(), mode={"e_tag": etag})
-        except PreconditionError:
-            raise self._held_by(self._read()[0]) from None
+            version = self._object.replace(self._holder.to_json(), refused.found.version)
+        except RefusedError as error:
+            raise self._held_by(self._named(error)) from None
         logger.info("took over the lease of run %s from %s", self.run_id, holder)
-        return _tag(result)
+        return version, started
 
-    def _read(self) -> tuple[Holder, str]:
-        answer = obstore.get(self._store, self._key)
-        return Holder.from_json(bytes(answer.bytes()), self.uri), answer.meta["e_tag"] or ""
+    def _named(self, refused: RefusedError) -> Holder | str:
+        return Holder.from_json(refused.found.content, self.uri) if refused.found else "another driver"
 
-    def _watch_until_expired(self, holder: Holder, etag: str) -> None:
+    def _watch_until_expired(self, holder: Holder, version: UpdateVersion) -> None:
         """Return when the lease was not renewed for its lifetime; LeaseHeldError as soon as it is, or on this host at once."""
         if holder.host == _this_host():
             raise self._held_by(holder)
@@ -241,68 +254,69 @@ class ObjectLease(Lease):
         deadline = time.monotonic() + holder.ttl_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, holder.ttl_s / 10))
-            now_holder, now_etag = self._read()
-            if now_holder.released:
-                raise self._held_by(now_holder)  # it just finished: planning again is right, writing its run again is not
-            if now_etag != etag:
-                raise self._held_by(now_holder)
+            now = self._object.read()
+            # Released just now: planning again is right, writing its run again is not.
+            if now is None or now.version != version:
+                raise self._held_by(Holder.from_json(now.content, self.uri) if now else holder)
 
     def _renew_for_ever(self) -> None:
         while not self._stop.wait(self.ttl_s / 3):
             try:
                 self._renew()
-            except PreconditionError:
-                self._reason = "another driver took it over"
-            except (BaseError, OSError) as error:
-                logger.warning("the lease of run %s could not be renewed: %s", self.run_id, describe(error))
+            except MaskLakeError as error:
+                self._trouble = error
+                logger.warning("the lease of run %s could not be renewed: %s", self.run_id, error)
             if self._reason:
                 return
 
     def _renew(self) -> None:
-        with self._lock:
+        """Put the lease anew; sets the reason where another driver's, or nothing, stands there. StorageError and its kin."""
+        with self._lock, translated(self.uri):
             started = time.monotonic()  # others count the lifetime from the put's arrival, which is later: ours ends first
             self._holder = replace(self._holder, renewed_at=_now())
-            self._etag = _tag(obstore.put(self._store, self._key, self._holder.to_json(), mode={"e_tag": self._etag}))
-            self._renewed = started
+            try:
+                self._version = self._object.replace(self._holder.to_json(), self._version)
+            except RefusedError as error:
+                self._reason = f"{self._named(error)} took it over" if error.found else "its object was removed"
+            else:
+                self._renewed, self._trouble = started, None
 
     def check(self) -> None:
         """Raise LeaseLostError if a renewal was refused, or none succeeded within the lease's lifetime."""
         if self._reason:
             raise self._lost(self._reason)
         if (silent := time.monotonic() - self._renewed) > self.ttl_s:
-            raise self._lost(f"it could not be renewed for {silent:.0f} s")
+            why = f" ({self._trouble})" if self._trouble else ""
+            raise self._lost(f"it could not be renewed for {silent:.0f} s{why}")
 
     def confirm(self) -> None:
         """`check`, then renew it now."""
         self.check()
-        try:
-            with translated(self.uri):
-                self._renew()
-        except StorageError as error:
-            if not isinstance(error.__cause__, PreconditionError):
-                raise
-            self._reason = "another driver took it over"
-            raise self._lost(self._reason) from error
+        self._renew()
+        self.check()
 
     def release(self) -> None:
         """Mark the lease as given back, unless another driver has it by now."""
         self._stop.set()
         self._thread.join()
+        _HELD_HERE.discard(self._holder.token)
         if self._reason:
             return
         self._reason = "it was released"
-        content = replace(self._holder, released=True).to_json()
+        content = replace(self._holder, released=True, renewed_at=_now()).to_json()
         try:
-            obstore.put(self._store, self._key, content, mode={"e_tag": self._etag})
-        except (BaseError, OSError) as error:
-            logger.warning("the lease of run %s could not be given back, it expires: %s", self.run_id, describe(error))
+            with translated(self.uri):
+                self._object.replace(content, self._version)
+        except RefusedError:
+            return  # it had expired meanwhile, and is another driver's
+        except MaskLakeError as error:
+            logger.warning("the lease of run %s could not be given back, it expires: %s", self.run_id, error)
 
 
-def _tag(result: obstore.PutResult) -> str:
-    etag = result["e_tag"]
-    if etag is None:
-        raise StorageError("the store gives no entity tags, so a run cannot be protected against a second driver")
-    return etag
+def _impatient(storage: Storage, ttl_s: float) -> Storage:
+    """The same storage with requests that end well within the lifetime: a silent one must not cost the lease."""
+    limit = min(storage.options.request_timeout_s, max(ttl_s / 6, 1.0))
+    return Storage(storage.options.model_copy(update={"request_timeout_s": limit}))
 
 
 def _now() -> str:

@@ -37,12 +37,11 @@ from pipeline.storage import (
     OBJECT_SCHEMA,
     Storage,
     canonical,
-    describe,
     parent,
     parse,
     relative_to,
-    translated,
 )
+from pipeline.storage_errors import describe, translated
 from pipeline.table import RunRecord, Table, input_key, valid_run_id
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from pipeline.coco import NAMED
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError
 from pipeline.fetch import fetch
-from pipeline.storage import Storage, translated
+from pipeline.storage import Storage
+from pipeline.storage_errors import translated
 
 PROPOSAL_SCHEMA = pa.schema(
     [

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputNotFoundError
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN, Status
-from pipeline.storage import Storage, translated
+from pipeline.storage import Storage
+from pipeline.storage_errors import translated
 from pipeline.table import DataFile, Table
 
 DRIVER_PREFIX = "driver-"

@@ -19,7 +19,6 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -35,13 +34,13 @@ import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
-from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
-from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+from pipeline.errors import AccessDeniedError, InputNotFoundError
 from pipeline.literal_keys import LiteralObject, is_plain
+from pipeline.storage_errors import translate, translated
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore.store import ClientConfig, RetryConfig
@@ -652,61 +651,6 @@ def _is_utf8(path: str) -> bool:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-_FOREIGN = (obstore_errors.BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
-"""What the clients raise for a request that failed (pyarrow and s3fs: OSError)."""
-
-
-@contextmanager
-def translated(uri: str) -> Iterator[None]:
-    """Turn whatever a storage client raises into MaskLake's own error, which names `uri`."""
-    try:
-        yield
-    except MaskLakeError:
-        raise
-    except _FOREIGN as error:
-        raise translate(error, uri) from error
-
-
-def translate(error: BaseException, uri: str) -> MaskLakeError:
-    """The error of MaskLake's tree that `error` means, without the request's headers or the server's XML."""
-    reason = describe(error)
-    if "NoSuchBucket" in str(error):
-        return InputNotFoundError(f"{uri}: no such bucket; check its name, the endpoint and the region")
-    if isinstance(error, FileNotFoundError):
-        return InputNotFoundError(f"{uri}: not found; check the path")
-    if isinstance(error, NotADirectoryError):
-        return InputNotFoundError(f"{uri}: is a file where a folder is needed; check the path")
-    if isinstance(error, IsADirectoryError):
-        return InputNotFoundError(f"{uri}: is a folder where a file is needed; check the path")
-    if isinstance(error, OSError) and error.errno is not None and "://" not in uri.removeprefix("file://"):
-        if isinstance(error, PermissionError):
-            return AccessDeniedError(f"{uri}: permission denied; check who owns it, or give another path")
-        return StorageError(f"{uri}: {error.strerror}; check the path and the disk, or give another path")
-    denied = (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError)
-    if isinstance(error, denied) or _DENIED.search(str(error)):
-        return AccessDeniedError(f"{uri}: access denied ({reason}); check the AWS_* credentials, the profile and the policy")
-    return StorageError(f"{uri}: {reason}; check the endpoint (--endpoint or AWS_ENDPOINT_URL), the region and the network")
-
-
-_DENIED = re.compile(
-    r"\b(401 Unauthorized|403 Forbidden|AccessDenied|ACCESS_DENIED|InvalidAccessKeyId|SignatureDoesNotMatch)\b"
-)
-_S3_CODE = re.compile(r"<Code>(\w+)</Code>")
-_HTTP_STATUS = re.compile(r"status code: (\d{3}[\w ]*)")
-
-
-def describe(error: BaseException) -> str:
-    """One line on what a storage client raised; never the answer's body, which may quote an access key."""
-    text = str(error)
-    status, code = _HTTP_STATUS.search(text), _S3_CODE.search(text)
-    if status or code:
-        return " ".join(found.group(1).strip() for found in (status, code) if found)
-    first = re.split(r"[\n<]", text, maxsplit=1)[0].strip()
-    return f"{type(error).__name__}: {first[:300]}"
 
 
 def relative_to(base: str, name: str) -> str:

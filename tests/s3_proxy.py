@@ -1,6 +1,7 @@
 """A proxy in front of the tests' S3 server that fails as real stores and networks do, by rule.
 
     proxy.drop_reply("PUT", "/lease")                        # the store has it, the client sees a closed connection
+    proxy.drop_reply("PUT", "/lease", status=502)            # the same, and a gateway in between says so
     proxy.answer(403, "AccessDenied", "POST", "?uploads")    # no multipart upload begins
     proxy.answer(503, "SlowDown", "GET", "manifest", times=2)
     proxy.conditions = "ceph"                                # how the store treats If-Match and If-None-Match
@@ -29,7 +30,7 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 
 @dataclass
 class Rule:
-    """What to do with the requests it meets: answer with status and code, or (status None) forward and drop the reply.
+    """What to do with the requests it meets: answer with status and code (None: close the connection), forwarded before or not.
 
     skip: so many requests pass first. times: so many are met; None: all that follow.
     """
@@ -40,6 +41,7 @@ class Rule:
     code: str = ""
     skip: int = 0
     times: int | None = None
+    forwards: bool = False
     hits: int = 0
     _seen: int = field(default=0, repr=False)
 
@@ -65,6 +67,7 @@ class S3Proxy:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self._server.daemon_threads = True
+        self._server.handle_error = lambda request, client: None  # type: ignore[method-assign]  # clients that hang up, too
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
 
@@ -73,12 +76,12 @@ class S3Proxy:
         """Its URL."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def drop_reply(self, method: str, text: str, *, skip: int = 0, times: int | None = 1) -> Rule:
-        """Forward the request and close the connection instead of replying."""
-        return self._add(Rule(method, text, skip=skip, times=times))
+    def drop_reply(self, method: str, text: str, *, skip: int = 0, times: int | None = 1, status: int | None = None) -> Rule:
+        """Forward the request, then close the connection, or answer with `status`, instead of passing the reply on."""
+        return self._add(Rule(method, text, status, "BadGateway", skip, times, forwards=True))
 
-    def answer(self, status: int, code: str, method: str, text: str, *, skip: int = 0, times: int | None = None) -> Rule:
-        """Reply with an S3 error of this HTTP status and code; the server behind never hears of the request."""
+    def answer(self, status: int | None, code: str, method: str, text: str, *, skip: int = 0, times: int | None = None) -> Rule:
+        """Reply with an S3 error of this status and code (None: hang up); the server behind never hears of the request."""
         return self._add(Rule(method, text, status, code, skip, times))
 
     def clear(self) -> None:
@@ -115,8 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self._body()
         rule = self.proxy.rule_for(self.command, self.path)
-        if rule is not None and rule.status is not None:
-            self._refuse(rule.status, rule.code)
+        if rule is not None and not rule.forwards:
+            self._act(rule)
             return
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         headers["Host"] = self.headers["Host"]
@@ -126,11 +129,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         status, answer_headers, answer = self._forward(body, headers)
         if rule is not None:
-            self._hang_up()
+            self._act(rule)
             return
         self._reply(status, answer_headers, answer)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
+
+    def _act(self, rule: Rule) -> None:
+        if rule.status is None:
+            self._hang_up()
+        else:
+            self._refuse(rule.status, rule.code)
 
     def _judge_conditions(self, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and code where this kind of store refuses the put; takes away the conditions that it does not see."""

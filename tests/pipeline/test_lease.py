@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -149,15 +150,17 @@ def test_a_driver_whose_lease_was_taken_over_stops(s3: Any, elsewhere: Any) -> N
 
 
 @pytest.mark.slow
-def test_a_driver_that_could_not_renew_in_time_stops(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
+def test_a_driver_that_could_not_renew_in_time_stops(s3: Any, s3_proxy: Any) -> None:
     with Lease.acquire(Storage(), s3.uri("table"), "night-1", ttl_s=0.6) as lease:
-        monkeypatch.setattr(lease_module.obstore, "put", unreachable)
+        refused = s3_proxy.answer(403, "ExpiredToken", "PUT", "/lease")
+        while lease._trouble is None:  # type: ignore[attr-defined]
+            time.sleep(0.05)
+        assert refused.hits
         time.sleep(0.8)
-        with pytest.raises(LeaseLostError, match="could not be renewed"):
+        with pytest.raises(LeaseLostError, match=r"could not be renewed for \d+ s .*credentials have expired .403 Forb"):
             lease.check()
+    s3_proxy.clear()
+    Lease.acquire(Storage(), s3.uri("table"), "night-1").release()
 
 
 @pytest.mark.slow
@@ -168,18 +171,86 @@ def test_a_lease_outlives_its_lifetime_by_renewal(s3: Any) -> None:
         lease.confirm()
 
 
-@pytest.mark.slow
-def test_a_store_without_conditional_puts_is_refused(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = obstore.put
-    monkeypatch.setattr(lease_module.obstore, "put", lambda store, key, data, mode: put(store, key, data))
-    with pytest.raises(StorageError, match="If-None-Match"):
-        Lease.acquire(Storage(), s3.uri("table"), "night-1")
-
-
-def test_a_later_process_of_the_same_number_is_another_holder() -> None:
+def test_a_later_process_of_the_same_number_is_another_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = Holder.this_process(30)
+    assert mine.is_gone, "this process holds no such lease"
+    monkeypatch.setattr(lease_module, "_HELD_HERE", {mine.token})
     assert not mine.is_gone
     if mine.pid_started:
         assert replace(mine, pid_started="1").is_gone
     assert replace(mine, released=True).is_gone
     assert not replace(mine, host="far-away", pid_started="1").is_gone
+
+
+# -- lost replies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [None, 502])
+def test_no_lost_reply_of_the_lease_costs_the_run(s3: Any, s3_proxy: Any, status: int | None) -> None:
+    for _ in range(2):  # created, then taken over from itself
+        rule = s3_proxy.drop_reply("PUT", "/lease", status=status)
+        with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+            assert rule.hits == 1
+            for _ in range(2):
+                rule = s3_proxy.drop_reply("PUT", "/lease", status=status)
+                lease.confirm()
+                assert rule.hits == 1
+            rule = s3_proxy.drop_reply("PUT", "/lease", status=status)
+        assert rule.hits == 1
+        left = Holder.from_json(s3.client.get_object(Bucket=s3.bucket, Key="table/_masklake/night-1/lease")["Body"].read(), "")
+        assert left.released
+
+
+@pytest.mark.slow
+def test_a_renewal_without_any_answer_is_made_up_for_by_the_next(s3: Any, s3_proxy: Any) -> None:
+    """The put arrives, and neither its reply nor any answer to our question does."""
+    with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+        s3_proxy.drop_reply("PUT", "/lease")
+        asked = s3_proxy.answer(403, "AccessDenied", "GET", "/lease", times=1)
+        with pytest.raises(StorageError):
+            lease.confirm()
+        assert asked.hits == 1
+        lease.confirm()
+
+
+@pytest.mark.slow
+def test_a_failed_start_can_be_repeated_in_the_same_process(s3: Any, s3_proxy: Any) -> None:
+    s3_proxy.drop_reply("PUT", "/lease")
+    s3_proxy.answer(403, "AccessDenied", "GET", "/lease")
+    with pytest.raises(StorageError):
+        Lease.acquire(Storage(), s3.uri("table"), "night-1")
+    assert "lease" in str(s3.client.list_objects_v2(Bucket=s3.bucket)["Contents"]), "the put had arrived"
+    s3_proxy.clear()
+    with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+        lease.confirm()
+
+
+@pytest.mark.slow
+def test_a_removed_lease_is_lost(s3: Any) -> None:
+    with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+        s3.client.delete_object(Bucket=s3.bucket, Key="table/_masklake/night-1/lease")
+        with pytest.raises(LeaseLostError, match="its object was removed"):
+            lease.confirm()
+
+
+@pytest.mark.slow
+def test_a_gateway_that_compares_tags_with_their_quotes(s3: Any, s3_proxy: Any) -> None:
+    """Ceph's RADOS gateway 16.2."""
+    s3_proxy.conditions = "ceph"
+    for _ in range(2):
+        with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+            lease.confirm()
+            with pytest.raises(LeaseHeldError):
+                Lease.acquire(Storage(), s3.uri("table"), "night-1")
+
+
+def test_a_lock_that_could_not_be_written_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.FileLease, "_write", full)
+        with pytest.raises(StorageError, match="no space left on the disk; free some"):
+            Lease.acquire(Storage(), str(tmp_path), "night-1")
+    Lease.acquire(Storage(), str(tmp_path), "night-1").release()

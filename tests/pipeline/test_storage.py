@@ -18,7 +18,8 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
-from pipeline.storage import Storage, StorageOptions, canonical, concat, describe, parent, parse, relative_to, translate
+from pipeline.storage import Storage, StorageOptions, canonical, concat, parent, parse, relative_to
+from pipeline.storage_errors import describe, translate
 from pipeline.table import Table, open_table
 
 ODD_KEYS = [
