@@ -145,21 +145,26 @@ def query(
 @app.command()
 def show(
     table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
-    uri: Annotated[str, typer.Argument(help="An image of the table, as its `uri` column names it.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write, local or s3://.")],
-    min_score: Annotated[float, typer.Option(help="Leave out instances below this score.")] = 0.0,
+    uri: Annotated[str, typer.Argument(help="An image of the table: its URI, or a unique ending of it, such as sub/a.jpg.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write, local or s3://: *.png, .jpg or .webp.")],
+    min_score: Annotated[
+        float, typer.Option(help="Leave out instances below this score; 0 draws all that are stored.", min=0, max=1)
+    ] = 0.5,
+    images: Annotated[
+        str | None, typer.Option(help="Folder that the images are in now; default: where they were labelled.")
+    ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw an image's current instances to a PNG."""
+    """Draw an image's current instances, those of score 0.5 and more unless --min-score says otherwise."""
     from jobs import show as command
     from pipeline.storage import Storage, StorageOptions
 
-    report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score)
+    report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score, images)
     if as_json:
         print_json(report)
     else:
-        typer.echo(f"{report.output}: {report.instances} instances of {report.uri}, {report.size[0]} x {report.size[1]} pixels")
+        typer.echo(command.describe(report))
 
 
 @app.command()

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from jobs.output import check_output
+from model.errors import ConfigError
 from pipeline.decode import decode
 from pipeline.draw import draw_instances
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.query import connect
-from pipeline.schema import Status
-from pipeline.storage import Storage, canonical
-from pipeline.storage_errors import describe
+from pipeline.schema import LIKELY_SCORE, Status
+from pipeline.storage import Storage, canonical, relative_to
+from pipeline.storage_errors import describe as describe_error
 
-NEAR_NAMES = 3
+NAMED = 3
+"""Images that a message names."""
+
+FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Pillow's formats by the output's suffix, in any case."""
 
 
 class ShowReport(BaseModel):
@@ -29,49 +37,121 @@ class ShowReport(BaseModel):
     output: str
     uri: str
     instances: int
+    hidden: int = Field(description="Instances that are stored and were not drawn, as their score is below min_score.")
+    min_score: float
     size: tuple[int, int]
+    changed: bool = Field(description="Whether the image has another number of bytes now than when it was labelled.")
 
 
-def run(storage: Storage, table_uri: str, uri: str, output: str, min_score: float = 0.0) -> ShowReport:
-    """Draw the current row of `uri` from its instances and the image in storage, and write a PNG to `output`.
+def run(
+    storage: Storage, table: str, uri: str, output: str, min_score: float = LIKELY_SCORE, images: str | None = None
+) -> ShowReport:
+    """Draw the current row of `uri` from its instances and the image in storage, and write the picture to `output`.
 
-    InputNotFoundError: the table has no such image (near names are given), it was not labelled, or it is gone from storage.
+    uri: as the table names the image, as a path from here, or a unique ending of its path (`a.jpg`, `sub/a.jpg`). images: the
+    folder that the images are in now; default: where they were labelled. The suffix of `output` says its format.
+
+    InputNotFoundError: the table has no such image (near names are given), several, it was not labelled, or it is gone from
+    storage. ConfigError: an output that cannot be. StorageError: the image is another one by now.
     """
-    with connect(storage, table_uri) as connection:
-        found = _find(connection, uri)
+    form = _check_picture(output)
+    check_output(output, table)
+    with connect(storage, table) as connection:
+        found = _labelled(_find(connection, uri, images))
         instances = _rows(
             connection,
-            "SELECT * FROM current_detections WHERE uri = $uri AND run = $run AND image_id = $image_id AND score >= $min_score",
-            {"uri": found["uri"], "run": found["run"], "image_id": found["image_id"], "min_score": min_score},
+            "SELECT * FROM current_detections WHERE uri = $uri AND run = $run AND image_id = $image_id",
+            {name: found[name] for name in ("uri", "run", "image_id")},
         )
-    picture = draw_instances(_read_image(storage, found), instances)
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    storage.write_bytes(output, png.getvalue())
-    return ShowReport(output=canonical(output), uri=found["uri"], instances=len(instances), size=picture.size)
+    place = found["uri"] if images is None else _moved(storage, found["uri"], images)
+    if canonical(output) == canonical(place):
+        raise ConfigError(f"{output}: is the image itself; name another file for the picture")
+    content = _content(storage, place)
+    drawn = [row for row in instances if row["score"] >= min_score]
+    picture = draw_instances(_pixels(content, place, found), drawn)
+    encoded = io.BytesIO()
+    picture.save(encoded, form, quality=92)  # PNG has no quality and minds none
+    storage.write_bytes(output, encoded.getvalue())
+    return ShowReport(
+        output=canonical(output),
+        uri=found["uri"],
+        instances=len(drawn),
+        hidden=len(instances) - len(drawn),
+        min_score=min_score,
+        size=picture.size,
+        changed=found["bytes"] is not None and found["bytes"] != len(content),
+    )
+
+
+def describe(report: ShowReport) -> str:
+    """The report in a line or two for a person."""
+    hidden = f"; {report.hidden:,} weaker hidden, --min-score 0 draws all" if report.hidden else ""
+    count = f"{report.instances:,} {'instance' if report.instances == 1 else 'instances'}"
+    lines = [
+        f"{report.output}: {count} of score >= {report.min_score:g} in {report.uri}, "
+        f"{report.size[0]} x {report.size[1]} pixels{hidden}"
+    ]
+    if report.changed:
+        lines.append("note: the image's file has changed since it was labelled; label it again if the picture looks wrong")
+    return "\n".join(lines)
+
+
+def _check_picture(output: str) -> str:
+    form = FORMATS.get(Path(output).suffix.lower())
+    if form is None:
+        raise ConfigError(f"{output}: a picture is named {', '.join(f'*{suffix}' for suffix in FORMATS)}")
+    return form
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         return connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a file of the table is gone or damaged
-        raise TableError(f"the table cannot be read ({describe(error)}); restore its files, or label again") from error
+        raise TableError(f"the table cannot be read ({describe_error(error)}); restore its files, or label again") from error
 
 
-def _find(connection: duckdb.DuckDBPyConnection, uri: str) -> dict[str, Any]:
-    """The image's current row, named as in the table or as a path from here."""
-    columns = "SELECT uri, run, image_id, width, height, status, error FROM current_images"
+def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -> dict[str, Any]:
+    """The image's current row: named as in the table, as a path from here, or by a unique ending of its path."""
+    columns = "SELECT uri, run, image_id, width, height, bytes, status, error FROM current_images"
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):
-            return _labelled(found[0])
+            return found[0]
+    ending = _below(uri, images).removeprefix("./").strip("/")
+    found = _rows(connection, f"{columns} WHERE ends_with(uri, $ending) ORDER BY uri LIMIT 100", {"ending": f"/{ending}"})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        count = f"{len(found)}" if len(found) < 100 else "100 or more"
+        raise InputNotFoundError(
+            f"{uri}: {count} images of the table end so, such as {', '.join(row['uri'] for row in found[:NAMED])}; "
+            "give more of the path"
+        )
     near = _rows(
         connection,
         "SELECT uri FROM current_images "
         "ORDER BY contains(uri, $uri) DESC, jaro_winkler_similarity(parse_filename(uri), parse_filename($uri)) DESC, uri "
         "LIMIT $limit",
-        {"uri": uri, "limit": NEAR_NAMES},
+        {"uri": uri, "limit": NAMED},
     )
     raise InputNotFoundError(f"{uri}: is not in the table; near names: {', '.join(row['uri'] for row in near)}")
+
+
+def _below(uri: str, images: str | None) -> str:
+    """The path below the folder where the images are now; elsewhere the name as it is."""
+    if images is None:
+        return uri
+    folder, name = f"{canonical(images)}/", canonical(uri)
+    return name[len(folder) :] if name.startswith(folder) else uri
+
+
+def _moved(storage: Storage, uri: str, images: str) -> str:
+    """Where the image is in the folder `images`: the longest ending of its path that is there."""
+    parts = uri.split("/")
+    for start in range(1, len(parts)):
+        place = relative_to(images, "/".join(parts[start:])) if parts[start] else ""
+        if place and storage.is_file(place):
+            return place
+    raise InputNotFoundError(f"{images}: holds no file named as the end of {uri}; check --images")
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +160,22 @@ def _labelled(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _read_image(storage: Storage, row: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _content(storage: Storage, place: str) -> bytes:
+    try:
+        return storage.read_bytes(place)
+    except InputNotFoundError as error:
+        remedy = "name the folder that the images are in now with --images"
+        raise InputNotFoundError(f"{place}: is not there any more; {remedy}") from error
+
+
+def _pixels(content: bytes, place: str, row: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 RGB (H, W, 3), upright as the labeller saw it; StorageError when it is another image by now."""
-    decoded = decode(storage.read_bytes(row["uri"]))
+    decoded = decode(content)
     if decoded.image is None:
-        raise StorageError(f"{row['uri']}: cannot be read any more ({decoded.error}); label it again")
+        raise StorageError(f"{place}: cannot be read any more ({decoded.error}); label it again")
     if (decoded.width, decoded.height) != (row["width"], row["height"]):
         raise StorageError(
-            f"{row['uri']}: is {decoded.width} x {decoded.height} pixels now and was {row['width']} x {row['height']} "
+            f"{place}: is {decoded.width} x {decoded.height} pixels now and was {row['width']} x {row['height']} "
             "when it was labelled; label it again"
         )
     return np.ascontiguousarray(decoded.image.permute(1, 2, 0).numpy())

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 from jobs import show
 from jobs.answers import Format
-from jobs.cli import main
+from jobs.cli import app, main
 from jobs.query import show as show_answer
 from model.errors import ConfigError
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
-from pipeline.schema import FILE_SCHEMA
+from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE
 from pipeline.storage import Storage
 from pipeline.table import open_table
 
 ORIENTATION = 0x0112
 
 
-def label(folder: str, names: list[str], status: str = "ok") -> str:
-    """A committed table that says each image holds one cat in its middle; the images are 60 x 40 pixels, upright."""
+def label(folder: str, names: list[str], status: str = "ok", scores: Sequence[float] = (0.9,)) -> str:
+    """A committed table that says each image holds a cat a score in its middle; the images are 60 x 40 pixels, upright."""
     storage = Storage()
     table = open_table(storage, storage.join(folder, "table"))
     rows: list[dict[str, Any]] = []
@@ -41,7 +43,8 @@ def label(folder: str, names: list[str], status: str = "ok") -> str:
             dict.fromkeys(FILE_SCHEMA.names) | {"image_id": index, "uri": uri, "status": status, "width": 60, "height": 40}
         )
         rows[-1] |= {
-            "instances": [{"category_id": 1, "category": "cat", "score": 0.9, "box": box}],
+            "instances": [{"category_id": 1, "category": "cat", "score": score, "box": box} for score in scores],
+            "bytes": len(jpeg()),
             "rles": [],
             "keypoints": [],
         }
@@ -208,7 +211,7 @@ def test_show_draws_the_upright_image(place: str, masklake: Any) -> None:
     table = label(place, ["x.jpg"])
     code, out, _ = masklake("show", table, f"{place}/x.jpg", "-o", f"{place}/x.png")
     assert code == 0
-    assert "1 instances" in out
+    assert "1 instance of score >= 0.5 in" in out
     picture = Image.open(io.BytesIO(Storage().read_bytes(f"{place}/x.png")))
     assert picture.format == "PNG"
     assert picture.size == (960, 640), "60 x 40 upright, enlarged sixteen times"
@@ -221,6 +224,78 @@ def test_show_can_leave_out_weak_instances(tmp_path: Path, masklake: Any) -> Non
     code, out, _ = masklake("show", table, f"{tmp_path}/x.jpg", "-o", f"{tmp_path}/x.png", "--min-score", "0.95", "--json")
     assert code == 0
     assert json.loads(out)["instances"] == 0
+
+
+def test_show_draws_the_likely_instances_and_says_what_it_hides(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"], scores=(0.9, 0.5, 0.4999, 0.06))
+    _, out, _ = masklake("show", table, "x.jpg", "-o", f"{tmp_path}/x.png")
+    assert "2 instances of score >= 0.5" in out
+    assert "2 weaker hidden, --min-score 0 draws all" in out
+    _, out, _ = masklake("show", table, "x.jpg", "-o", f"{tmp_path}/y.png", "--min-score", "0", "--json")
+    report = json.loads(out)
+    assert (report["instances"], report["hidden"], report["min_score"], report["changed"]) == (4, 0, 0.0, False)
+    assert (tmp_path / "x.png").read_bytes() != (tmp_path / "y.png").read_bytes()
+
+
+def test_show_takes_a_unique_ending_of_the_path(place: str, masklake: Any) -> None:
+    table = label(place, ["a/x.jpg", "b/x.jpg", "b/ax.jpg", "b/100%_y.jpg"])
+    for ending, found in (
+        ("a/x.jpg", "a/x.jpg"),
+        ("ax.jpg", "b/ax.jpg"),
+        ("./b/x.jpg", "b/x.jpg"),
+        ("100%_y.jpg", "b/100%_y.jpg"),
+    ):
+        code, out, err = masklake("show", table, ending, "-o", f"{place}/x.png", "--json")
+        assert code == 0, err
+        assert json.loads(out)["uri"] == f"{place}/{found}"
+    code, _, err = masklake("show", table, "x.jpg", "-o", f"{place}/x.png")
+    assert code == InputNotFoundError.exit_code
+    assert f"2 images of the table end so, such as {place}/a/x.jpg, {place}/b/x.jpg; give more of the path" in err
+
+
+def test_show_finds_images_that_moved(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path / "old"), ["photos/sub/x.jpg", "photos/x.jpg"])
+    (tmp_path / "old/photos").rename(tmp_path / "new")
+    output = str(tmp_path / "x.png")
+    code, _, err = masklake("show", table, "sub/x.jpg", "-o", output)
+    assert code == InputNotFoundError.exit_code
+    assert "--images" in err
+    for name in ("sub/x.jpg", str(tmp_path / "new/sub/x.jpg"), str(tmp_path / "old/photos/sub/x.jpg")):
+        code, _, err = masklake("show", table, name, "-o", output, "--images", str(tmp_path / "new"))
+        assert (code, err) == (0, "")
+    code, _, err = masklake("show", table, "sub/x.jpg", "-o", output, "--images", str(tmp_path / "none"))
+    assert code == InputNotFoundError.exit_code
+    assert "holds no file named as the end of" in err
+
+
+def test_show_notes_that_the_file_changed(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg")
+    code, out, _ = masklake("show", table, "x.jpg", "-o", str(tmp_path / "x.png"))
+    assert code == 0
+    assert "has changed since it was labelled" in out
+
+
+@pytest.mark.parametrize(("name", "form"), [("x.jpg", "JPEG"), ("x.WEBP", "WEBP"), ("x.png", "PNG")])
+def test_show_writes_what_the_suffix_says(tmp_path: Path, masklake: Any, name: str, form: str) -> None:
+    table = label(str(tmp_path / "in"), ["x.jpg"])
+    assert masklake("show", table, "x.jpg", "-o", str(tmp_path / name))[0] == 0
+    assert Image.open(tmp_path / name).format == form
+
+
+@pytest.mark.parametrize(
+    ("output", "code"),
+    [("{0}/x.gif", 12), ("{0}/none/x.png", 20), ("{0}/in", 12), ("{0}/in/x.jpg", 12), ("{0}/in/table/x.png", 12)],
+)
+def test_show_refuses_an_output_that_cannot_be(tmp_path: Path, masklake: Any, output: str, code: int) -> None:
+    table = label(str(tmp_path / "in"), ["x.jpg"])
+    assert masklake("show", table, "x.jpg", "-o", output.format(tmp_path))[0] == code
+    assert (tmp_path / "in/x.jpg").read_bytes() == jpeg()
+
+
+def test_the_scores_default_is_that_of_summaries() -> None:
+    defaults = {parameter.name: parameter.default for parameter in get_command(app).commands["show"].params}  # type: ignore[attr-defined]
+    assert defaults["min_score"] == LIKELY_SCORE
 
 
 def test_show_names_what_is_near(tmp_path: Path, masklake: Any) -> None:
