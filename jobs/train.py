@@ -33,7 +33,7 @@ from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
-from pipeline.coco import CocoDataset, image_folder, read_coco, with_files
+from pipeline.coco import CocoDataset, check_dropped, image_folder, read_coco, with_files
 from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType
@@ -209,6 +209,7 @@ def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoD
         storage, read_coco(storage, options.train), image_folder(options.images, options.train), options.allow_missing
     )
     say(f"training on {describe_data(data)}")
+    check_dropped(data)
     if options.val is None:
         return data, None
     folder = image_folder(options.val_images, options.val)
@@ -216,12 +217,14 @@ def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoD
     if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
         raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
     say(f"scoring on {describe_data(truth)}")
+    check_dropped(truth)
     return data, Validation(truth, folder, options.max_dets)
 
 
 def describe_data(data: CocoDataset) -> str:
-    """One line: how much there is, and what was left out."""
-    left_out = "".join(f"; left out: {count} {reason}" for reason, count in data.dropped.items())
+    """One line: how much there is, which instances lack a task's truth, and what was left out."""
+    lacking = "".join(f"; {count} of them {what}: they count in all else" for what, count in data.incomplete().items())
+    left_out = lacking + "".join(f"; left out: {count} {reason}" for reason, count in data.dropped.items())
     return (
         f"{len(data.images)} images with {data.instance_count()} instances of {len(data.categories)} "
         f"categories ({data.source}){left_out}"

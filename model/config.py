@@ -25,6 +25,8 @@ Positive = Annotated[int, Field(gt=0)]
 Channels = Annotated[int, Field(gt=0, le=8192)]
 """Of a layer. A checkpoint says its own sizes: one that is not from us must not make the reader ask for all memory."""
 Factor = Annotated[float, Field(gt=0)]
+INT32 = (-(2**31), 2**31 - 1)
+"""Range of a category's id: the table stores it in 32 bits."""
 
 
 class _Frozen(BaseModel):
@@ -36,12 +38,13 @@ class _Frozen(BaseModel):
 class Category(_Frozen):
     """One kind of object of a data set.
 
+    id: the data set's own; it may be 0 or negative, and must fit 32 bits.
     keypoints: names, in the order of the annotations; empty for categories that have none.
     flip_pairs: keypoint indices that change places when the image is mirrored (left and right eye).
     skeleton: keypoint indices, from 0, joined by a line when drawn.
     """
 
-    id: int
+    id: int = Field(ge=INT32[0], le=INT32[1])
     name: str
     keypoints: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.bit_masks import BitMasks
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -41,15 +43,16 @@ class Target:
     """Ground truth of one training image, without crowd regions.
 
     boxes: float32 (G, 4), xyxy in the pixels of the image it comes with. labels: int64 (G,), the data set's own category ids.
-    masks: uint8 (G, H, W) of 0 and 1, or None when the model has no mask head.
+    masks: uint8 (G, H, W) of 0 and 1, the same packed (which also says which instances have none: they train everything but
+    the mask branch), or None when the model has no mask head.
     keypoints: float32 (G, K, 3) as x, y, visibility (0 absent, 1 hidden, 2 visible), or None without a keypoint head; rows
-    of categories without keypoints are zeros.
+    of categories without keypoints are zeros, as are those of instances whose keypoints nobody marked.
     proposals: float32 (P, 4), xyxy in the same pixels: regions for a detector that learns alone (`MaskRCNN.learn`), or None for
     those of the model's own RPN.
     """
 
     boxes: torch.Tensor
     labels: torch.Tensor
-    masks: torch.Tensor | None = None
+    masks: torch.Tensor | BitMasks | None = None
     keypoints: torch.Tensor | None = None
     proposals: torch.Tensor | None = None

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.backbone import map_channels, region_channels
+from model.bit_masks import BitMasks
 from model.config import ModelConfig
 from model.kernels.roi_align import roi_align
 from model.layers import ConvNorm, head_norm, init_relu_conv
+
+PIXELS_AT_ONCE = 1 << 25
+"""Of unpacked masks: 128 MB as floats, all masks of an ordinary image."""
 
 
 class MaskHead(nn.Module, ABC):
@@ -148,13 +152,24 @@ def make_mask_head(config: ModelConfig) -> MaskHead:
     return ConvMaskHead(config) if config.mask_head == "fcn" else FullyConnectedMaskHead(config)
 
 
-def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
+def mask_targets(masks: BitMasks, boxes: Tensor, index: Tensor, side: int) -> Tensor:
     """The intersection of each region and its ground truth mask, as RoIAlign of the mask (section 3.1).
 
-    masks: uint8 (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks.
+    masks: (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks.
     Returns float32 (R, side, side) in 0..1.
     """
     used, place = torch.unique(index, return_inverse=True)
-    rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)
+    at_once = max(1, PIXELS_AT_ONCE // max(1, masks.shape[1] * masks.shape[2]))
+    if len(used) <= at_once:
+        return _align(masks[used], boxes, place, side)
+    targets = boxes.new_zeros(len(boxes), side, side)
+    for first in range(0, len(used), at_once):
+        rows = torch.where((place >= first) & (place < first + at_once))[0]
+        targets[rows] = _align(masks[used[first : first + at_once]], boxes[rows], place[rows] - first, side)
+    return targets
+
+
+def _align(masks: BitMasks, boxes: Tensor, index: Tensor, side: int) -> Tensor:
+    rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
     level = torch.zeros(len(rois), dtype=torch.int64, device=boxes.device)
-    return roi_align([masks[used, None].float()], rois, level, [1.0], side, sampling_ratio=0)[:, 0]
+    return roi_align([masks.unpack()[:, None].float()], rois, level, [1.0], side, sampling_ratio=0)[:, 0]

@@ -127,9 +127,8 @@ class MaskRCNN(nn.Module):
         logits, deltas = network.box_head(box_input)
         losses = box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
         if "mask" in config.tasks:
-            positive = samples.labels > 0
-            shared = box_input[positive] if config.features == "c4" else None  # both branches go on from the fifth stage
-            losses["mask"] = self._mask_loss(features, shared, samples.chosen(positive), truths)
+            shared = box_input[samples.outlined] if config.features == "c4" else None  # both go on from the fifth stage
+            losses["mask"] = self._mask_loss(features, shared, samples.chosen(samples.outlined), truths)
         if "keypoint" in config.tasks:
             with_keypoints = samples.chosen(network.keypoint_counts[samples.labels] > 0)
             losses["keypoint"] = config.keypoint_loss_weight * self._keypoint_loss(features, with_keypoints, truths)
@@ -138,7 +137,7 @@ class MaskRCNN(nn.Module):
     def _mask_loss(
         self, features: Sequence[Tensor], shared: Tensor | None, samples: Samples, truths: Sequence[Truth]
     ) -> Tensor:
-        """L_mask over the positive regions; targets are sampled from the masks in the images' own pixels."""
+        """L_mask over the positive regions whose instance has a mask; targets are sampled in the images' own pixels."""
         head = self.network.mask_head
         regions = self.network.mask_input(features, samples.regions) if shared is None else shared
         targets = [regions.new_zeros(0, head.side, head.side, dtype=torch.float32)]

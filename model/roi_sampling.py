@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.bit_masks import BitMasks
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.instances import Target
@@ -20,14 +21,14 @@ from model.transform import Canvas
 class Truth:
     """Ground truth of one image on its canvas; instances without area are gone.
 
-    boxes float32 (G, 4), canvas pixels; classes int64 (G,) from 1; masks uint8 (G, H, W) in the image's own pixels, or None;
+    boxes float32 (G, 4), canvas pixels; classes int64 (G,) from 1; masks (G, H, W) in the image's own pixels, or None;
     keypoints float32 (G, K, 3), canvas pixels, or None; ratio float32 (2,): own pixels per canvas pixel, x and y; proposals
     float32 (P, 4), canvas pixels, or None where none were given.
     """
 
     boxes: Tensor
     classes: Tensor
-    masks: Tensor | None
+    masks: BitMasks | None
     keypoints: Tensor | None
     ratio: Tensor
     proposals: Tensor | None
@@ -51,7 +52,8 @@ def _on_canvas(target: Target, ratio: Tensor, config: ModelConfig, class_of: Map
     if target.proposals is not None:
         proposals = target.proposals.to(device, torch.float32).reshape(-1, 4) / ratio.repeat(2)
     if "mask" in config.tasks and target.masks is not None:
-        masks = target.masks.to(device)[real]
+        packed = target.masks if isinstance(target.masks, BitMasks) else BitMasks.pack(target.masks)
+        masks = packed.to(device)[real]
     if "keypoint" in config.tasks and target.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:1])])
         shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
@@ -78,24 +80,26 @@ class Samples:
     """Regions in the second stage's losses: positives and negatives 1:3.
 
     regions: R of them; labels int64 (R,), 0 for background; goals float32 (R, 4): the matched ground truth box (any where
-    background); index int64 (R,): the matched instance within its own image, -1 for background.
+    background); index int64 (R,): the matched instance within its own image, -1 for background; outlined bool (R,): the matched
+    instance has a mask to learn from.
     """
 
     regions: Regions
     labels: Tensor
     goals: Tensor
     index: Tensor
+    outlined: Tensor
 
     def chosen(self, mask: Tensor) -> Samples:
         """Those of `mask`, bool (R,)."""
         rows = torch.where(mask)[0]
         regions = Regions(self.regions.boxes[rows], self.regions.images[rows])
-        return Samples(regions, self.labels[rows], self.goals[rows], self.index[rows])
+        return Samples(regions, self.labels[rows], self.goals[rows], self.index[rows], self.outlined[rows])
 
 
 def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelConfig) -> Samples:
     """Draw `roi_samples` regions an image from proposals and ground truth; foreground from IoU 0.5 on."""
-    boxes, images, labels, goals, indices = [], [], [], [], []
+    boxes, images, labels, goals, indices, outlined = [], [], [], [], [], []
     for image, truth in enumerate(truths):
         candidates = torch.cat([proposals.boxes[proposals.images == image], truth.boxes])
         iou = config.roi_foreground_iou
@@ -111,4 +115,13 @@ def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelCon
         labels.append(label)
         goals.append(goal)
         indices.append(index)
-    return Samples(Regions(torch.cat(boxes), torch.cat(images)), torch.cat(labels), torch.cat(goals), torch.cat(indices))
+        outlined.append(_outlined(truth, index))
+    regions = Regions(torch.cat(boxes), torch.cat(images))
+    return Samples(regions, torch.cat(labels), torch.cat(goals), torch.cat(indices), torch.cat(outlined))
+
+
+def _outlined(truth: Truth, index: Tensor) -> Tensor:
+    """bool (R,): whether the instances of `index`, int64 (R,), have masks; False for background."""
+    if truth.masks is None or not len(truth.masks):
+        return torch.zeros_like(index, dtype=torch.bool)
+    return (index >= 0) & truth.masks.known[index.clamp(min=0)]

@@ -1,45 +1,56 @@
 """COCO annotation files: read once, checked once, then plain values.
 
 What other readers let pass and fail on later is decided here: an image row that is repeated, an annotation of an unknown image
-or category, boxes without an area, crowd regions in either run-length form, files without `info`. The first kinds of trouble
-are errors that name the row; what can be left out safely is left out and counted (`CocoDataset.dropped`).
+or category, boxes without an area or outside their image, crowd regions in either run-length form, files without `info`. What
+contradicts itself is an error that names the row (each number's check is in `pipeline.coco_values`). What can be left out is
+left out and counted (`CocoDataset.dropped`). An instance that lacks one task's truth stays for the others.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
 
-from model.config import Category
-from model.rle import unpack_counts
+from model.config import INT32, Category
+from pipeline.coco_values import (
+    CocoImage,
+    Place,
+    Segmentation,
+    area_of,
+    box_of,
+    crowd_of,
+    image_of,
+    is_text,
+    keypoints_of,
+    overlaps,
+    quoted,
+    segmentation_of,
+    whole,
+)
 from pipeline.errors import AnnotationError
 from pipeline.storage import Storage, canonical, parent, relative_to
-
-Segmentation: TypeAlias = list[list[float]] | dict[str, Any] | None
-"""Polygons (x, y, x, y, ... in pixels), or a run-length encoding {"size": [H, W], "counts": list | str}; None: box only."""
 
 NAMED = 5
 """How many offenders an error message names before it only counts."""
 
-ZERO_AREA, REPEATED_IMAGE, MISSING_FILE = "boxes without an area", "repeated image rows", "images without a file"
+REPEATED_IMAGE, REPEATED_ROW = "repeated image rows", "repeated annotation rows"
+ZERO_AREA, OUTSIDE = "boxes without an area", "boxes outside their image"
+MISSING_FILE = "images without a file"
+DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
+"""Reasons for which an annotation that somebody drew is left out."""
 
+MOST_UNUSABLE = 0.05
+"""Share of instances, or of images where some may be left out at all, up to which a data set is used without them."""
 
-@dataclass(frozen=True, slots=True)
-class CocoImage:
-    """One row of `images`: `file_name` is relative to the image folder; sizes are pixels."""
-
-    id: int
-    file_name: str
-    width: int
-    height: int
+FEW_BOXES = 8
+"""Fewer boxes say too little about how all of them were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,8 @@ class CocoAnnotation:
 class CocoDataset:
     """A checked COCO file.
 
-    `annotations` holds every image's own, crowds included; `dropped` counts what was left out, by reason.
+    `annotations` holds every image's own, crowds included; `dropped` counts what was left out, by reason, and `examples` names
+    the first few.
     """
 
     source: str
@@ -67,12 +79,12 @@ class CocoDataset:
     images: tuple[CocoImage, ...]
     annotations: Mapping[int, tuple[CocoAnnotation, ...]]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def has_masks(self) -> bool:
-        """Whether every instance that is not a crowd has an outline to learn from."""
-        instances = [a for rows in self.annotations.values() for a in rows if not a.crowd]
-        return bool(instances) and all(a.segmentation is not None for a in instances)
+        """Whether any instance has an outline to learn from."""
+        return any(a.segmentation is not None for a in self._instances())
 
     @property
     def has_keypoints(self) -> bool:
@@ -81,7 +93,52 @@ class CocoDataset:
 
     def instance_count(self) -> int:
         """Annotations that are not crowd regions."""
-        return sum(not a.crowd for rows in self.annotations.values() for a in rows)
+        return sum(1 for _ in self._instances())
+
+    def without_outline(self) -> int:
+        """Instances whose box is known and whose mask is not: they count in everything but masks."""
+        return sum(a.segmentation is None for a in self._instances())
+
+    def without_keypoints(self) -> int:
+        """Instances of categories with keypoints that have none, or absent ones only: they count in everything else."""
+        named = {category.id for category in self.categories if category.keypoints}
+        return sum(a.category_id in named and not any(a.keypoints[2::3]) for a in self._instances())
+
+    def incomplete(self) -> dict[str, int]:
+        """Instances that lack the truth of a task that the data set has, by what they lack."""
+        lacking = {
+            "without an outline": self.without_outline() if self.has_masks else 0,
+            "without keypoints": self.without_keypoints(),
+        }
+        return {what: count for what, count in lacking.items() if count}
+
+    def below_a_pixel(self) -> int:
+        """Instances of which training sees less than a pixel (`learnable`)."""
+        images = {image.id: image for image in self.images}
+        return sum(not learnable(a, images[a.image_id]) for a in self._instances())
+
+    def _instances(self) -> Iterator[CocoAnnotation]:
+        return (a for rows in self.annotations.values() for a in rows if not a.crowd)
+
+
+def learnable(annotation: CocoAnnotation, image: CocoImage) -> bool:
+    """Whether an instance can be learnt from: no crowd, and a pixel or more of its box lies on the image, each way."""
+    x, y, width, height = annotation.bbox
+    wide, high = min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0)
+    return not annotation.crowd and wide >= 1 and high >= 1
+
+
+class _Dropped:
+    """Counts what is left out, by reason, and keeps the first few names."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, tuple[str, ...]] = {}
+
+    def add(self, reason: str, place: object) -> None:
+        self.counts[reason] += 1
+        if self.counts[reason] <= NAMED:
+            self.examples[reason] = (*self.examples.get(reason, ()), str(place))
 
 
 def read_coco(storage: Storage, uri: str) -> CocoDataset:
@@ -94,57 +151,96 @@ def read_coco(storage: Storage, uri: str) -> CocoDataset:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise AnnotationError(f"{uri} is not JSON ({error}). Give the COCO annotation file, not the images.") from error
+        raise AnnotationError(f"{uri} is not JSON ({error}). {_bytes_hint(data)}") from error
     return parse_coco(document, uri)
+
+
+def _bytes_hint(data: bytes) -> str:
+    """What a file that is no JSON document probably is."""
+    start = data[:64].lstrip()
+    if start.startswith(b"\x1f\x8b"):
+        return "It is compressed: unpack it first."
+    if start.startswith(b"<"):
+        return "It looks like XML: convert it to COCO's JSON first."
+    if start.startswith(b"{") and b"}\n{" in data.replace(b"\r", b"")[: 1 << 20]:
+        return "It looks like JSON lines: a COCO file is one object with the lists images, annotations and categories."
+    return "Give the COCO annotation file, not the images."
 
 
 def parse_coco(document: Any, source: str) -> CocoDataset:
     """Checks a decoded COCO document; `source` names it in messages. Raises AnnotationError."""
     if not isinstance(document, dict):
-        raise AnnotationError(f"{source} holds a {type(document).__name__}, not a COCO object with images and annotations.")
+        raise AnnotationError(
+            f"{source} holds a {type(document).__name__}, not a COCO object with images and annotations.{_list_hint(document)}"
+        )
     for part in ("images", "annotations", "categories"):
         if not isinstance(document.get(part), list):
-            raise AnnotationError(f"{source} has no list '{part}': a COCO file needs images, annotations and categories.")
-    dropped: Counter[str] = Counter()
-    try:
-        categories = _categories(document["categories"], source)
-        images = _images(document["images"], source, dropped)
-        annotations = _annotations(document["annotations"], images, {c.id: c for c in categories}, source, dropped)
-    except (TypeError, ValueError, OverflowError) as error:  # a value of a kind that no check foresaw
-        raise AnnotationError(f"{source} holds a value that no COCO file has ({error}).") from error
-    return CocoDataset(source, categories, tuple(images.values()), annotations, dict(dropped))
+            raise AnnotationError(
+                f"{source} has no list '{part}': a COCO file needs images, annotations and categories.{_object_hint(document)}"
+            )
+    dropped = _Dropped()
+    categories = _categories(document["categories"], source)
+    images = _images(document["images"], source, dropped)
+    annotations = _annotations(document["annotations"], images, {c.id: c for c in categories}, source, dropped)
+    return CocoDataset(source, categories, tuple(images.values()), annotations, dict(dropped.counts), dict(dropped.examples))
+
+
+def _list_hint(document: Any) -> str:
+    first = document[0] if isinstance(document, list) and document else None
+    results = isinstance(first, dict) and "score" in first
+    return " It looks like detections (COCO results): give the ground truth." if results else ""
+
+
+def _object_hint(document: Mapping[str, Any]) -> str:
+    if "shapes" in document and "imagePath" in document:
+        return " It looks like LabelMe's file of one image: export the project as COCO."
+    if "_via_img_metadata" in document or any(isinstance(row, dict) and "regions" in row for row in document.values()):
+        return " It looks like a project of the VGG Image Annotator: export it as COCO."
+    return ""
 
 
 def _categories(rows: list[Any], source: str) -> tuple[Category, ...]:
     categories: dict[int, Category] = {}
     for number, row in enumerate(rows):
-        where = f"{source}: categories[{number}]"
-        category_id, name = _integer(row, "id", where), str(row.get("name", ""))
-        if not name:
-            raise AnnotationError(f"{where} has no name.")
+        place = Place(source, "categories", number, row)
+        category_id = whole(row, "id", place, INT32)
+        name = row.get("name")
+        if not isinstance(name, str | int | float) or name == "" or not is_text(str(name)):
+            raise AnnotationError(f"{place} has no name.")
         if category_id in categories:
-            raise AnnotationError(f"{where} repeats the id {category_id} of '{categories[category_id].name}'.")
-        keypoints = tuple(str(keypoint) for keypoint in row.get("keypoints") or ())
+            raise AnnotationError(f"{place} repeats the id {category_id} of '{categories[category_id].name}'.")
+        keypoints = _keypoint_names(row, place)
         categories[category_id] = Category(
             id=category_id,
-            name=name,
+            name=str(name),
             keypoints=keypoints,
             flip_pairs=flip_pairs(keypoints),
-            skeleton=_skeleton(row, keypoints, where),
+            skeleton=_skeleton(row, keypoints, place),
         )
     if not categories:
         raise AnnotationError(f"{source} has no categories.")
     return tuple(categories.values())
 
 
-def _skeleton(row: Mapping[str, Any], keypoints: Sequence[str], where: str) -> tuple[tuple[int, int], ...]:
+def _keypoint_names(row: Mapping[str, Any], place: Place) -> tuple[str, ...]:
+    names = row.get("keypoints") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_text(name) for name in names):
+        raise AnnotationError(f"{place} needs a list of names as its keypoints, not {quoted(names)}.")
+    return tuple(names)
+
+
+def _skeleton(row: Mapping[str, Any], keypoints: Sequence[str], place: Place) -> tuple[tuple[int, int], ...]:
     """COCO counts a skeleton's ends from 1, a `Category` from 0."""
-    edges = []
-    for edge in row.get("skeleton") or ():
-        if len(edge) != 2 or not all(isinstance(end, int) and 1 <= end <= len(keypoints) for end in edge):
-            raise AnnotationError(f"{where}: the skeleton edge {edge} does not join two of its {len(keypoints)} keypoints.")
-        edges.append((edge[0] - 1, edge[1] - 1))
-    return tuple(edges)
+    edges = row.get("skeleton") or []
+    if not isinstance(edges, list):
+        raise AnnotationError(f"{place} needs a list of pairs as its skeleton, not {quoted(edges)}.")
+    for edge in edges:
+        pair = isinstance(edge, list) and len(edge) == 2
+        if not pair or not all(type(end) is int and 1 <= end <= len(keypoints) for end in edge):
+            raise AnnotationError(
+                f"{place}: the skeleton edge {quoted(edge)} does not join two of its {len(keypoints)} keypoints."
+            )
+    return tuple((edge[0] - 1, edge[1] - 1) for edge in edges)
 
 
 def flip_pairs(keypoints: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -157,21 +253,16 @@ def flip_pairs(keypoints: Sequence[str]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _images(rows: list[Any], source: str, dropped: Counter[str]) -> dict[int, CocoImage]:
+def _images(rows: list[Any], source: str, dropped: _Dropped) -> dict[int, CocoImage]:
     images: dict[int, CocoImage] = {}
     for number, row in enumerate(rows):
-        where = f"{source}: images[{number}]"
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name:
-            raise AnnotationError(f"{where} has no file_name.")
-        image = CocoImage(_integer(row, "id", where), name, _integer(row, "width", where), _integer(row, "height", where))
-        if image.width <= 0 or image.height <= 0:
-            raise AnnotationError(f"{where} ({name}) has the size {image.width} x {image.height}.")
+        place = Place(source, "images", number, row)
+        image = image_of(row, place)
         known = images.setdefault(image.id, image)
         if known is not image:
             if known != image:
-                raise AnnotationError(f"{where}: the id {image.id} is given to {known} and to {image}. Keep one of them.")
-            dropped[REPEATED_IMAGE] += 1
+                raise AnnotationError(f"{place}: the id {image.id} is given to {known} and to {image}. Keep one of them.")
+            dropped.add(REPEATED_IMAGE, f"{place} ({image.file_name})")
     return images
 
 
@@ -180,101 +271,85 @@ def _annotations(
     images: Mapping[int, CocoImage],
     categories: Mapping[int, Category],
     source: str,
-    dropped: Counter[str],
+    dropped: _Dropped,
 ) -> dict[int, tuple[CocoAnnotation, ...]]:
     by_image: dict[int, list[CocoAnnotation]] = {}
+    found: list[tuple[CocoImage, CocoAnnotation]] = []
+    seen: dict[Any, Any] = {}
     for number, row in enumerate(rows):
-        where = f"{source}: annotations[{number}]"
-        image_id, category_id = _integer(row, "image_id", where), _integer(row, "category_id", where)
-        if image_id not in images:
-            raise AnnotationError(f"{where} belongs to the image {image_id}, which `images` does not list.")
-        if category_id not in categories:
-            raise AnnotationError(f"{where} has the category {category_id}, which `categories` does not list.")
-        bbox = _bbox(row, where)
-        if bbox[2] <= 0 or bbox[3] <= 0:
-            dropped[ZERO_AREA] += 1
+        image, annotation, place = _annotation(number, row, images, categories, source)
+        own_id = row.get("id")
+        if type(own_id) in (int, str) and seen.setdefault(own_id, row) is not row and seen[own_id] == row:
+            dropped.add(REPEATED_ROW, place)
             continue
-        segmentation = _segmentation(row.get("segmentation"), images[image_id], where)
-        keypoints = _keypoints(row, categories[category_id], where)
-        area = row.get("area")
-        by_image.setdefault(image_id, []).append(
-            CocoAnnotation(
-                image_id=image_id,
-                category_id=category_id,
-                bbox=bbox,
-                area=float(area) if isinstance(area, int | float) else bbox[2] * bbox[3],
-                crowd=bool(row.get("iscrowd", 0)),
-                segmentation=segmentation,
-                keypoints=keypoints,
-            )
-        )
-    return {image_id: tuple(found) for image_id, found in by_image.items()}
+        found.append((image, annotation))
+        if annotation.bbox[2] <= 0 or annotation.bbox[3] <= 0:
+            dropped.add(ZERO_AREA, place)
+        elif not overlaps(annotation.bbox, image):
+            dropped.add(OUTSIDE, place)
+        else:
+            by_image.setdefault(image.id, []).append(annotation)
+    _check_units(found, source)
+    return {image_id: tuple(kept) for image_id, kept in by_image.items()}
 
 
-def _integer(row: Any, key: str, where: str) -> int:
-    value = row.get(key) if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise AnnotationError(f"{where} needs a whole number '{key}', not {value!r}.")
-    return int(value)
+def _annotation(
+    number: int, row: Any, images: Mapping[int, CocoImage], categories: Mapping[int, Category], source: str
+) -> tuple[CocoImage, CocoAnnotation, Place]:
+    place = Place(source, "annotations", number, row)
+    image_id, category_id = whole(row, "image_id", place), whole(row, "category_id", place, INT32)
+    if image_id not in images:
+        raise AnnotationError(f"{place} belongs to the image {image_id}, which `images` does not list.")
+    place = Place(source, "annotations", number, row, images[image_id])
+    if category_id not in categories:
+        raise AnnotationError(f"{place} has the category {category_id}, which `categories` does not list.")
+    image, category = images[image_id], categories[category_id]
+    bbox = box_of(row, image, place)
+    annotation = CocoAnnotation(
+        image_id=image_id,
+        category_id=category_id,
+        bbox=bbox,
+        area=area_of(row, bbox, place),
+        crowd=crowd_of(row, place),
+        segmentation=segmentation_of(row, image, place),
+        keypoints=keypoints_of(row, category.name, len(category.keypoints), image, place),
+    )
+    return image, annotation, place
 
 
-def _bbox(row: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
-    bbox = row.get("bbox")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_finite(side) for side in bbox):
-        raise AnnotationError(f"{where} needs a bbox [x, y, width, height] of finite numbers, not {bbox!r}.")
-    x, y, width, height = (float(side) for side in bbox)
-    return x, y, width, height
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _keypoints(row: Mapping[str, Any], category: Category, where: str) -> tuple[float, ...]:
-    keypoints = row.get("keypoints") or ()
-    if not category.keypoints or not keypoints:
-        return ()
-    if len(keypoints) != 3 * len(category.keypoints) or not all(_is_finite(value) for value in keypoints):
+def _check_units(found: Sequence[tuple[CocoImage, CocoAnnotation]], source: str) -> None:
+    """Raises AnnotationError where most boxes are shares of their image's sides, or corners instead of a corner and sides."""
+    boxes = np.array([a.bbox for _, a in found], np.float64).reshape(-1, 4)
+    sizes = np.array([(image.width, image.height) for image, _ in found], np.float64).reshape(-1, 2)
+    drawn = (boxes[:, 2:] > 0).all(axis=1)
+    boxes, sizes = boxes[drawn], sizes[drawn]
+    far = boxes[:, :2] + boxes[:, 2:]
+    shares = (boxes[:, :2] >= 0).all(axis=1) & (far <= 1.001).all(axis=1) & (sizes > 2).all(axis=1)
+    if shares.sum() * 2 > len(boxes):
         raise AnnotationError(
-            f"{where} has {len(keypoints)} keypoint numbers; '{category.name}' with {len(category.keypoints)} keypoints needs "
-            f"{3 * len(category.keypoints)} finite ones (x, y, visibility)."
+            f"{source}: {shares.sum()} of {len(boxes)} boxes lie within 0..1. They seem to be shares of the image's sides; "
+            "COCO's are pixels: multiply x and width by the image's width, y and height by its height."
         )
-    return tuple(float(value) for value in keypoints)
+    beyond = (far > sizes + 1).any(axis=1)
+    corners = (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= sizes + 1).all()
+    if len(boxes) >= FEW_BOXES and corners and beyond.sum() * 2 > len(boxes):
+        raise AnnotationError(
+            f"{source}: {beyond.sum()} of {len(boxes)} boxes reach beyond their image. They seem to be x1, y1, x2, y2; COCO's "
+            "are x, y, width, height: subtract x1 from x2 and y1 from y2."
+        )
 
 
-def _segmentation(value: Any, image: CocoImage, where: str) -> Segmentation:
-    """Polygons of at least three corners, or a run-length encoding of this image's size; None when there is no outline."""
-    if not value:
-        return None
-    if isinstance(value, dict):
-        return _checked_rle(value, image, where)
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
-        raise AnnotationError(f"{where}: the segmentation is neither polygons nor a run-length encoding.")
-    for polygon in value:
-        if len(polygon) % 2 or not all(_is_finite(coordinate) for coordinate in polygon):
-            raise AnnotationError(f"{where} has a polygon of {len(polygon)} numbers; x, y pairs of finite numbers are needed.")
-    return [polygon for polygon in value if len(polygon) >= 6] or None
-
-
-def _checked_rle(value: Mapping[str, Any], image: CocoImage, where: str) -> dict[str, Any]:
-    size, counts = value.get("size"), value.get("counts")
-    if size != [image.height, image.width]:
-        raise AnnotationError(f"{where}: the mask's size {size} is not its image's [{image.height}, {image.width}].")
-    try:
-        runs = np.asarray(counts) if isinstance(counts, list) else unpack_counts(str(counts).encode())
-    except ValueError as error:
-        raise AnnotationError(f"{where}: the mask's counts are no run lengths ({error}).") from error
-    # Readers in C trust this sum: without the check they would give pixels that nobody wrote.
-    pixels = image.height * image.width
-    if (
-        runs.dtype.kind != "i"
-        or runs.ndim != 1
-        or (runs < 0).any()
-        or (runs > pixels).any()
-        or runs.sum() != image.height * image.width
-    ):
-        raise AnnotationError(f"{where}: the mask's runs do not add up to its {image.height} x {image.width} pixels.")
-    return {"size": size, "counts": counts}
+def check_dropped(dataset: CocoDataset, most: float = MOST_UNUSABLE) -> None:
+    """Raises AnnotationError when more than this share of a data set's instances had to be left out."""
+    left_out = sum(dataset.dropped.get(reason, 0) for reason in DROPPED_INSTANCES)
+    drawn = left_out + dataset.instance_count()
+    if left_out > most * drawn:
+        reasons = ", ".join(f"{dataset.dropped[r]} {r}" for r in DROPPED_INSTANCES if dataset.dropped.get(r))
+        names = "; ".join(name for r in DROPPED_INSTANCES for name in dataset.examples.get(r, ()))
+        raise AnnotationError(
+            f"{left_out} of the {drawn} instances of {dataset.source} cannot be used: {reasons}. The first: {names}. "
+            f"Mend the file, or allow more than {most:.0%} of them to be left out with --max-unusable."
+        )
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
@@ -322,12 +397,17 @@ def _row(number: int, annotation: CocoAnnotation) -> dict[str, Any]:
     if annotation.segmentation is not None:
         row["segmentation"] = annotation.segmentation
     elif annotation.crowd:  # evaluators ask a crowd for its region whenever they score masks
-        x, y, width, height = annotation.bbox
-        row["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        row["segmentation"] = [box_outline(annotation.bbox)]
     if annotation.keypoints:
         row["keypoints"] = list(annotation.keypoints)
         row["num_keypoints"] = sum(visibility > 0 for visibility in annotation.keypoints[2::3])
     return row
+
+
+def box_outline(bbox: Sequence[float]) -> list[float]:
+    """The box x, y, width, height as a polygon."""
+    x, y, width, height = bbox
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 def image_folder(given: str | None, annotations: str) -> str:

@@ -7,6 +7,7 @@ an image can be asked for (pycocotools' own summary knows only 100).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,12 +20,16 @@ from numpy.typing import NDArray
 from model.config import Category
 from model.errors import ConfigError
 from model.instances import Instances
-from pipeline.coco import CocoDataset, CocoImage, to_document, to_rle
+from pipeline.coco import CocoDataset, box_outline, to_document, to_rle
+from pipeline.coco_values import CocoImage
 
 IouType = Literal["bbox", "segm", "keypoints"]
 
 KIND_NAMES: Mapping[IouType, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 """What people call COCO's kinds of result."""
+
+FIELDS: Mapping[IouType, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+"""The field of a COCO row that holds each kind's answer."""
 
 KEYPOINT_MAX_DETS = (20,)
 """COCO scores keypoints on the 20 best detections of an image."""
@@ -138,14 +143,64 @@ def _score(
     max_dets: Sequence[int],
     sigmas: Mapping[str, Sequence[float]],
 ) -> Score:
-    document, rows = to_document(truth), [row for row in map(_result_row(kind), detections) if row is not None]
+    numbers = _Numbers(truth)
+    document = numbers.renumbered(_ignoring_incomplete(to_document(truth), kind, truth))
+    rows = [numbers.result(row, kind) for row in detections if row.get(FIELDS[kind]) is not None]
     if kind != "keypoints":
-        arrays = [_evaluate(document, rows, kind, max_dets, [c.id for c in truth.categories], None)]
+        arrays = [_evaluate(document, rows, kind, max_dets, [numbers.categories[c.id] for c in truth.categories], None)]
         return _summarise(arrays, list(truth.categories), max_dets, AREAS)
     # One pass a category: each has its own number of keypoints, and so its own sigmas.
     categories = [category for category in truth.categories if category.keypoints]
-    arrays = [_evaluate(document, rows, kind, KEYPOINT_MAX_DETS, [c.id], keypoint_sigmas(c, sigmas)) for c in categories]
+    arrays = [
+        _evaluate(document, rows, kind, KEYPOINT_MAX_DETS, [numbers.categories[c.id]], keypoint_sigmas(c, sigmas))
+        for c in categories
+    ]
     return _summarise(arrays, categories, KEYPOINT_MAX_DETS, ("all", "medium", "large"))
+
+
+def _ignoring_incomplete(document: dict[str, Any], kind: IouType, truth: CocoDataset) -> dict[str, Any]:
+    """The document, in which an instance without this kind's truth is neither asked for nor a false positive when it is found.
+
+    Without an outline its box becomes a crowd region for masks; without keypoints it has none that are labelled, which COCO's
+    evaluators ignore.
+    """
+    counts = {category.id: len(category.keypoints) for category in truth.categories}
+    for row in document["annotations"]:
+        if kind == "segm" and "segmentation" not in row:
+            row |= {"segmentation": [box_outline(row["bbox"])], "iscrowd": 1}
+        if kind == "keypoints" and "keypoints" not in row:
+            row |= {"keypoints": [0.0] * 3 * counts[row["category_id"]], "num_keypoints": 0}
+    return document
+
+
+class _Numbers:
+    """Images and categories counted from 1, in the order of their ids: the evaluator's numbers are narrower than COCO's ids."""
+
+    def __init__(self, truth: CocoDataset) -> None:
+        self.images = {number: n for n, number in enumerate(sorted(image.id for image in truth.images), start=1)}
+        self.categories = {number: n for n, number in enumerate(sorted(c.id for c in truth.categories), start=1)}
+
+    def renumbered(self, document: dict[str, Any]) -> dict[str, Any]:
+        """A COCO document with these numbers."""
+        return {
+            "images": [{**row, "id": self.images[row["id"]]} for row in document["images"]],
+            "categories": [{**row, "id": self.categories[row["id"]]} for row in document["categories"]],
+            "annotations": [
+                {**row, "image_id": self.images[row["image_id"]], "category_id": self.categories[row["category_id"]]}
+                for row in document["annotations"]
+            ],
+        }
+
+    def result(self, row: Mapping[str, Any], kind: IouType) -> dict[str, Any]:
+        """A result with these numbers, 0 for a category that the truth does not have, and only the field that `kind` needs:
+        the evaluator takes an object's area from the first field it knows.
+        """
+        return {
+            "image_id": self.images[row["image_id"]],
+            "category_id": self.categories.get(row["category_id"], 0),
+            "score": row["score"],
+            FIELDS[kind]: row[FIELDS[kind]],
+        }
 
 
 def keypoint_sigmas(category: Category, sigmas: Mapping[str, Sequence[float]]) -> list[float]:
@@ -155,18 +210,6 @@ def keypoint_sigmas(category: Category, sigmas: Mapping[str, Sequence[float]]) -
     if len(chosen) != count:
         raise ConfigError(f"'{category.name}' has {count} keypoints; {len(chosen)} sigmas were given.")
     return chosen
-
-
-def _result_row(kind: IouType) -> Any:
-    """A function that keeps only what `kind` needs: the evaluator takes an object's area from the first field it knows."""
-    field = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
-
-    def keep(row: Mapping[str, Any]) -> dict[str, Any] | None:
-        if row.get(field) is None:
-            return None
-        return {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], field: row[field]}
-
-    return keep
 
 
 def _evaluate(
@@ -233,7 +276,8 @@ def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_
 
     The masks of a class are united first, so it says how well pixels are found, not how well instances are told apart. An image
     counts for a class when it holds any of it on either side. Detections below `score_threshold` do not count, nor do pixels of
-    crowd regions that the truth gives to no instance. None when no image counts.
+    crowd regions, and of boxes of instances without an outline, that the truth gives to no other instance. None when no image
+    counts.
     """
     found: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in detections:
@@ -249,12 +293,15 @@ def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_
 
 
 def _image_iou(truth: CocoDataset, image: CocoImage, category_id: int, found: list[dict[str, Any]]) -> float | None:
-    rows = [a for a in truth.annotations.get(image.id, ()) if a.category_id == category_id and a.segmentation is not None]
-    if not found and all(a.crowd for a in rows):
+    size = image.height, image.width
+    rows = [a for a in truth.annotations.get(image.id, ()) if a.category_id == category_id]
+    known = [a.segmentation for a in rows if a.segmentation is not None and not a.crowd]
+    if not found and not known:
         return None
-    nothing: dict[str, Any] = to_rle({"size": [image.height, image.width], "counts": [image.height * image.width]}, 0, 0)
-    real = _united([nothing, *(to_rle(a.segmentation, image.height, image.width) for a in rows if not a.crowd)])
-    crowd = _united([nothing, *(to_rle(a.segmentation, image.height, image.width) for a in rows if a.crowd)])
+    nothing: dict[str, Any] = to_rle({"size": list(size), "counts": [math.prod(size)]}, 0, 0)
+    real = _united([nothing, *(to_rle(segmentation, *size) for segmentation in known)])
+    unknown = [a.segmentation or [box_outline(a.bbox)] for a in rows if a.crowd or a.segmentation is None]
+    crowd = _united([nothing, *(to_rle(segmentation, *size) for segmentation in unknown)])
     guess = _united([nothing, *found])
     either = _united([real, guess])
     ignored = _area(_common(either, crowd)) - _area(_common(real, crowd))

@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.bit_masks import BitMasks
 from model.config import Category
 from model.instances import Target
 from model.rle import decode_columns
-from pipeline.coco import CocoDataset, Segmentation, to_rle
+from pipeline.coco import CocoDataset, learnable, to_rle
+from pipeline.coco_values import Segmentation
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError, EmptyInputError
 from pipeline.fetch import fetch
@@ -81,7 +83,8 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, or None without masks.
+    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, b"" for an instance without an
+    outline, or None without masks.
 
     proposals: stored ones, or None where the model makes its own.
     """
@@ -99,8 +102,8 @@ def training_rows(
 ) -> pa.Table:
     """One row an image: image_id, uri, width, height, annotations (JSON, without crowds), and stored proposals where given.
 
-    Images without an instance are left out unless `keep_empty`; so are instances without an outline where masks are learnt.
-    proposals: PROPOSAL_SCHEMA rows.
+    Images without an instance are left out unless `keep_empty`; so are instances of which nothing can be learnt
+    (`pipeline.coco.learnable`). proposals: PROPOSAL_SCHEMA rows.
     Raises EmptyInputError when nothing is left to learn from, AnnotationError for an image without its proposals.
     """
     rows, names = [], []
@@ -108,7 +111,7 @@ def training_rows(
         instances = [
             {"category_id": a.category_id, "bbox": a.bbox, "segmentation": a.segmentation, "keypoints": a.keypoints}
             for a in dataset.annotations.get(image.id, ())
-            if not a.crowd and (a.segmentation is not None or not spec.masks)
+            if learnable(a, image)
         ]
         if instances or keep_empty:
             uri = relative_to(folder, image.file_name)
@@ -255,14 +258,18 @@ def _cut_image(image: torch.Tensor, window: Window) -> torch.Tensor:
 def _instance(
     annotation: Mapping[str, Any], box: NDArray[np.float64], window: Window, image: torch.Tensor, spec: SampleSpec
 ) -> tuple[NDArray[np.float64], int, bytes, NDArray[np.float64]] | None:
-    """Box, label, counts and keypoints of one instance in the window; None when less than a pixel of it is left."""
+    """Box, label, counts and keypoints of one instance in the window; None when less than a pixel of it is left.
+
+    The counts are b"" where masks are not learnt, and where the instance has no outline, or one without any pixel.
+    """
     inside = box - np.array([window.left, window.top] * 2)
     clipped = np.clip(inside, 0, [window.width, window.height] * 2)
     if (clipped[2:] <= clipped[:2]).any():
         return None
     moved, counts = _mirrored(clipped * (window.zoom * 2), window), b""
-    if spec.masks:
-        mask = _cut_mask(annotation["segmentation"], (image.shape[1], image.shape[2]), window)
+    outline = _outline(annotation, (image.shape[1], image.shape[2])) if spec.masks else None
+    if outline is not None:
+        mask = _cut_mask(outline, (image.shape[1], image.shape[2]), window)
         if not mask.any():
             return None
         counts = pycocotools.mask.encode(np.asfortranarray(mask))["counts"]
@@ -280,12 +287,21 @@ def _move_proposals(boxes: NDArray[np.float64], window: Window) -> NDArray[np.fl
     return moved[(moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)].astype(np.float32)
 
 
-def _cut_mask(segmentation: Segmentation, size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
+def _outline(annotation: Mapping[str, Any], size: tuple[int, int]) -> bytes | None:
+    """Compressed counts of an instance's mask of `size` (H, W); None where it has none, or one thinner than any pixel."""
+    segmentation: Segmentation = annotation["segmentation"]
+    if segmentation is None:
+        return None
+    rle = to_rle(segmentation, *size)
+    if not pycocotools.mask.area(rle):
+        return None
+    counts = rle["counts"]
+    return counts.encode() if isinstance(counts, str) else counts
+
+
+def _cut_mask(counts: bytes, size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
     """The window's part of a mask of `size` (H, W). Only its columns are decoded: a large image may hold hundreds of masks."""
-    counts = to_rle(segmentation, *size)["counts"]
-    columns = decode_columns(
-        counts.encode() if isinstance(counts, str) else counts, size, (window.left, window.left + window.width)
-    )
+    columns = decode_columns(counts, size, (window.left, window.left + window.width))
     cut = columns[window.top : window.top + window.height]
     height, width = window.size
     if cut.shape != (height, width):  # the nearest pixel, by pixel centres
@@ -379,9 +395,7 @@ def _as_boxes(values: Sequence[float] | None) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.float32).reshape(-1, 4)
 
 
-def _decode_masks(rles: Sequence[bytes], height: int, width: int) -> torch.Tensor:
-    """uint8 (G, H, W); the decoder writes columns, so a row of the result is not contiguous."""
-    if not rles:
-        return torch.zeros(0, height, width, dtype=torch.uint8)
-    columns = pycocotools.mask.decode([{"size": [height, width], "counts": counts} for counts in rles])
-    return torch.from_numpy(columns.transpose(2, 1, 0)).permute(0, 2, 1)
+def _decode_masks(rles: Sequence[bytes], height: int, width: int) -> BitMasks:
+    """Masks (G, H, W) of compressed counts; b"" is an instance without one."""
+    masks = (pycocotools.mask.decode({"size": [height, width], "counts": counts}) if counts else None for counts in rles)
+    return BitMasks.of(masks, (height, width), len(rles))

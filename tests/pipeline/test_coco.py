@@ -13,7 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.coco import MISSING_FILE, REPEATED_IMAGE, ZERO_AREA, flip_pairs, parse_coco, read_coco, to_mask, with_files
+from pipeline.coco import (
+    MISSING_FILE,
+    OUTSIDE,
+    REPEATED_IMAGE,
+    REPEATED_ROW,
+    ZERO_AREA,
+    check_dropped,
+    flip_pairs,
+    parse_coco,
+    read_coco,
+    to_mask,
+    with_files,
+)
 from pipeline.errors import AnnotationError, InputNotFoundError
 from pipeline.storage import Storage
 
@@ -94,10 +106,81 @@ def test_boxes_without_an_area_are_dropped_and_counted(bbox: list[float]) -> Non
     assert dataset.instance_count() == 1
 
 
-def test_an_outline_of_two_points_is_none() -> None:
-    dataset = parse_coco(changed("annotations", 0, segmentation=[[1, 1, 2, 2]]), "x.json")
+@pytest.mark.parametrize("outline", [[], None, [[]], [[1, 1, 2, 2]], {"size": [8, 12], "counts": [96]}])
+def test_an_instance_without_an_outline_takes_no_masks_from_the_others(outline: Any) -> None:
+    row = {"image_id": 2, "category_id": 2, "bbox": [1, 1, 2, 2], "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]]}
+    document = changed("annotations", 0, segmentation=outline)
+    document["annotations"].append(row)
+    dataset = parse_coco(document, "x.json")
     assert dataset.annotations[1][0].segmentation is None
-    assert not dataset.has_masks
+    assert dataset.has_masks
+    assert dataset.incomplete() == {"without an outline": 1, "without keypoints": 1}
+    assert not parse_coco(changed("annotations", 0, segmentation=outline), "x.json").has_masks
+
+
+@pytest.mark.parametrize("points", [None, [], [0] * 9, [5, 5, 0] * 3])
+def test_an_instance_without_keypoints_is_counted(points: Any) -> None:
+    dataset = parse_coco(changed("annotations", 0, keypoints=points, num_keypoints=3), "x.json")
+    assert dataset.without_keypoints() == 1
+    assert (
+        parse_coco(changed("annotations", 0, keypoints=[3, 3, 1] + [0] * 6, num_keypoints=0), "x.json").without_keypoints() == 0
+    )
+
+
+def test_boxes_outside_their_image_are_dropped_counted_and_named() -> None:
+    row = {"id": 41, "image_id": 2, "category_id": 2, "bbox": [100, 0, 2, 2]}
+    dataset = parse_coco(added("annotations", row), "x.json")
+    assert dataset.dropped == {OUTSIDE: 1}
+    assert dataset.examples[OUTSIDE] == ("x.json: annotations[1] (id 41; image 2, b.png)",)
+    with pytest.raises(AnnotationError, match=r"1 of the 2 instances .*1 boxes outside their image.*id 41; .*--max-unusable"):
+        check_dropped(dataset)
+    check_dropped(dataset, 0.5)
+
+
+def boxes(*rows: list[float]) -> dict[str, Any]:
+    annotations = [{"id": n, "image_id": 1, "category_id": 2, "bbox": row} for n, row in enumerate(rows)]
+    return {**DOCUMENT, "images": [{"id": 1, "file_name": "a.png", "width": 640, "height": 480}], "annotations": annotations}
+
+
+def test_boxes_in_other_units_are_recognised() -> None:
+    with pytest.raises(AnnotationError, match=r"2 of 3 boxes lie within 0\.\.1.* multiply x and width"):
+        parse_coco(boxes([0.1, 0.2, 0.3, 0.3], [0.5, 0.5, 0.5, 0.5], [10, 10, 30, 30]), "x.json")
+    corners = [[30 * n + 330, 20 * n + 200, 30 * n + 370, 20 * n + 230] for n in range(8)]
+    with pytest.raises(AnnotationError, match=r"8 of 8 boxes reach beyond.*subtract x1 from x2"):
+        parse_coco(boxes(*corners), "x.json")
+    assert parse_coco(boxes(*corners[:7]), "x.json").instance_count() == 7  # too few to tell
+    assert parse_coco(boxes(*corners, *([600, 400, 90, 90] for _ in range(9))), "x.json").instance_count() == 17
+
+
+@pytest.mark.parametrize("number", [-1, 0, 2**31, 2**53 + 1, 2**63 - 1, -(2**63), 5.0])
+def test_ids_of_images_are_64_bit_integers(number: float) -> None:
+    document = changed("images", 0, id=number)
+    document["annotations"][0]["image_id"] = number
+    assert parse_coco(document, "x.json").images[0].id == number
+
+
+@pytest.mark.parametrize("number", ["5", 5.5, True, 1e300, float("nan"), float("inf"), 2**63, 10**400, -(2**63) - 1, [1]])
+def test_other_ids_are_refused_by_name(number: Any) -> None:
+    for part in ("images", "categories"):
+        with pytest.raises(AnnotationError, match=rf"^x\.json: {part}\[0\] (needs a whole number|has the) 'id'"):
+            parse_coco(changed(part, 0, id=number), "x.json")
+
+
+def test_ids_of_categories_are_32_bit_integers() -> None:
+    for number in (-(2**31), -1, 0, 2**31 - 1):
+        document = changed("categories", 0, id=number)
+        document["annotations"][0]["category_id"] = number
+        assert parse_coco(document, "x.json").categories[0].id == number
+    with pytest.raises(AnnotationError, match=r"categories\[0\] has the 'id' 2147483648, which is beyond 32-bit"):
+        parse_coco(changed("categories", 0, id=2**31), "x.json")
+
+
+def test_the_same_row_twice_is_one_and_two_rows_of_one_id_are_two() -> None:
+    dataset = parse_coco(added("annotations", copy.deepcopy(DOCUMENT["annotations"][0])), "x.json")
+    assert (dataset.instance_count(), dataset.dropped) == (1, {REPEATED_ROW: 1})
+    assert (
+        parse_coco(added("annotations", {**DOCUMENT["annotations"][0], "bbox": [3, 1, 6, 4]}), "x.json").instance_count() == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,8 +194,8 @@ def test_an_outline_of_two_points_is_none() -> None:
         (changed("images", 0, file_name=None), r"images\[0\] has no file_name"),
         (changed("images", 0, width=None), r"images\[0\] needs a whole number 'width', not None"),
         (changed("images", 0, height=0), r"size 12 x 0"),
-        (changed("annotations", 0, image_id=9), r"annotations\[0\] belongs to the image 9"),
-        (changed("annotations", 0, category_id=9), r"annotations\[0\] has the category 9"),
+        (changed("annotations", 0, image_id=9), r"annotations\[0\] .id 0. belongs to the image 9"),
+        (changed("annotations", 0, category_id=9), r"annotations\[0\] .*has the category 9"),
         (changed("annotations", 0, bbox=[1, 2, 3]), r"needs a bbox"),
         (changed("annotations", 0, bbox=[1, 2, float("nan"), 3]), r"finite numbers"),
         (changed("annotations", 0, keypoints=[1, 2, 2]), r"'bird' with 3 keypoints needs 9"),
@@ -120,6 +203,37 @@ def test_an_outline_of_two_points_is_none() -> None:
         (changed("annotations", 0, segmentation="mask.png"), "neither polygons nor"),
         (changed("annotations", 0, segmentation={"size": [12, 8], "counts": [96]}), r"size \[12, 8\] is not its image's"),
         (changed("annotations", 0, segmentation={"size": [8, 12], "counts": [95]}), "do not add up"),
+        (changed("annotations", 0, segmentation={"size": [8, 12], "counts": [10**400]}), "do not add up"),
+        (changed("annotations", 0, segmentation={"size": [8, 12], "counts": ["96"]}), "a list of whole numbers"),
+        (changed("annotations", 0, segmentation={"size": [8, 12]}), "counts are no run lengths, but None"),
+        (changed("annotations", 0, segmentation=SQUARE), "is a list of its own within that list"),
+        (changed("annotations", 0, segmentation=[["1", "2", "3", "4", "5", "6"]]), "a polygon of 6 numbers"),
+        (
+            changed("annotations", 0, segmentation=[[1, 2, 1e9, 4, 5, 6]]),
+            r"id 0; image 1, a.png. has a polygon from x = 1 to 1e.09",
+        ),
+        (changed("annotations", 0, segmentation=[[1, 2, 10**400, 4, 5, 6]]), "pairs of finite numbers"),
+        (changed("annotations", 0, segmentation=[[1, 2, float("inf"), 4, 5, 6]]), "pairs of finite numbers"),
+        (changed("annotations", 0, bbox=[1, 1, 1e12, 4]), r"a bbox from x = 1 to 1e\+12"),
+        (changed("annotations", 0, bbox=["1", "1", "3", "4"]), "finite numbers"),
+        (changed("annotations", 0, bbox=[True, 1, 3, 4]), "finite numbers"),
+        (changed("annotations", 0, keypoints="abc"), "the keypoints 'abc'"),
+        (changed("annotations", 0, keypoints=[1e9, 2, 2] * 3), "has keypoints from x"),
+        (changed("annotations", 0, keypoints=[1, 2, 5] * 3), "visibility 5"),
+        (changed("annotations", 0, area="24"), "needs an area in pixels"),
+        (changed("annotations", 0, area=float("nan")), "needs an area in pixels"),
+        (changed("annotations", 0, iscrowd="0"), "an iscrowd of 0 or 1, not '0'"),
+        (changed("images", 0, width="12"), "whole number 'width', not '12'"),
+        (changed("images", 0, width=2**40), "beyond 32-bit"),
+        (changed("images", 0, file_name="a\0b"), "no file_name that a file can have"),
+        (changed("images", 0, file_name="a\ud800"), "no file_name that a file can have"),
+        (changed("categories", 0, keypoints="beak"), "a list of names as its keypoints"),
+        (changed("categories", 0, skeleton=[5]), "skeleton edge 5"),
+        ({**DOCUMENT, "images": [None]}, r"images\[0\]"),
+        ({**DOCUMENT, "annotations": [5]}, r"annotations\[0\]"),
+        ([{"image_id": 1, "score": 0.5}], "looks like detections"),
+        ({"a.jpg12": {"filename": "a.jpg", "regions": []}}, "VGG Image Annotator"),
+        ({"shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
     ],
 )
 def test_what_cannot_be_used_is_named(document: Any, message: str) -> None:

@@ -66,6 +66,42 @@ def random_case(seed: int, instances: int = 6) -> tuple[dict[str, Any], list[dic
     return document, found
 
 
+@pytest.mark.parametrize("scale", [-1, 2**31, 2**62])
+def test_any_ids_give_the_same_scores(scale: int) -> None:
+    document, found = random_case(1)
+    expected = coco_metrics(parse_coco(document, "truth.json"), found, sigmas=SIGMAS)
+    for row in (*document["images"], *document["annotations"], *found):
+        key = "id" if "file_name" in row else "image_id"
+        row[key] = row[key] + scale
+    for row in (*document["categories"], *document["annotations"], *found):
+        key = "id" if "name" in row else "category_id"
+        row[key] = row[key] - 2**31
+    assert coco_metrics(parse_coco(document, "truth.json"), found, sigmas=SIGMAS) == expected
+
+
+def test_what_lacks_a_kinds_truth_is_no_false_positive_of_it_when_found() -> None:
+    """Two birds, both found exactly: one has no outline and no keypoints. Boxes ask for both, the rest for the other one."""
+    document, _ = random_case(1, instances=0)
+    points = [12, 12, 2, 20, 20, 2, 25, 14, 2]
+    whole = {
+        "category_id": 7,
+        "bbox": [10, 10, 20, 15],
+        "area": 300,
+        "segmentation": rectangle(10, 10, 20, 15),
+        "keypoints": points,
+    }
+    document["annotations"] = [{"id": 1, "image_id": 1, **whole}, {"id": 2, "image_id": 2, **whole}]
+    found = [{"image_id": n, "score": 0.9 - n / 10, **whole} for n in (2, 1)]
+    for key in ("segmentation", "keypoints"):
+        del document["annotations"][1][key]
+    truth = parse_coco(document, "truth.json")
+    scores = coco_metrics(truth, found, sigmas=SIGMAS)
+    assert {kind: round(score.ap or 0, 6) for kind, score in scores.items()} == {"bbox": 1, "segm": 1, "keypoints": 1}
+    assert mean_iou(truth, found) == 1
+    missed = coco_metrics(truth, found[1:], sigmas=SIGMAS)
+    assert (missed["bbox"].ar50, missed["segm"].ar50, missed["keypoints"].ar50) == (0.5, 1, 1)
+
+
 def oracle(document: dict[str, Any], rows: list[dict[str, Any]], kind: str, max_dets: list[int]) -> COCOeval:
     """pycocotools, given each kind's own field only."""
     field = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from model.bit_masks import BitMasks
 from model.config import Category
 from pipeline.coco import parse_coco, to_mask
 from pipeline.errors import AnnotationError, EmptyInputError
@@ -28,6 +29,7 @@ from pipeline.training_data import (
     Augmentation,
     Loader,
     SampleSpec,
+    _to_table,
     choose_window,
     load_samples,
     make_sample,
@@ -213,9 +215,10 @@ def test_the_batch_is_what_was_drawn(tmp_path: Path) -> None:
     images, targets = to_training(batch, spec())
     for n, (image, target) in enumerate(zip(images, targets, strict=True)):
         assert image.shape == (3, 24, 48)
-        assert target.masks is not None
+        assert isinstance(target.masks, BitMasks)
         assert target.keypoints is not None
-        assert torch.equal(target.masks[0].bool(), image[0] > 0)
+        assert torch.equal(target.masks.unpack()[0].bool(), image[0] > 0)
+        assert target.masks.known.all()
         assert target.boxes.tolist() == [[2 + n, 3, 10 + n, 11]]
         assert target.keypoints.shape == (1, 3, 3)
     assert [target.labels.tolist() for target in targets] == [[9]] * 3
@@ -227,6 +230,38 @@ def test_an_image_without_instances_is_an_empty_target(tmp_path: Path) -> None:
     assert targets[0].boxes.shape == (0, 4)
     assert targets[0].masks is not None
     assert targets[0].masks.shape == (0, 24, 48)
+
+
+@pytest.mark.parametrize("outline", [None, [[0.2, 0.2, 0.3, 0.2, 0.3, 0.3]]])
+@pytest.mark.parametrize("crop", [None, 32])
+def test_an_instance_without_an_outline_keeps_its_box_and_has_no_mask(outline: Any, crop: int | None) -> None:
+    """Also one whose outline is thinner than any pixel: the box is cut and moved like every other."""
+    rows = [annotation(3, 2, 10, 5), {**annotation(12, 4, 6, 9), "segmentation": outline}]
+    own = spec(Augmentation(flip=False, crop=crop))
+    batch = _to_table([(0, make_sample(painted(20, 40, rows[:1]), rows, own, (0, 0, 1)))])
+    _, [target] = to_training(batch, own)
+    assert isinstance(target.masks, BitMasks)
+    assert target.labels.tolist() == [9, 9]
+    assert target.masks.known.tolist() == [True, False]
+    assert target.masks.unpack()[0].any()
+    assert not target.masks.unpack()[1].any()
+    assert (target.boxes[1, 2:] - target.boxes[1, :2]).tolist() == [6, 9]
+
+
+def test_rows_leave_out_what_the_loader_would_not_show(tmp_path: Path) -> None:
+    dataset = parse_coco(
+        {
+            "images": [{"id": 1, "file_name": "a.png", "width": 48, "height": 24}],
+            "categories": [{"id": 9, "name": "cat"}],
+            "annotations": [
+                {"image_id": 1, "category_id": 9, "bbox": box} for box in ([2, 2, 9, 9], [5, 5, 0.6, 9], [47.5, 2, 3, 3])
+            ],
+        },
+        "x.json",
+    )
+    assert dataset.below_a_pixel() == 2
+    [row] = training_rows(dataset, str(tmp_path), spec(masks=False)).to_pylist()
+    assert [a["bbox"] for a in json.loads(row["annotations"])] == [[2, 2, 9, 9]]
 
 
 def bad_image(kind: str) -> bytes:
