@@ -171,7 +171,7 @@ def show(
 def label(
     source: Annotated[
         str,
-        typer.Argument(metavar="INPUT", help="Images: a folder or prefix, a glob, or a Parquet, CSV or text list of URIs."),
+        typer.Argument(metavar="INPUT", help="Images: a folder or prefix, a glob, or a list (Parquet, CSV, JSON, text)."),
     ],
     table: Annotated[str, typer.Argument(help="The table to add to, a local path or s3://; made when it is not there.")],
     weights: Annotated[str, typer.Option(help="A MaskLake checkpoint, local or s3:// (see `masklake train`, `convert`).")],

@@ -28,7 +28,9 @@ from pipeline.decode import DecodeLimits
 from pipeline.errors import InputNotFoundError, LabellingError, LeaseLostError
 from pipeline.labeller import LabellingActor, LabelSpec
 from pipeline.lease import Lease
-from pipeline.manifest import InputSpec, Plan, plan_run
+from pipeline.left_out import LeftOut
+from pipeline.listing import InputSpec
+from pipeline.manifest import Plan, plan_run
 from pipeline.rows import Outcome, to_table
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, Status
 from pipeline.storage import Storage, StorageOptions
@@ -79,6 +81,7 @@ class LabelReport(BaseModel):
     labelled_now: int = Field(description="Images that this start of the run labelled.")
     seconds: float = Field(description="Of labelling, the workers' start included.")
     images_per_s: float
+    left_out: dict[str, int] = Field(default={}, description="What of the input is no image or can never be read, by reason.")
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,28 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     if options.workers is not None or options.device == "cuda" or options.address is not None:
         # What was asked for may not fit: said before anything is written.
         label_plan.plan_workers(connect(options.address), options.workers or 1, options.workers, options.device)
-    plan = plan_run(storage, table, options.input, label_id, tick=options.tick, retry_failed=options.retry_failed, facts=facts)
+    left_out = LeftOut()
+    plan = plan_run(
+        storage,
+        table,
+        options.input,
+        label_id,
+        tick=options.tick,
+        retry_failed=options.retry_failed,
+        facts=facts,
+        left_out=left_out,
+    )
+    if line := str(left_out):
+        say(line)
+    left = {"left_out": left_out.counts()}
     if plan is None:
         say("nothing new: the table holds every image of this input, labelled by this model with these options")
-        return _nothing_new(table, model_id, label_id)
+        return _nothing_new(table, model_id, label_id).model_copy(update=left)
     verb = "continues" if plan.resumed else "starts"
     say(f"run {plan.run_id} {verb}: {plan.images} images, model {model_id}")
     spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
-        return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say)
+        return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say).model_copy(update=left)
 
 
 def options(**values: Any) -> LabelOptions:

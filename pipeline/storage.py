@@ -32,27 +32,26 @@ import botocore.exceptions
 import botocore.session
 import obstore
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import AccessDeniedError, InputNotFoundError
+from pipeline.left_out import LeftOut, Reason
 from pipeline.literal_keys import LiteralObject, is_plain
 from pipeline.storage_errors import translate, translated
+from pipeline.walk import walk
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore.store import ClientConfig, RetryConfig
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""What a folder's listing takes for an image, in any case; a manifest may name anything."""
-
 OBJECT_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
 """One row an object. etag: the store's, without quotes; local files: size and mtime_ns."""
 
+REPLACEMENT = "\ufffd"
 DEFAULT_REGION = "us-east-1"
 LISTING_BATCH = 10_000  # rows a batch of a listing: 1-2 MB of Arrow
 CONCURRENT_HEADS = 64
@@ -514,32 +513,40 @@ class Storage:
             return False
         return True
 
-    def list_objects(self, uri: str) -> Iterator[pa.RecordBatch]:
+    def list_objects(self, uri: str, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
         """Everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no promised order.
 
-        A stream: a bucket of millions costs one batch of memory. InputNotFoundError: no such folder or bucket (a prefix that
+        A stream: a bucket of millions costs one batch of memory. left_out: hears what cannot be listed; without it a folder
+        that cannot be read is an error, which names that folder. InputNotFoundError: no such folder or bucket (a prefix that
         holds nothing gives no batch: object stores have no folders).
         """
         at = parse(uri)
         with translated(uri):
-            yield from _list_local(at.key) if at.is_local else self._list_store(at)
+            yield from _list_local(at.key, left_out) if at.is_local else self._list_store(at, left_out)
 
-    def list_images(self, uri: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[pa.RecordBatch]:
-        """`list_objects`, only the names that end like an image (any case)."""
-        endings = "|".join(re.escape(suffix) for suffix in suffixes)
-        for batch in self.list_objects(uri):
-            chosen = batch.filter(pc.match_substring_regex(batch["uri"], f"({endings})$", ignore_case=True))
-            if chosen.num_rows:
-                yield chosen
-
-    def _list_store(self, at: Location) -> Iterator[pa.RecordBatch]:
+    def _list_store(self, at: Location, left_out: LeftOut | None) -> Iterator[pa.RecordBatch]:
         pages = self._s3_pages(at) if at.scheme == "s3" else self._store_pages(at)
-        rows = ((key, etag, size) for page in pages for key, etag, size in page if not key.endswith("/"))
+        rows = (row for page in pages for row in page if self._is_readable(at, row[0], row[2], left_out))
         base = f"{at.scheme}://{at.bucket}/"
         while chunk := list(itertools.islice(rows, LISTING_BATCH)):
             keys, etags, sizes = zip(*chunk, strict=True)
             uris = [base + key for key in keys]
             yield pa.record_batch([uris, [unquoted(etag) for etag in etags], sizes], schema=OBJECT_SCHEMA)
+
+    def _is_readable(self, at: Location, key: str, size: int, left_out: LeftOut | None) -> bool:
+        """Whether this listed key can be asked for again."""
+        reason: Reason | None = None
+        if key.endswith("/"):
+            if not size:
+                return False  # a folder's mark: nothing that anybody would miss
+            reason = Reason.SLASH_AT_END
+        elif at.scheme != "s3" and not is_plain(key):
+            reason = Reason.NO_CLIENT
+        elif REPLACEMENT in key and not self.is_file(f"{at.scheme}://{at.bucket}/{key}"):
+            reason = Reason.NOT_UTF8  # the listing's reader put that sign where bytes were none
+        if reason is not None and left_out is not None:
+            left_out.add(reason, key)
+        return reason is None
 
     def _s3_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
         """Listed by botocore: obstore gives up on the whole bucket at the first key like `a//b` or `a/./b`."""
@@ -581,6 +588,14 @@ class Storage:
             config=botocore.config.Config(**config),
         )
 
+    def open_input(self, uri: str) -> pa.NativeFile:
+        """The object as a file to read anywhere in; InputNotFoundError, AccessDeniedError or StorageError."""
+        if self.literal_object(uri) is not None:
+            return pa.BufferReader(self.read_bytes(uri))
+        filesystem, path = self.arrow(uri)
+        with translated(uri):
+            return filesystem.open_input_file(path)
+
     @staticmethod
     def join(base: str, *parts: str) -> str:
         """`base/part/part`, whatever the scheme; nothing is quoted."""
@@ -614,43 +629,19 @@ def _copy_local(source: Path, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _list_local(folder: str) -> Iterator[pa.RecordBatch]:
-    if os.path.isfile(folder):
+def _list_local(folder: str, left_out: LeftOut | None) -> Iterator[pa.RecordBatch]:
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(folder)
-    found = _walk(folder)
-    while rows := list(itertools.islice(found, LISTING_BATCH)):
-        uris, etags, sizes = zip(*rows, strict=True)
-        yield pa.record_batch([uris, etags, sizes], schema=OBJECT_SCHEMA)
-
-
-def _walk(folder: str) -> Iterator[tuple[str, str, int]]:
-    """(path, etag, size) of every readable file; links to files are followed, links to folders are not (they may loop)."""
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if not _is_utf8(path):
-                logger.warning("%r is left out: its name is not UTF-8, as a table needs it; rename it", os.fsencode(path))
-                continue
-            try:
-                stat = os.stat(path)
-            except FileNotFoundError:
-                continue  # removed since the folder was read, or a dangling link
-            yield path, local_etag(stat), stat.st_size
-
-
-def _is_utf8(path: str) -> bool:
+    found = walk(folder, left_out)
     try:
-        path.encode()
-    except UnicodeEncodeError:  # Python holds foreign bytes of a name as lone surrogates
-        return False
-    return True
-
-
-def _raise(error: OSError) -> None:
-    raise error
+        while rows := list(itertools.islice(found, LISTING_BATCH)):
+            stats = [status for _, status in rows]
+            etags, sizes = [local_etag(status) for status in stats], [status.st_size for status in stats]
+            yield pa.record_batch([[path for path, _ in rows], etags, sizes], schema=OBJECT_SCHEMA)
+    except OSError as error:
+        raise translate(error, error.filename or folder) from error
 
 
 def relative_to(base: str, name: str) -> str:

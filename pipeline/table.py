@@ -37,8 +37,9 @@ from model.errors import ConfigError
 from pipeline.errors import InputNotFoundError, TableError
 from pipeline.literal_keys import is_plain
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
-from pipeline.storage import IMAGE_SUFFIXES, Storage, canonical, parse
+from pipeline.storage import Storage, canonical, parse
 from pipeline.storage_errors import describe, translate, translated
+from pipeline.suffixes import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.errors import EmptyInputError, InputNotFoundError, LeaseHeldError
+from pipeline.fetch import fetch
 from pipeline.lease import Lease
-from pipeline.manifest import InputSpec, Plan, glob_regex, list_inputs, plan_run, read_manifest
+from pipeline.left_out import LeftOut
+from pipeline.listing import InputSpec
+from pipeline.manifest import Plan, check_apart, plan_run, read_manifest
 from pipeline.schema import MANIFEST_SCHEMA, Status
 from pipeline.storage import Storage
 from pipeline.table import Table, input_key, open_table
@@ -29,126 +34,6 @@ def fill(place: str, names: list[str] = NAMES) -> Storage:
     return storage
 
 
-def listed(storage: Storage, uri: str, column: str | None = None) -> list[dict[str, Any]]:
-    return [row for batch in list_inputs(storage, InputSpec(uri=uri, column=column)) for row in batch.to_pylist()]
-
-
-def uris(rows: list[dict[str, Any]], place: str) -> list[str]:
-    return [row["uri"].removeprefix(place + "/") for row in rows]
-
-
-def test_a_folder_gives_its_images(place: str) -> None:
-    storage = fill(place)
-    rows = listed(storage, place)
-    assert sorted(uris(rows, place)) == sorted(IMAGES)
-    assert all(row["etag"] and row["bytes"] for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("*.jpg", ["a b.jpg"]),
-        ("**/*.jp*g", ["a b.jpg", "sub/deep/g.jpeg"]),
-        ("sub/*", ["sub/ü.webp"]),
-        ("?+[a-d].JPG", ["c+d.JPG"]),
-        ("[!a]*.txt", ["notes.txt"]),
-        ("s**", ["sub/ü.webp", "sub/deep/g.jpeg"]),
-    ],
-)
-def test_a_glob_gives_what_it_matches(place: str, pattern: str, names: list[str]) -> None:
-    storage = fill(place)
-    assert sorted(uris(listed(storage, f"{place}/{pattern}"), place)) == sorted(names)
-
-
-def test_a_folder_may_have_a_name_like_a_glob(tmp_path: Path) -> None:
-    storage = fill(str(tmp_path / "set[1]"), ["a.jpg"])
-    assert len(listed(storage, str(tmp_path / "set[1]"))) == 1
-
-
-def test_a_glob_does_not_choose_buckets() -> None:
-    with pytest.raises(ConfigError, match="bucket"):
-        list(list_inputs(Storage(), InputSpec(uri="s3://bucket-*/a.jpg")))
-
-
-def test_a_pattern_is_literal_but_for_its_wildcards() -> None:
-    assert glob_regex("/a.b/[!x]?*") == r"^(?s:/a\.b/[^x][^/][^/]*)$"
-
-
-def test_one_image_is_an_input(place: str) -> None:
-    storage = fill(place)
-    assert uris(listed(storage, f"{place}/a b.jpg"), place) == ["a b.jpg"]
-
-
-def write_list(storage: Storage, place: str, kind: str, names: list[str]) -> str:
-    """The names in a list of that kind, beside the images."""
-    sink = pa.BufferOutputStream()
-    table = pa.table({"label": [str(index) for index in range(len(names))], "file": names})
-    if kind == "parquet":
-        pq.write_table(table, sink)
-    elif kind == "csv":
-        pyarrow.csv.write_csv(table, sink)
-    else:
-        sink.write("\r\n".join(names).encode())
-    uri = storage.join(place, f"list.{kind}")
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
-    return uri
-
-
-@pytest.mark.parametrize("kind", ["parquet", "csv", "txt"])
-def test_a_list_names_images_beside_itself_and_elsewhere(place: str, tmp_path: Path, kind: str) -> None:
-    storage = fill(place)
-    fill(str(tmp_path / "elsewhere"), ["far.jpg"])
-    names = [*NAMES, "absent.jpg", str(tmp_path / "elsewhere/far.jpg"), "ftp://host/x.jpg", "", "a b.jpg"]
-    rows = listed(storage, write_list(storage, place, kind, names), None if kind == "txt" else "file")
-    assert uris(rows, place) == [name for name in names if name]
-    known = {row["uri"]: row["etag"] for row in rows}
-    assert known[storage.join(place, "a b.jpg")] == storage.stat(storage.join(place, "a b.jpg")).etag
-    assert known[storage.join(place, "absent.jpg")] is None
-    assert known["ftp://host/x.jpg"] is None
-
-
-def test_a_list_may_bring_its_etags(tmp_path: Path) -> None:
-    storage = fill(str(tmp_path), ["a.jpg", "b.jpg"])
-    pq.write_table(pa.table({"uri": ["a.jpg", "b.jpg"], "etag": ["mine", None], "bytes": [7, None]}), tmp_path / "list.parquet")
-    rows = listed(storage, str(tmp_path / "list.parquet"))
-    assert (rows[0]["etag"], rows[0]["bytes"]) == ("mine", 7)
-    assert (rows[1]["etag"], rows[1]["bytes"]) == (storage.stat(str(tmp_path / "b.jpg")).etag, 5)
-
-
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_a_column_that_is_not_there_is_told(tmp_path: Path, kind: str) -> None:
-    uri = write_list(Storage(), str(tmp_path), kind, ["a.jpg"])
-    with pytest.raises(ConfigError, match=r"'path'.*label, file"):
-        listed(Storage(), uri, "path")
-    with pytest.raises(ConfigError, match="several columns"):
-        listed(Storage(), uri)
-
-
-def test_a_list_that_is_not_one_is_told(tmp_path: Path) -> None:
-    for name in ("list.parquet", "list.txt"):
-        (tmp_path / name).write_bytes(b"\xff\xfe\x00 not text, not parquet \xff")
-        with pytest.raises(ConfigError, match=name):
-            listed(Storage(), str(tmp_path / name))
-
-
-def test_a_column_of_no_names_is_told(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"uri": [["a.jpg"], ["b.jpg"]], "raw": [b"a", b"b"]}), tmp_path / "list.parquet")
-    for column, kind in (("uri", "list"), ("raw", "binary")):
-        with pytest.raises(ConfigError, match=f"column '{column}' holds {kind}.*--column"):
-            list(list_inputs(Storage(), InputSpec(uri=str(tmp_path / "list.parquet"), column=column)))
-    (tmp_path / "list.csv").write_text("uri,uri\na.jpg,b.jpg\n")
-    with pytest.raises(ConfigError, match="2 columns named 'uri'"):
-        list(list_inputs(Storage(), InputSpec(uri=str(tmp_path / "list.csv"))))
-
-
-def test_a_csv_with_a_byte_order_mark_and_quotes(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_bytes('\ufeff"file","note"\n"a, b.jpg","two\nlines"\n'.encode())
-    assert uris(listed(Storage(), str(tmp_path / "list.csv"), "file"), str(tmp_path)) == ["a, b.jpg"]
-
-
-# -- planning ----------------------------------------------------------------------------------------------------------
-
-
 def plan(table: Table, images: str, **options: Any) -> Plan | None:
     return plan_run(table.storage, table, InputSpec(uri=images), options.pop("label_id", "label-a"), **options)
 
@@ -160,6 +45,17 @@ def finish(table: Table, found: Plan, write_run: Any, make_row: Any, statuses: d
         status = (statuses or {}).get(row["uri"].rpartition("/")[2], "ok")
         rows.append(make_row(row["image_id"], row["uri"], etag=row["etag"], status=status))
     write_run(table.uri, found.run_id, rows)
+
+
+def label(table: Table, found: Plan, write_run: Any, make_row: Any) -> None:
+    """Commit a run as a labeller would: with the version that the fetch met and not the listed one."""
+    rows = read_manifest(table.storage, found.manifest_uri).to_pylist()
+    answers = fetch(table.storage, [row["uri"] for row in rows], max_bytes=1000)
+    made = [
+        make_row(row["image_id"], row["uri"], etag=answer.etag, status=str(answer.status), labelled_at=datetime.now(UTC))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    write_run(table.uri, found.run_id, made)
 
 
 def test_a_new_run_freezes_everything(place: str) -> None:
@@ -175,7 +71,8 @@ def test_a_new_run_freezes_everything(place: str) -> None:
     record = table.run_record(found.run_id)
     assert record is not None
     assert (record.status, record.label_id, record.images) == ("planned", "label-a", 5)
-    assert record.model_extra == {"model_id": "tiny-0", "listed": 5}
+    extra = {"model_id": "tiny-0", "listed": 5}
+    assert record.model_extra == extra | {"left_out": {"other_files": 1}, "left_out_names": {"other_files": "notes.txt"}}
 
 
 def test_an_uncommitted_run_is_continued_on_its_own_manifest(place: str, write_run: Any, make_row: Any) -> None:
@@ -287,7 +184,214 @@ def test_two_drivers_do_not_plan_the_same_input_at_once(tmp_path: Path) -> None:
         plan(table, spec.uri)
 
 
-def test_the_hostile_images_are_all_listed(shared_data: Path) -> None:
-    rows = listed(Storage(), str(shared_data / "torture/manifest.csv"), "file")
-    assert len(rows) == 689
-    assert all(row["etag"] for row in rows)
+# -- input and table apart ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", ["/data", "s3://bucket"])
+@pytest.mark.parametrize(
+    ("source", "labels", "said"),
+    [
+        ("photos", "photos", "is the input's own folder"),
+        ("photos/", "photos", "is the input's own folder"),
+        ("photos", "photos/", "is the input's own folder"),
+        ("photos", "photos/labels", "is inside the input"),
+        ("photos/in/labels", "photos/in", "is inside the table"),
+        ("photos/in/labels/a.jpg", "photos/in", "is inside the table"),
+        ("photos/*.jpg", "photos", "is the input's own folder"),
+        ("photos/**/*.jpg", "photos/labels", "is inside the input"),
+        ("photos/*/*.jpg", "photos/labels", "is inside the input"),
+        ("photos/in/labels/*.jpg", "photos/in", "is inside the table"),
+    ],
+)
+def test_a_table_within_its_input_is_refused(root: str, source: str, labels: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"{said}.*; give the table a folder of its own"):
+        check_apart(f"{root}/{source}", f"{root}/{labels}")
+
+
+@pytest.mark.parametrize("root", ["/data", "s3://bucket"])
+@pytest.mark.parametrize(
+    ("source", "labels"),
+    [
+        ("photos", "photos2"),
+        ("photos2", "photos"),
+        ("photos", "labels"),
+        ("photos/*.jpg", "photos/labels"),
+        ("photos/x*/*.jpg", "photos/labels"),
+        ("photos/list.txt", "photos/labels"),
+        ("photos/a.jpg", "photos/labels"),
+    ],
+)
+def test_a_table_beside_its_input_is_fine(root: str, source: str, labels: str) -> None:
+    check_apart(f"{root}/{source}", f"{root}/{labels}")
+
+
+def test_a_refused_table_is_not_begun(tmp_path: Path) -> None:
+    storage = fill(str(tmp_path / "photos"), ["a.jpg"])
+    for labels in ("photos/sub/../labels", "photos/labels", "photos"):
+        with pytest.raises(ConfigError, match="a folder of its own"):
+            plan(open_table(storage, str(tmp_path / labels)), str(tmp_path / "photos"))
+    assert os.listdir(tmp_path / "photos") == ["a.jpg"]
+
+
+def test_links_do_not_hide_a_table_within_its_input(tmp_path: Path) -> None:
+    storage = fill(str(tmp_path / "real/photos"), ["a.jpg"])
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/photos/elsewhere").symlink_to(tmp_path)
+    for source, labels in (
+        ("link/photos", "real/photos/labels"),
+        ("real/photos", "link/photos"),
+        ("link/photos/**", "real/photos/t"),
+    ):
+        with pytest.raises(ConfigError, match="a folder of its own"):
+            plan(open_table(storage, str(tmp_path / labels)), str(tmp_path / source))
+    assert plan(open_table(storage, str(tmp_path / "real/photos/elsewhere/labels")), str(tmp_path / "real/photos")) is not None
+
+
+def test_a_table_in_a_bucket_that_is_the_input_is_refused() -> None:
+    for source in ("s3://bucket", "s3://bucket/", "s3a://bucket/"):
+        with pytest.raises(ConfigError, match="is inside the input"):
+            check_apart(source, "s3://bucket/labels")
+    check_apart("s3://bucket2", "s3://bucket/labels")
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "numbers": pa.array([1, 2, None]),
+    "floats": pa.array([1.5, float("nan"), None]),
+    "an MD5": pa.array(["9e107d9d372bb6826bd81d3542a419d6", "E4D909C290D0FB1CA068FFADDF22CBD0", None]),
+    "blank": pa.array(["", "  ", None]),
+    "large strings": pa.array(["x", "y", None], pa.large_string()),
+    "a dictionary": pa.array(["x", "y", None]).dictionary_encode(),
+    "bytes": pa.array([b"\xff\xfe", b"y", None]),
+    "times": pa.array([datetime(2026, 1, 1), datetime(2026, 1, 2), None]),
+    "a list": pa.array([["x"], ["y"], None]),
+    "nothing": pa.nulls(3),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_versions_that_are_not_the_storages_label_nothing_twice(
+    tmp_path: Path, write_run: Any, make_row: Any, kind: str
+) -> None:
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    storage = fill(str(tmp_path), names)
+    pq.write_table(pa.table({"uri": names, "etag": FOREIGN[kind], "bytes": ["no", "-1", None]}), tmp_path / "list.parquet")
+    table, source = open_table(storage, str(tmp_path / "table")), str(tmp_path / "list.parquet")
+    first = plan(table, source)
+    assert first is not None
+    assert first.images == 3
+    label(table, first, write_run, make_row)
+    assert plan(table, source) is None
+    storage.write_bytes(str(tmp_path / "b.jpg"), b"changed")
+    again = plan(table, source)
+    assert again is not None
+    assert read_manifest(storage, again.manifest_uri)["uri"].to_pylist() == [str(tmp_path / "b.jpg")]
+
+
+@pytest.mark.parametrize("spelling", ['"{}"', 'W/"{}"', "  {} ", "{}"])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_the_storages_own_versions_in_any_spelling_spare_its_requests(
+    tmp_path: Path, write_run: Any, make_row: Any, monkeypatch: pytest.MonkeyPatch, kind: str, spelling: str
+) -> None:
+    """boto3 gives an ETag with its quotes."""
+    names = ["a.jpg", "b.jpg"]
+    storage = fill(str(tmp_path), names)
+    source = tmp_path / f"list.{kind}"
+
+    def write_list() -> None:
+        etags = [spelling.format(storage.stat(str(tmp_path / name)).etag) for name in names]
+        rows = pa.table({"uri": names, "etag": etags})
+        pq.write_table(rows, source) if kind == "parquet" else pa.csv.write_csv(rows, source)
+
+    write_list()
+    table = open_table(storage, str(tmp_path / "table"))
+    first = plan(table, str(source))
+    assert first is not None
+    label(table, first, write_run, make_row)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "stat_many", lambda uris: pytest.fail(f"asked for {uris}"))
+        assert plan(table, str(source)) is None
+        storage.write_bytes(str(tmp_path / "b.jpg"), b"changed")
+        assert plan(table, str(source)) is None, "the list says that nothing changed"
+    write_list()
+    again = plan(table, str(source))
+    assert again is not None
+    assert read_manifest(storage, again.manifest_uri)["uri"].to_pylist() == [str(tmp_path / "b.jpg")]
+
+
+def test_a_list_older_than_the_table_labels_nothing_again(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    storage = fill(str(tmp_path / "images"), ["a.jpg"])
+    table, uri = open_table(storage, str(tmp_path / "table")), str(tmp_path / "images/a.jpg")
+    pq.write_table(pa.table({"uri": [uri], "etag": [storage.stat(uri).etag]}), tmp_path / "old.parquet")
+    storage.write_bytes(uri, b"newer")
+    found = plan(table, str(tmp_path / "images"))
+    assert found is not None
+    label(table, found, write_run, make_row)
+    assert plan(table, str(tmp_path / "old.parquet")) is None
+
+
+def test_an_image_that_changes_between_listing_and_reading_is_labelled_as_read(
+    place: str, write_run: Any, make_row: Any
+) -> None:
+    storage = fill(f"{place}/images", ["a.jpg"])
+    table = open_table(storage, f"{place}/table")
+    found = plan(table, f"{place}/images")
+    assert found is not None
+    storage.write_bytes(f"{place}/images/a.jpg", b"newer")
+    label(table, found, write_run, make_row)
+    assert plan(table, f"{place}/images") is None
+
+
+def test_an_image_that_is_what_it_was_before_its_last_label_is_labelled_again(
+    tmp_path: Path, write_run: Any, make_row: Any
+) -> None:
+    """Else `current_images` would go on showing the label of the version between."""
+    storage = fill(str(tmp_path / "images"), ["a.jpg"])
+    table, path = open_table(storage, str(tmp_path / "table")), tmp_path / "images/a.jpg"
+    before = path.stat()
+    for content in (b"a.jpg", b"other", b"a.jpg"):
+        path.write_bytes(content)
+        if content == b"a.jpg":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        found = plan(table, str(tmp_path / "images"))
+        assert found is not None
+        label(table, found, write_run, make_row)
+        assert plan(table, str(tmp_path / "images")) is None
+
+
+ODD_KEYS = [
+    "/x.jpg", "x.jpg", "//x.jpg", "a//b.jpg", "a/./b.jpg", "a/../b.jpg", "a/b.jpg", "b.jpg", "tab\t.jpg", "cr\r.jpg",
+    "nul\x00.jpg", "esc\x1b.jpg", "del\x7f.jpg", "c1\x85.jpg", "100%.jpg", "%20.jpg", " .jpg", "+.jpg", "a#b.jpg",
+    "q?x=1&y.jpg", "b\\c.jpg", "\xe9.jpg", "e\u0301.jpg", "\ufffd.jpg", "\U0001d11e.jpg", "\ufeff.jpg", "\u2028.jpg",
+    "'\".jpg", "*[!a].jpg", "~.jpg", "-rf.jpg", "x://y.jpg", "s3://b/z.jpg", "null", "z" * 1000 + ".jpg", "C:\\x.jpg",
+    "a/", "folder/", ".jpg", "#.jpg", "x ",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_start_on_unchanged_odd_keys_ends_in_nothing_new(s3: Any, tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    """From the bucket through manifest, fetch and table and back: each row is the object of that very key."""
+    for key in ODD_KEYS:
+        s3.put(key, b"" if key == "folder/" else repr(key).encode())
+    uris = {f"s3://{s3.bucket}/{key}": key for key in ODD_KEYS if key.endswith(".jpg")}
+    pq.write_table(pa.table({"uri": list(uris)}), tmp_path / "list.parquet")
+    folder, pattern, named = f"s3://{s3.bucket}/", f"s3://{s3.bucket}/**.jpg", str(tmp_path / "list.parquet")
+    storage, left_out = Storage(), LeftOut()
+    table = open_table(storage, str(tmp_path / "table"))
+    found = plan(table, folder, left_out=left_out)
+    assert found is not None
+    assert left_out.counts() == {"slash_at_end": 1, "other_files": 2, "other_systems": 1}
+    rows = read_manifest(storage, found.manifest_uri)["uri"].to_pylist()
+    assert {uris[uri] for uri in rows} == set(uris.values()) - {".jpg"}
+    assert [answer.data for answer in fetch(storage, rows, max_bytes=2000)] == [repr(uris[uri]).encode() for uri in rows]
+    assert [storage.read_bytes(uri) for uri in rows] == [repr(uris[uri]).encode() for uri in rows]
+    label(table, found, write_run, make_row)
+    assert plan(table, folder) is None
+    assert plan(table, pattern) is None
+    hidden = plan(table, named)
+    assert hidden is not None
+    assert hidden.images == 1, "a list names what a folder's listing hides"
+    label(table, hidden, write_run, make_row)
+    for source in (folder, pattern, named):
+        assert plan(table, source) is None
