@@ -1,6 +1,7 @@
 """The command line. Each command only parses, calls its module and prints; heavy imports wait until a command runs.
 
-Errors a user can cause end in one line on stderr and their own exit code (`model.errors`); Ctrl-C exits with 130.
+Errors a user can cause end in one line on stderr and their own exit code (`model.errors`); Ctrl-C exits with 130, SIGTERM
+with 143.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from jobs.stopped import command_of, stopped_line
+from jobs.stopping import Stopping
 from jobs.usage import USAGE_ERROR, usage_line
 from model.errors import ConfigError, MaskLakeError
 
@@ -394,24 +396,28 @@ def demo(
 
 def main() -> None:
     """Entry point of the `masklake` script."""
+    stopping = Stopping(lambda by: stopped_line(command_of(sys.argv[1:]), by))
+    stopping.install()
     try:
         code = app(standalone_mode=False)
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer's own answer to it is 1
             _end_without_reader()
+        if stopping.requested and stop.code:
+            sys.exit(stopping.say())
         raise
     except BrokenPipeError:
         _end_without_reader()
     except Exception as error:
-        if comes_from_interrupt(error):
-            _end_interrupted()
+        if stopping.requested or comes_from_interrupt(error):
+            sys.exit(stopping.say())
         if isinstance(error, USAGE_ERROR):
             _end(2, usage_line(error))
         if not isinstance(error, MaskLakeError):
             raise
         _end(error.exit_code, str(error))
     if code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
-        _end_interrupted()
+        code = stopping.say()
     sys.exit(code)
 
 
@@ -419,11 +425,6 @@ def _end(code: int, message: str) -> NoReturn:
     if message:
         sys.stderr.write(f"masklake: error: {message}\n")
     sys.exit(code)
-
-
-def _end_interrupted() -> NoReturn:
-    sys.stderr.write(stopped_line(command_of(sys.argv[1:])))
-    sys.exit(INTERRUPTED)
 
 
 def _end_without_reader() -> NoReturn:

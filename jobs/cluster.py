@@ -71,7 +71,7 @@ def _start(address: str) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cores())))  # it warns of 8 processes on 2 cores
     try:
         # ... apart from a line that says that the variable was read.
-        with _interrupt_held_back(), _stderr_held_back():
+        with _sigterm_kept(), _interrupt_held_back(), _stderr_held_back():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, TimeoutError) as error:
         raise ConfigError(f"no Ray cluster answers at {address} ({error}); check --address or RAY_ADDRESS") from error
@@ -96,7 +96,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
-    """Let a first Ctrl-C wait for the block's end, a second one not: Ray's core, half started, crashed when it was closed."""
+    """Let a first Ctrl-C or SIGTERM wait for the end of the block, a second one not: half started, Ray crashed when closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,6 +115,27 @@ def _interrupt_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     if waiting:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep a handler of SIGTERM that is there (`jobs.stopping`).
+
+    Ray sets one that exits while its core is half started, and at the end its core another one, past Python, that aborts.
+    """
+    import ray._private.utils
+
+    ours = signal.getsignal(signal.SIGTERM)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    set_by_ray = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = set_by_ray
+        signal.signal(signal.SIGTERM, ours)
 
 
 @contextmanager

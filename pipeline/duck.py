@@ -1,7 +1,8 @@
-"""DuckDB connections that Ctrl-C interrupts."""
+"""DuckDB connections that Ctrl-C and SIGTERM interrupt."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import duckdb
 
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 AGAIN_S = 0.05  # between calls for an interrupt: one that comes just before a statement starts is forgotten by it
 
 
@@ -37,7 +39,9 @@ def _interrupted(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
 
     def watch() -> None:
         while numbers := receiver.recv(64):
-            if signal.SIGINT in numbers:
+            if before != -1:  # who waited for signals before us (`jobs.stopping`) hears of them, too
+                os.write(before, numbers)
+            if STOPS.intersection(numbers):
                 pressed.set()
                 break
         while pressed.is_set() and not ended.wait(AGAIN_S):

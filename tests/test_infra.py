@@ -13,6 +13,7 @@ import typer.main
 import yaml
 
 from jobs.cli import app
+from jobs.stopping import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,17 @@ def test_a_ray_job_runs_a_command_that_parses_on_the_locked_ray(job: dict[str, A
     parse(arguments)
     lock = (ROOT / "requirements.lock").read_text()
     assert f"ray=={job['spec']['rayClusterSpec']['rayVersion']}" in lock
+
+
+@pytest.mark.parametrize("job", ray_jobs(), ids=lambda job: job["metadata"]["generateName"])
+def test_a_stopped_job_has_time_to_end(job: dict[str, Any]) -> None:
+    cluster = job["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *workers):
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > GRACE_S
+    (container,) = head["template"]["spec"]["containers"]
+    limits = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert float(limits["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
 
 
 def test_there_is_a_job_for_training_and_one_for_labelling() -> None:

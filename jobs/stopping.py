@@ -1,0 +1,85 @@
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: with its clean-up, its line, and 128 + the signal's number as exit code.
+
+A signal of these is handed to whatever handles Ctrl-C at that moment: Python, Ray Train, the code that lets Ray start first.
+Where that does not end the process, because native code does not return or waits for a cluster that is gone, a thread does
+after GRACE_S. The signal reaches that thread through a socket, whatever the main thread is doing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+GRACE_S = 15.0
+"""From the signal to the end at the latest. Kubernetes kills after 30 s, and an exit of Python takes a moment itself."""
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+Line = Callable[[str], str]
+"""The line for people, from what happened ("interrupted", "stopped by SIGTERM")."""
+
+
+class Stopping:
+    """Which signal is ending this process, and its line, which is written once."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._number: int | None = None
+        self._said = threading.Lock()
+        self._stderr = os.dup(2)  # descriptor 2 itself is held back while Ray starts
+
+    @property
+    def requested(self) -> bool:
+        """Whether SIGTERM or SIGHUP came."""
+        return self._number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal; of Ctrl-C where no other came."""
+        return 128 + (self._number or signal.SIGINT)
+
+    def install(self) -> None:
+        """Handle the signals from now on, in the main thread. One that the parent ignores (`nohup`) stays ignored."""
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._sender = sender  # kept: the signals' numbers are written to its descriptor
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._end_late, args=(receiver,), name="stopping", daemon=True).start()
+        for number in ENDING:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, self._handle)
+
+    def say(self) -> int:
+        """Write the line, unless it stands there already; the exit code. From now on Ctrl-C ends the process at once."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, lambda *_: os._exit(self.exit_code))
+            for number in ENDING if self.requested else ():
+                signal.signal(number, signal.SIG_IGN)  # Python's end would give a second one its default effect
+        if self._said.acquire(blocking=False):
+            by = f"stopped by {signal.Signals(self._number).name}" if self._number else "interrupted"
+            sys.stderr.flush()
+            os.write(self._stderr, self._line(by).encode())
+        return self.exit_code
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number is not None:  # it came again: the first one is at work, and its time is limited
+            return
+        self._number = number
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # a shell's background job ignores Ctrl-C, not this
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    def _end_late(self, receiver: socket.socket) -> None:
+        while numbers := receiver.recv(64):
+            first = next((number for number in numbers if number in ENDING), None)
+            if first is not None:
+                time.sleep(GRACE_S)
+                self._number = self._number or first  # the main thread may not have come to its handler
+                os._exit(self.say())
