@@ -45,9 +45,13 @@ class AnnotationError(MaskLakeError):
 
 
 class StorageError(MaskLakeError):
-    """The storage cannot be reached, or answers with something that is not its protocol."""
+    """The storage cannot be reached, or answers with something that is not its protocol.
+
+    may_pass: whether the same request may succeed later: the store was busy or out of reach, or its reply was lost.
+    """
 
     exit_code = 24
+    may_pass: bool = False
 
 
 class TableError(MaskLakeError):

@@ -89,11 +89,21 @@ def _arrow_code(text: str) -> str | None:
 
 
 class Meaning(NamedTuple):
-    """What a code says: the error's class, what happened, and the remedy."""
+    """What a code says: the error's class, what happened (empty: in the client's own words) and the remedy."""
 
     kind: type[MaskLakeError]
     happened: str
     remedy: str
+    may_pass: bool = False
+
+    def error(self, uri: str, cause: BaseException) -> MaskLakeError:
+        """The error that says so of `uri`."""
+        reason = str(fault(cause))
+        happened = f"{self.happened}{f' ({reason})' if reason else ''}" if self.happened else describe(cause)
+        made = self.kind(f"{uri}: {happened}; {self.remedy}")
+        if isinstance(made, StorageError):
+            made.may_pass = self.may_pass
+        return made
 
 
 _EXPIRED = Meaning(
@@ -134,6 +144,7 @@ _BUSY = Meaning(
     StorageError,
     "the store is overloaded or out of order, also when asked again",
     "start the same command again when it has recovered",
+    may_pass=True,
 )
 _LACKS = Meaning(StorageError, "the store does not implement this request", "use a store that does (docs/labelling.md)")
 _DENIED = Meaning(
@@ -170,9 +181,8 @@ _LOGIN_FAILED = re.compile(
     r"Error when retrieving (?:token|credentials)|Error loading SSO Token|SSO session|Unable to locate cred"
 )
 
-_UNREACHABLE = Meaning(
-    StorageError, "", "check the endpoint (--endpoint or AWS_ENDPOINT_URL), the region and the network"
-)  # what happened stands in the client's own words
+_UNKNOWN = Meaning(StorageError, "", "check the endpoint (--endpoint or AWS_ENDPOINT_URL), the region and the network")
+_UNREACHABLE = _UNKNOWN._replace(may_pass=True)
 
 
 def meaning(error: BaseException) -> Meaning:
@@ -188,12 +198,14 @@ def meaning(error: BaseException) -> Meaning:
         return _NOT_FOUND
     if found.code == "AccessDenied" or isinstance(error, _DENIALS):
         return _DENIED
-    return _NO_LOGIN if _LOGIN_FAILED.search(str(error)) else _UNREACHABLE
+    if _LOGIN_FAILED.search(str(error)):
+        return _NO_LOGIN
+    return _UNKNOWN if found.status is not None or isinstance(error, ValueError) else _UNREACHABLE
 
 
 def is_known(error: BaseException) -> bool:
     """Whether the store named a reason that has a remedy of its own."""
-    return meaning(error) not in (_LACKS, _UNREACHABLE)
+    return meaning(error) not in (_LACKS, _UNKNOWN, _UNREACHABLE)
 
 
 _DENIALS = (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError)
@@ -207,11 +219,7 @@ def translate(error: BaseException, uri: str) -> MaskLakeError:
             return _translate_local(number, uri)
         if isinstance(error, (OSError, ValueError)):
             return StorageError(f"{uri}: {describe(error)}; check the file and the disk, or give another path")
-    found = meaning(error)
-    if found.happened:
-        reason = str(fault(error))
-        return found.kind(f"{uri}: {found.happened}{f' ({reason})' if reason else ''}; {found.remedy}")
-    return found.kind(f"{uri}: {describe(error)}; {found.remedy}")
+    return meaning(error).error(uri, error)
 
 
 def is_local(uri: str) -> bool:
@@ -262,9 +270,8 @@ _LOCAL_MEANINGS: dict[int, Meaning] = {
 
 
 def _translate_local(number: int, uri: str) -> MaskLakeError:
-    known = _LOCAL_MEANINGS.get(number)
-    if known is None:
-        return StorageError(f"{uri}: {os.strerror(number)}; check the path and the disk, or give another path")
+    unknown = Meaning(StorageError, os.strerror(number), "check the path and the disk, or give another path")
+    known = _LOCAL_MEANINGS.get(number, unknown)
     return known.kind(f"{uri}: {known.happened}; {known.remedy}")
 
 

@@ -11,6 +11,7 @@ Readers see a run entirely or not at all: they follow the log, and the log gains
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -34,11 +35,11 @@ from deltalake.transaction import AddAction, RemoveAction
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.errors import ConfigError
-from pipeline.errors import InputNotFoundError, TableError
+from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.literal_keys import is_plain
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage, canonical, parse
-from pipeline.storage_errors import describe, translate, translated
+from pipeline.storage_errors import describe, os_error_number, translate, translated
 from pipeline.suffixes import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -224,11 +225,16 @@ class Table:
 
     def find_open_run(self, label_id: str, spec: dict[str, Any]) -> RunRecord | None:
         """The planned, uncommitted run of this label_id and input; closes one whose driver died right after its commit."""
+        uri = self._open_run_uri(input_key(label_id, spec))
         try:
-            pointer = self.storage.read_bytes(self._open_run_uri(input_key(label_id, spec)))
+            pointer = self.storage.read_bytes(uri)
         except InputNotFoundError:
             return None
-        record = self.run_record(json.loads(pointer)["run_id"])
+        try:
+            run_id = valid_run_id(json.loads(pointer)["run_id"])
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise TableError(f"{uri}: does not name a run ({error}); remove it, and the input is planned anew") from error
+        record = self.run_record(run_id)
         if record is not None and self.is_committed(record.run_id):
             self._close_run(record)
             return None
@@ -268,21 +274,31 @@ class Table:
         """Add a run's files to the table in one transaction; False where the log already holds the run.
 
         files: default, every Parquet file in the run's folder. Files without rows are left out. Each attempt commits to the
-        version it has read and no other, so the check for the run's presence holds at the moment of the commit.
+        version it has read and no other, so the check for the run's presence holds at the moment of the commit. A commit whose
+        reply is lost is looked for in the log and made again only where it is not there.
         """
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
         actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
+        lost: StorageError | None = None  # the last commit's, of which nobody knows whether it was done
         for attempt in range(COMMIT_ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
-            delta = self._delta_or_created()
-            if delta.transaction_version(run_id) is not None:
-                self._finish(run_id)
-                return False
-            if self._try_commit(delta, run_id, actions):
-                self._finish(run_id)
-                return True
+            try:
+                delta = self._delta_or_created()
+                if delta.transaction_version(run_id) is not None:
+                    self._finish(run_id)
+                    return lost is not None  # a commit whose reply was lost is our own, for a run has one writer
+                lost = None
+                if self._try_commit(delta, run_id, actions):
+                    self._finish(run_id)
+                    return True
+            except StorageError as error:
+                if not error.may_pass:
+                    raise
+                lost = error
+        if lost is not None:
+            raise lost
         raise TableError(f"{self.uri}: other writers won {COMMIT_ATTEMPTS} commits in a row; run the command again")
 
     def _finish(self, run_id: str) -> None:
@@ -368,11 +384,14 @@ class Table:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except TableNotFoundError as error:
-            raise _NoLogYetError from error
         except CommitFailedError as error:
             raise _CommitConflictError from error
         except DeltaError as error:
+            # deltalake takes whatever the file system says for a log that is not there.
+            if os_error_number(error) not in (None, errno.ENOENT):
+                raise translate(error, self.uri) from error
+            if isinstance(error, TableNotFoundError):
+                raise _NoLogYetError from error
             raise TableError(f"{self.uri}: the Delta log cannot be used ({describe(error)})") from error
         except OSError as error:
             raise translate(error, self.uri) from error

@@ -16,7 +16,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from model.errors import ConfigError
-from pipeline.errors import TableError
+from pipeline.errors import AccessDeniedError, InputNotFoundError, TableError
 from pipeline.schema import SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage
 from pipeline.table import RunRecord, Table, input_key, open_table
@@ -237,3 +237,45 @@ def test_a_broken_log_is_told(tmp_path: Path, write_run: Any, make_row: Any) -> 
         entry.write_text("not json\n")
     with pytest.raises(TableError, match="Delta log"):
         table.files()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [None, 502])
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_commit_whose_reply_is_lost_is_made_once(
+    s3: Any, s3_proxy: Any, write_run: Any, make_row: Any, version: int, status: int | None
+) -> None:
+    """Version 0 is the log's creation, 1 and 2 are the runs."""
+    rule = s3_proxy.drop_reply("PUT", f"_delta_log/{version:020}.json", status=status)
+    for run in range(2):
+        table = write_run(s3.uri("table"), f"run-{run}", [make_row(0, "a.jpg")], commit=False)
+        table.commit_run(f"run-{run}")
+    assert rule.hits == 1
+    assert (table.version(), table.dataset().count_rows()) == (2, 2)
+
+
+@pytest.mark.slow
+def test_a_commit_that_is_refused_says_so(s3: Any, s3_proxy: Any, write_run: Any, make_row: Any) -> None:
+    table = write_run(s3.uri("table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    s3_proxy.answer(403, "AccessDenied", "PUT", "_delta_log/")
+    with pytest.raises(AccessDeniedError, match=r"access denied .403 Forbidden AccessDenied"):
+        table.commit_run("night-1")
+    assert s3_proxy.count("PUT", "_delta_log/") == 1
+
+
+def test_a_log_that_cannot_be_created_says_why(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    (tmp_path / "table/_delta_log").write_text("a file in the way")
+    with pytest.raises(InputNotFoundError, match="table: is a file where a folder is needed"):
+        table.commit_run("night-1")
+
+
+def test_a_pointer_that_names_no_run_is_told(tmp_path: Path) -> None:
+    """Cut off by a power cut, or edited by hand."""
+    table = open_table(Storage(), str(tmp_path / "table"))
+    table.begin_run(record("night-1"))
+    (pointer,) = (tmp_path / "table/_masklake").glob("open-*.json")
+    for content in ("", "{}", '{"run_id": "../r"}', "[]"):
+        pointer.write_text(content)
+        with pytest.raises(TableError, match=r"open-.*does not name a run .*remove it"):
+            table.find_open_run("label-a", SPEC)
