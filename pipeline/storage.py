@@ -524,6 +524,21 @@ class Storage:
         with translated(uri):
             yield from _list_local(at.key, left_out) if at.is_local else self._list_store(at, left_out)
 
+    def folders(self, uri: str) -> list[str]:
+        """Names of the folders directly below a folder or prefix: of at most a thousand entries, in no promised order."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                with os.scandir(at.key) as entries:
+                    return [entry.name for entry in itertools.islice(entries, 1000) if entry.is_dir()]
+            if at.scheme != "s3":
+                store, key = self.object_store(uri)
+                found = obstore.list_with_delimiter(store, key.rstrip("/") or None)["common_prefixes"]
+                return [prefix.rstrip("/").rpartition("/")[2] for prefix in found]
+            prefix = _prefix(at)
+            page = self._botocore_client(at.bucket).list_objects_v2(Bucket=at.bucket, Prefix=prefix, Delimiter="/")
+            return [item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", ())]
+
     def _list_store(self, at: Location, left_out: LeftOut | None) -> Iterator[pa.RecordBatch]:
         pages = self._s3_pages(at) if at.scheme == "s3" else self._store_pages(at)
         rows = (row for page in pages for row in page if self._is_readable(at, row[0], row[2], left_out))
@@ -550,8 +565,7 @@ class Storage:
 
     def _s3_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
         """Listed by botocore: obstore gives up on the whole bucket at the first key like `a//b` or `a/./b`."""
-        prefix = f"{at.key}/" if at.key and not at.key.endswith("/") else at.key
-        pages = self._botocore_client(at.bucket).get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=prefix)
+        pages = self._botocore_client(at.bucket).get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=_prefix(at))
         for page in pages:
             yield [(item["Key"], item.get("ETag"), item["Size"]) for item in page.get("Contents", ())]
 
@@ -600,6 +614,11 @@ class Storage:
     def join(base: str, *parts: str) -> str:
         """`base/part/part`, whatever the scheme; nothing is quoted."""
         return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _prefix(folder: Location) -> str:
+    """What the keys below a folder begin with."""
+    return f"{folder.key}/" if folder.key and not folder.key.endswith("/") else folder.key
 
 
 def unquoted(etag: str | None) -> str | None:

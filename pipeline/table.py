@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.errors import ConfigError
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.literal_keys import is_plain
+from pipeline.nearby import first_missing, near, within
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage, canonical, parse
 from pipeline.storage_errors import describe, os_error_number, translate, translated
@@ -195,7 +196,7 @@ class Table:
         """
         files = self.files()
         if not files:
-            raise TableError(f"{self.uri}: holds no committed run yet; label images into it first (masklake label)")
+            raise TableError(self._why_empty())
         filesystem, root = self.storage.arrow(self.uri)
         parquet = pyarrow.dataset.ParquetFileFormat()
         run = pyarrow.dataset.field(RUN_COLUMN)
@@ -204,6 +205,19 @@ class Table:
             for path, run_id in files
         ]
         return pyarrow.dataset.FileSystemDataset(fragments, TABLE_SCHEMA, parquet, filesystem)
+
+    def _why_empty(self) -> str:
+        """Why nothing can be read here, with what may have been meant."""
+        storage = self.storage
+        if self.schema_version() is not None:
+            return f"{self.uri}: holds no committed run yet; label images into it first (masklake label)"
+        if storage.exists(self.uri):
+            meant = within(storage, self.uri, lambda uri: is_table(storage, uri))
+            return f"{self.uri}: is a folder and no table; {f'did you mean {meant}?' if meant else 'check the path'}"
+        missing = first_missing(storage, self.uri)
+        meant = near(storage, missing, self.uri, lambda uri: is_table(storage, uri))
+        which = "" if missing == self.uri else f" {missing}"
+        return f"{self.uri}: the folder{which} does not exist; {f'did you mean {meant}?' if meant else 'check the path'}"
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 

@@ -231,9 +231,10 @@ def test_a_large_answer_streams(tmp_path: Path, write_run: Any, make_row: Any) -
 
 
 def test_a_table_without_a_run_is_told(tmp_path: Path, write_run: Any, make_row: Any) -> None:
-    with pytest.raises(TableError, match="no committed run"):
+    with pytest.raises(TableError, match="does not exist"):
         query(Storage(), str(tmp_path / "nothing"), "SELECT 1")
-    write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    table.initialise()
     with pytest.raises(TableError, match="no committed run"):
         query(Storage(), str(tmp_path / "table"), "SELECT 1")
 
