@@ -70,9 +70,7 @@ def convert(
     preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],
     norm_eps: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Of the norms; default: 0 for torchvision's own COCO_V1 files, else 1e-5. Saved anew: say it."
-        ),
+        typer.Option(min=0, help="Epsilon of the norms; default: 0 for torchvision's own COCO_V1 files, 1e-5 for all others."),
     ] = None,
     categories: Annotated[
         str | None,
@@ -176,12 +174,16 @@ def label(
         typer.Argument(metavar="INPUT", help="Images: a folder or prefix, a glob, or a list (Parquet, CSV, JSON, text)."),
     ],
     table: Annotated[str, typer.Argument(help="The table to add to, a local path or s3://; made when it is not there.")],
-    weights: Annotated[str, typer.Option(help="A MaskLake checkpoint, local or s3:// (see `masklake train`, `convert`).")],
+    weights: Annotated[str, typer.Option(help="A checkpoint of `masklake train` or `convert`, or torchvision weights' name.")],
     column: Annotated[str | None, typer.Option(help="The list's column that names the images; default: uri.")] = None,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the network.")] = "fp32",
-    score_threshold: Annotated[float | None, typer.Option(help="Least score of an instance; default: the model's.")] = None,
-    max_detections: Annotated[int | None, typer.Option(help="Most instances of an image; default: the model's.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Some of box,mask,keypoint; default: all the model has.")] = None,
+    score_threshold: Annotated[
+        float | None, typer.Option(help="Least score that is stored; default: the model's (0.05).")
+    ] = None,
+    max_detections: Annotated[int | None, typer.Option(help="Most instances per image; default: the model's.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks with commas between: box,mask,keypoint; default: all of the model.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that go through the network together.", min=1)] = 4,
     tick: Annotated[str | None, typer.Option(help="The run's id, for schedulers: a tick is labelled once.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try again what failed for good.")] = False,
@@ -189,7 +191,7 @@ def label(
         float, typer.Option(help="Share of failed images up to which the exit code is 0.", min=0, max=1)
     ] = 0.05,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one a GPU, else one a core.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one per GPU, else one per core.", min=1)] = None,
     max_pixels: Annotated[
         int, typer.Option(help="Largest width x height; larger images become too_large.", min=2)
     ] = 100_000_000,
@@ -234,15 +236,20 @@ def label(
 
 @app.command()
 def train(
-    train_json: Annotated[str | None, typer.Argument(metavar="TRAIN", help="COCO JSON to learn from, local or s3://.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder or prefix that holds runs.")] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; the same name goes on where it stopped.")] = None,
+    train_json: Annotated[
+        str | None,
+        typer.Argument(metavar="TRAIN", help="COCO JSON to learn from, local or s3://; required, here or in --config."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder or prefix that holds runs; required.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; required. The same name goes on where it stopped.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file of options (docs/training.md); those given here win.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the images; default: `images` beside the JSON.")] = None,
     val: Annotated[str | None, typer.Option(help="COCO JSON to score on.")] = None,
     val_images: Annotated[str | None, typer.Option(help="Folder of its images; default: `images` beside it.")] = None,
     preset: Annotated[str | None, typer.Option(help="Model preset; default: tiny.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Some of box,mask,keypoint; default: what preset and data have.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks with commas between: box,mask,keypoint; default: what preset and data have.")
+    ] = None,
     learn: Annotated[
         Literal["joint", "rpn", "detector", "separate", "four_step"] | None,
         typer.Option(help="How RPN and detector learn (docs/training.md); default: joint."),
@@ -255,15 +262,15 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Training processes; default: 1.", min=1)] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Default: GPUs where there are any.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images; default: the recipe's.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step on one worker; default: the recipe's.", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Greatest rate; default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and worker; default: the recipe's.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
     crop: Annotated[int | None, typer.Option(help="Train on random windows of this many pixels a side.", min=32)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Epochs between evaluations; 0: after the last.", min=0)] = None,
     keep: Annotated[Literal["last", "best"] | None, typer.Option(help="The epoch whose model is exported.")] = None,
     allow_missing: Annotated[
         bool | None, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random; default: 0.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice; default: 0.", min=0)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
@@ -319,7 +326,7 @@ def propose(
         bool, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one a GPU, else one a core.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Model replicas; default: one per GPU, else one per core.", min=1)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
@@ -358,7 +365,7 @@ def evaluate(
         str | None, typer.Option("--run", help="One labelling run; default: each image's newest row.")
     ] = None,
     max_dets: Annotated[
-        list[int] | None, typer.Option(help="Detections an image that count; repeat for several. Default: 1, 10, 100.", min=1)
+        list[int] | None, typer.Option(help="Detections per image that count; repeat for several. Default: 1, 10, 100.", min=1)
     ] = None,
     iou_score: Annotated[float, typer.Option(help="Least score of a detection in the mean IoU.", min=0, max=1)] = 0.5,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the report as JSON here.")] = None,

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.counts import counted_instances
+from jobs.output import check_output
 from model.errors import ConfigError
 from pipeline.coco import CocoDataset, read_coco
 from pipeline.errors import InputNotFoundError
@@ -61,6 +62,8 @@ def run(
     images: the folder that the truth's file names are in; without it they are matched by the end of the table's URIs.
     Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError.
     """
+    if output is not None:
+        check_output(output, table)
     data = read_coco(storage, truth)
     parameters = None if labelling_run is None else {"run": labelling_run}
     source = "current_images" if labelling_run is None else "images WHERE run = $run"

@@ -21,6 +21,7 @@ from jobs.cluster import connect, data_context, last_line
 from jobs.counts import counted_instances
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
+from jobs.weights import read_model
 from model import MaskRCNN, PredictOptions, load_checkpoint
 from model.errors import CheckpointError, ConfigError, faults
 from pipeline import run_output
@@ -48,7 +49,7 @@ class LabelOptions(BaseModel):
 
     input: InputSpec
     table: str = Field(description="The table's folder or prefix; made when it is not there.")
-    weights: str = Field(description="Path or URI of a MaskLake checkpoint.")
+    weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
     storage: StorageOptions = StorageOptions()
     predict: PredictOptions = PredictOptions()
     limits: DecodeLimits = DecodeLimits()
@@ -163,11 +164,14 @@ def describe(report: LabelReport) -> str:
 
 
 def load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
-    """The checkpoint's bytes, read once for all workers, and the model in them: a bad one is refused before any start."""
+    """A checkpoint's bytes, read or converted once for all workers, and its model: a bad one is refused before any start."""
     try:
-        checkpoint = storage.read_bytes(uri)
+        checkpoint = read_model(storage, uri)
     except InputNotFoundError as error:
-        raise CheckpointError(f"no checkpoint at {uri}") from error
+        raise CheckpointError(
+            f"no checkpoint at {uri}; --weights is a file of `masklake train` or `convert`, or torchvision weights' name, "
+            "such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1"
+        ) from error
     try:
         return checkpoint, load_checkpoint(checkpoint)
     except CheckpointError as error:

@@ -33,7 +33,7 @@ class ProposeOptions(BaseModel):
 
     coco: str = Field(description="COCO JSON of the images, local or s3://.")
     images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
-    weights: str = Field(description="Path or URI of a MaskLake checkpoint.")
+    weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
     output: str = Field(description="The Parquet file to write (`pipeline.proposals.PROPOSAL_SCHEMA`).")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
     device: Device = "auto"

@@ -10,7 +10,7 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -51,6 +51,13 @@ TABLES: Mapping[str, type[BaseModel]] = {
     "storage": StorageOptions,
 }
 """Of a training configuration's file, and what they hold."""
+
+REQUIRED: Mapping[str, str] = {
+    "train": "TRAIN (the COCO JSON to learn from)",
+    "output": "--output (the folder or prefix that holds runs)",
+    "name": "--name (the run's name)",
+}
+"""Options without a default, as the command line names them."""
 
 Say = Callable[[str], None]
 T = TypeVar("T", bound=BaseModel)
@@ -160,7 +167,17 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
         for table, kind in TABLES.items():
             if key in kind.model_fields:
                 raise ConfigError(f"{config}: {key} is an option of the table [{table}]; write it below that line")
+    if missing := [name for name in REQUIRED if values.get(name) is None]:
+        raise ConfigError(
+            f"a training run needs {listed([REQUIRED[name] for name in missing])}: give them on the command line, or as "
+            f"{listed(missing)} in the file of --config"
+        )
     return _validated(TrainOptions, values, config or "the training options")
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:

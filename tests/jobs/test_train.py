@@ -57,7 +57,11 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
         ("train = 'a'\noutput = 'o'\nname = 'n'\nxyzzy = 2", "xyzzy: no such option$"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\n[storage]\nregon = 'r'", "storage.regon: no such option$"),
         ("train = 'a'\noutput = 'o'\nname = '../n'", "name: string should match"),
-        ("output = 'o'\nname = 'n'", "train: field required"),
+        (
+            "output = 'o'\nname = 'n'",
+            r"^a training run needs TRAIN \(the COCO JSON to learn from\): .* as train in the file of --config",
+        ),
+        ("", r"needs TRAIN \(.*\), --output \(.*\) and --name \(.*\): .* as train, output and name in"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\nmax_dets = []", "max_dets: tuple should have at least 1 item"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\ntasks = []", "tasks: frozenset should have at least 1 item"),
         ("train = ", "is not TOML"),
