@@ -273,8 +273,9 @@ def _context(run: _Run, step: Round) -> Any:
     from ray.data.checkpoint import CheckpointConfig
 
     context = data_context()
-    filesystem, path = run.table.storage.arrow(run_output.checkpoint_uri(run.table, run.plan.run_id))
-    filesystem.create_dir(path, recursive=True)
+    checkpoint = run_output.checkpoint_uri(run.table, run.plan.run_id)
+    run.table.storage.make_folder(checkpoint)
+    filesystem, path = run.table.storage.arrow(checkpoint)
     config = CheckpointConfig(
         id_column="image_id", checkpoint_path=path, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
@@ -318,8 +319,9 @@ def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
 
 
 def _write(dataset: Any, run: _Run) -> None:
-    filesystem, path = run.table.storage.arrow(run.table.run_folder(run.plan.run_id))
-    filesystem.create_dir(path, recursive=True)
+    folder = run.table.run_folder(run.plan.run_id)
+    run.table.storage.make_folder(folder)
+    filesystem, path = run.table.storage.arrow(folder)
     dataset.write_parquet(
         path,
         filesystem=filesystem,

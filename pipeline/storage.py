@@ -14,8 +14,6 @@ import itertools
 import logging
 import os
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +35,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError, MaskLakeError
+from pipeline import local_files
 from pipeline.errors import AccessDeniedError, InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.literal_keys import LiteralObject, is_plain
@@ -414,7 +413,7 @@ class Storage:
         at = parse(uri)
         with translated(uri):
             if at.is_local:
-                _write_local(Path(at.key), data)
+                local_files.write(Path(at.key), data)
                 return
             if (literal := self.literal_object(uri)) is not None:
                 literal.put(data)
@@ -427,7 +426,7 @@ class Storage:
         at = parse(uri)
         with translated(uri):
             if at.is_local:
-                _copy_local(path, Path(at.key))
+                local_files.copy(path, Path(at.key))
                 return
             if (literal := self.literal_object(uri)) is not None:
                 with path.open("rb") as file:
@@ -435,6 +434,23 @@ class Storage:
                 return
             store, key = self.object_store(uri)
             obstore.put(store, key, path)
+
+    def make_folder(self, uri: str) -> None:
+        """Make a folder and its parents; in an object store a mark of it, as pyarrow does."""
+        at = parse(uri)
+        with translated(uri):
+            if at.is_local:
+                local_files.make_folder(Path(at.key))
+                return
+            filesystem, path = self.arrow(uri)
+            filesystem.create_dir(path, recursive=True)
+
+    def sync(self, uris: Iterable[str]) -> None:
+        """Have what another program wrote on the disk; object stores have it as soon as they answer."""
+        for uri in uris:
+            if parse(uri).is_local:
+                with translated(uri):
+                    local_files.sync(Path(parse(uri).key))
 
     def delete(self, uri: str) -> None:
         """Remove one object; an absent one is no error."""
@@ -624,28 +640,6 @@ def _prefix(folder: Location) -> str:
 def unquoted(etag: str | None) -> str | None:
     """An HTTP entity tag without its quotes: the form that stands in tables."""
     return etag.removeprefix("W/").strip('"') if etag is not None else None
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".masklake-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _copy_local(source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".masklake-{os.getpid()}-{path.name}")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _list_local(folder: str, left_out: LeftOut | None) -> Iterator[pa.RecordBatch]:

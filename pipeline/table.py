@@ -293,6 +293,7 @@ class Table:
         """
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
+        self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
         actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
         lost: StorageError | None = None  # the last commit's, of which nobody knows whether it was done
         for attempt in range(COMMIT_ATTEMPTS):
@@ -320,8 +321,12 @@ class Table:
         if record is not None:
             self._close_run(record)
 
+    def _sync_log(self, version: int) -> None:
+        self.storage.sync([self.storage.join(self.uri, "_delta_log", f"{version:020}.json")])
+
     def _try_commit(self, delta: DeltaTable, run_id: str, actions: list[AddAction | RemoveAction]) -> bool:
         """Whether the transaction became the version after `delta`'s; False when another writer's did."""
+        version = delta.version() + 1
         try:
             with self._translated():
                 delta.create_write_transaction(
@@ -333,6 +338,7 @@ class Table:
                 )
         except _CommitConflictError:
             return False
+        self._sync_log(version)
         return True
 
     def _delta_or_created(self) -> DeltaTable:
@@ -341,7 +347,7 @@ class Table:
             return delta
         try:
             with self._translated():
-                return DeltaTable.create(
+                created = DeltaTable.create(
                     self.uri,
                     _delta_schema(),
                     mode="ignore",  # another writer may have created it since
@@ -356,6 +362,8 @@ class Table:
                 reason = describe(error.__cause__ or error)
                 raise TableError(f"{self.uri}: the Delta log cannot be created ({reason})") from error
             return delta
+        self._sync_log(0)
+        return created
 
     def compact(self, run_id: str, target_bytes: int = TARGET_FILE_BYTES) -> int:
         """Merge a committed run's small files into files of about `target_bytes`; how many files the run has then.
@@ -367,6 +375,9 @@ class Table:
         if len(self._files_of(run_id)) > 1:
             self._merge(run_id, target_bytes)
         kept = self._files_of(run_id)
+        if parse(self.uri).is_local:  # before what they replace is removed
+            self.storage.sync(self.storage.join(self.uri, path) for path in kept)
+            self._sync_log(self.version())
         self._remove_others(run_id, kept)
         return len(kept)
 

@@ -1,0 +1,76 @@
+"""Local files that appear whole, with the permissions that the umask says, and stay through a power cut.
+
+`tempfile` makes files that nobody else may read, whatever the umask: a colleague's query of such a table is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new bytes, never a part; its folders are made. Raises OSError."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copy a file's content to `path` as `write` does."""
+    with _replacing(path) as file, source.open("rb") as content:
+        shutil.copyfileobj(content, file, 1 << 20)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    make_folder(path.parent)
+    temporary = path.with_name(f".masklake-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents where they are not there; the names of those made are on the disk then."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Have what another program wrote to this file, and its name, on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one may write below a folder that one may not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems over a network or in user space that have none
