@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check bench clean
+.PHONY: help setup demo test test-faults test-oldest check bench gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test: setup ## Run the test suite: under 15 minutes on two idle cores
 test-faults: setup ## Run what is too long for every change: random kills, lost nodes, variants of whole runs
 	@$(BIN)/python -m pytest -m faults
 
+test-oldest: setup ## Run the quick tests on the oldest versions that pyproject.toml allows, in .venv-oldest
+	@$(PYTHON) -m venv .venv-oldest
+	@$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]' 'setuptools>=77'
+	@.venv-oldest/bin/python -m pytest -m "not slow and not faults"
+
 check: setup ## Lint, format check and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -39,5 +44,8 @@ bench: setup ## Run the benchmarks; each adds a row to benchmarks/results and a 
 	@$(BIN)/python -m benchmarks.kernels
 	@$(BIN)/python -m benchmarks.label
 
+gpu: setup ## Check and measure the GPU of this machine in under six minutes
+	@$(BIN)/python -m benchmarks.gpu
+
 clean: ## Remove the environment and everything the commands wrote
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-oldest out build dist *.egg-info

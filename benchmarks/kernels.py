@@ -23,7 +23,7 @@ from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from benchmarks.record import Timing, record, report, side_by_side, table
-from benchmarks.rle import detections, paste_and_encode
+from benchmarks.rle import DETECTIONS, detections, paste_and_encode
 from model.kernels.roi_align import roi_align
 from model.kernels.winograd import WinogradConv
 from model.keypoints import decode_heatmaps
@@ -52,25 +52,32 @@ class Scene:
         return Scene(features, self.rois, self.levels)
 
 
-def proposals(images: int, each: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def proposals(images: int, each: int, seed: int = 0, canvas: tuple[int, int] = CANVAS) -> tuple[torch.Tensor, torch.Tensor]:
     """RoIs like an RPN's and their levels: scales spread evenly in their logarithm from 16 to 800 pixels."""
     generator = torch.Generator().manual_seed(seed)
     count = images * each
     uniform = torch.rand(4, count, generator=generator)
     scale = torch.exp(math.log(16) + uniform[0] * math.log(50))
     aspect = torch.exp((uniform[1] * 2 - 1) * math.log(2))
-    box_w, box_h = (scale * aspect.sqrt()).clamp(max=CANVAS[1]), (scale / aspect.sqrt()).clamp(max=CANVAS[0])
-    x, y = uniform[2] * (CANVAS[1] - box_w), uniform[3] * (CANVAS[0] - box_h)
+    box_w, box_h = (scale * aspect.sqrt()).clamp(max=canvas[1]), (scale / aspect.sqrt()).clamp(max=canvas[0])
+    x, y = uniform[2] * (canvas[1] - box_w), uniform[3] * (canvas[0] - box_h)
     image = torch.arange(images).repeat_interleave(each).float()
     levels = (4 + torch.log2((box_w * box_h).sqrt() / 224 + 1e-6)).floor().clamp(2, 5).long() - 2
     return torch.stack((image, x, y, x + box_w, y + box_h), dim=1), levels
 
 
-def scene(images: int, each: int, device: str, finest_only: bool = False) -> Scene:
+def scene(
+    images: int,
+    each: int,
+    device: str,
+    finest_only: bool = False,
+    canvas: tuple[int, int] = CANVAS,
+    channels: int = CHANNELS,
+) -> Scene:
     """Random features of all levels, and proposals; ``finest_only`` puts all RoIs on P2, the worst case for caches."""
     generator = torch.Generator().manual_seed(1)
-    features = [torch.randn(images, CHANNELS, CANVAS[0] // s, CANVAS[1] // s, generator=generator).to(device) for s in STRIDES]
-    rois, levels = proposals(images, each)
+    features = [torch.randn(images, channels, canvas[0] // s, canvas[1] // s, generator=generator).to(device) for s in STRIDES]
+    rois, levels = proposals(images, each, canvas=canvas)
     return Scene(features, rois.to(device), (levels * (not finest_only)).to(device))
 
 
@@ -82,7 +89,7 @@ def ours(inputs: Scene) -> torch.Tensor:
 def peers(inputs: Scene) -> torch.Tensor:
     """torchvision's operator level by level, gathered as its MultiScaleRoIAlign does."""
     feature = inputs.features[0]
-    pooled = feature.new_zeros((len(inputs.rois), CHANNELS, BINS, BINS))
+    pooled = feature.new_zeros((len(inputs.rois), feature.shape[1], BINS, BINS))
     for level, scale in enumerate(SCALES):
         chosen = torch.where(inputs.levels == level)[0]
         rois = inputs.rois[chosen].to(feature.dtype)
@@ -226,7 +233,8 @@ def touched_bytes(inputs: Scene) -> int:
     )
     pooled = roi_align(marks.features, marks.rois, marks.levels, SCALES, BINS)
     pixels = sum(int((g != 0).sum()) for g in torch.autograd.grad(pooled.sum(), marks.features))
-    return (pixels + len(inputs.rois) * BINS * BINS) * CHANNELS * inputs.features[0].element_size()
+    first = inputs.features[0]
+    return (pixels + len(inputs.rois) * BINS * BINS) * first.shape[1] * first.element_size()
 
 
 def relative_error(base: Scene) -> float:
@@ -264,9 +272,9 @@ def roi_align_on_cuda(repeats: int) -> list[dict[str, object]]:
     return roi_align_roofline(scene(8, 1000, "cuda"), copy_bandwidth("cuda", repeats), repeats)
 
 
-def masks_to_host(device: str, size: tuple[int, int], repeats: int) -> list[dict[str, object]]:
-    """100 masks from the device to RLE on the host; the peer pastes on the device, as torchvision does."""
-    on_host = detections(size)
+def masks_to_host(device: str, size: tuple[int, int], repeats: int, count: int = DETECTIONS) -> list[dict[str, object]]:
+    """``count`` masks from the device to RLE on the host; the peer pastes on the device, as torchvision does."""
+    on_host = detections(size, count=count)
     probs, boxes = (t.to(device) for t in on_host)
     runs = {"ours": lambda: encode_boxed_masks(probs, boxes, size), "peer": lambda: paste_and_encode(probs, boxes, size)}
     found, others = runs["ours"]()[0], (encode_boxed_masks(*on_host, size)[0], runs["peer"]())

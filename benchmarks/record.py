@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
@@ -89,14 +90,15 @@ class Timing:
         return (high - low) / 2 / self.median
 
 
-def side_by_side(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def side_by_side(runs: Mapping[str, Callable[[], object]], repeats: int, warm: bool = True) -> dict[str, Timing]:
     """Time several functions in turn, so that whatever else the machine does meets all of them alike.
 
-    Each runs once unmeasured. CUDA work is waited for.
+    warm: each runs once unmeasured before. CUDA work is waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+    if warm:
+        for run in runs.values():
+            run()
     for _ in range(repeats):
         for name, run in runs.items():
             _wait()
@@ -113,6 +115,9 @@ def _wait() -> None:
 
 
 def _commit() -> str:
+    """Of this checkout; MASKLAKE_COMMIT tells it where a copy of the files has no history."""
+    if told := os.environ.get("MASKLAKE_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -24,7 +24,7 @@ DETECTIONS = 100
 SIZES = ((800, 1333), (3000, 4000))
 
 
-def detections(size: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def detections(size: tuple[int, int], seed: int = 0, count: int = DETECTIONS) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask probabilities (N, 28, 28) of blobs with ragged borders, and boxes (N, 4) inside the image.
 
     The boxes' scale (root of the area) is spread evenly in its logarithm from 4% to 70% of the image's, their aspect ratio
@@ -32,15 +32,15 @@ def detections(size: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torc
     """
     generator = torch.Generator().manual_seed(seed)
     height, width = size
-    uniform = torch.rand(4, DETECTIONS, generator=generator)
+    uniform = torch.rand(4, count, generator=generator)
     scale = math.sqrt(height * width) * torch.exp(torch.lerp(torch.tensor(0.04).log(), torch.tensor(0.7).log(), uniform[0]))
     aspect = torch.exp((uniform[1] * 2 - 1) * math.log(2.5))
     box_w, box_h = (scale * aspect.sqrt()).clamp(max=width - 2), (scale / aspect.sqrt()).clamp(max=height - 2)
     x, y = uniform[2] * (width - box_w), uniform[3] * (height - box_h)
     axis = torch.linspace(-1, 1, 28)
-    radii = 0.6 + 0.4 * torch.rand(2, DETECTIONS, 1, 1, generator=generator)
+    radii = 0.6 + 0.4 * torch.rand(2, count, 1, 1, generator=generator)
     distance = (axis[None, None, :] / radii[0]) ** 2 + (axis[None, :, None] / radii[1]) ** 2
-    ragged = F.interpolate(torch.randn(DETECTIONS, 1, 7, 7, generator=generator), size=28, mode="bicubic")[:, 0]
+    ragged = F.interpolate(torch.randn(count, 1, 7, 7, generator=generator), size=28, mode="bicubic")[:, 0]
     return (6 * (1 - distance) + 2 * ragged).sigmoid(), torch.stack((x, y, x + box_w, y + box_h), dim=1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from model import detectron2_weights, torchvision_weights
 from model.checkpoint import is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
+from model.device import check_device
 from model.errors import CheckpointError
 from model.mask_rcnn import MaskRCNN
 from model.other_networks import backbone_name, other_network, residual_network
@@ -46,8 +47,10 @@ def create_model(
     weights lack; and load the rest. Weights of torchvision's classifiers, such as ImageNet's, begin the backbone (section 3.1).
     weights_name: what messages call weights that come as bytes.
 
-    Raises UnknownPresetError, or CheckpointError for weights that cannot be read or do not fit.
+    Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit, or ConfigError for a device that
+    this machine cannot use.
     """
+    device = check_device(device)
     by_name = isinstance(preset_or_config, str)
     config = preset(preset_or_config) if isinstance(preset_or_config, str) else preset_or_config
     name = " ".join(filter(None, ("weights", weights_name if isinstance(weights, bytes) else str(weights))))

@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.device import check_device
 from model.errors import CheckpointError, faults
 from model.identity import COUNTER
 from model.mask_rcnn import MaskRCNN
@@ -51,8 +52,10 @@ def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
 def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu") -> MaskRCNN:
     """The model in a file of `save_checkpoint`, or in its bytes, ready to predict.
 
-    Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture.
+    Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture, and ConfigError
+    for a device that this machine cannot use.
     """
+    device = check_device(device)
     name = "checkpoint" if isinstance(source, bytes) else f"checkpoint {source}"
     config, state = parse(read_bytes(source), name)
     model = MaskRCNN(config)

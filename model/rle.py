@@ -70,7 +70,7 @@ def encode_boxed_masks(
     areas = [np.zeros(0, np.int64)]
     for part in _chunks(regions.columns):  # packed chunk by chunk, for the edges of noise would fill gigabytes
         edges, counts = _edges(masks[part], regions.part(part), size[0], threshold, paste)
-        part_rles, part_areas = _packed(edges, counts, np.full(len(counts), math.prod(size), np.int64))
+        part_rles, part_areas = pack_edges(edges, counts, np.full(len(counts), math.prod(size), np.int64))
         rles += part_rles
         areas.append(part_areas)
     return rles, np.concatenate(areas)
@@ -99,7 +99,7 @@ def encode_on_device(
     counts, edges, pixels, beside = _to_host(*found, table.prod(1), beside)
     if (total := int(counts.sum())) > room:
         edges = mask_edges(probs, boxes, table, threshold, widest, total)[1].cpu()
-    return *_packed(edges[:total].numpy(), counts.numpy(), pixels.numpy()), beside
+    return *pack_edges(edges[:total].numpy(), counts.numpy(), pixels.numpy()), beside
 
 
 def encode(bitmap: NDArray[np.uint8]) -> bytes:
@@ -401,7 +401,7 @@ def _to_host(*tensors: Tensor) -> list[Tensor]:
     return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
-def _packed(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:
+def pack_edges(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:
     """COCO strings and areas of masks with so many edges each, in images of so many pixels."""
     runs, lengths = _runs(edges, counts, pixels)
     owner, place = _ragged(lengths)

@@ -135,7 +135,8 @@ class Log:
         self.syncs[what, where()] += 1
         message = f"called a synchronizing CUDA operation: {what} at {where()}"
         if self.sync_debug_mode == 1:
-            warnings.warn(message, stacklevel=2)
+            place, _, line = where().rpartition(":")
+            warnings.warn_explicit(message, UserWarning, str(ROOT / place), int(line))
         if self.sync_debug_mode == 2:
             raise RuntimeError(message)
 
@@ -169,7 +170,7 @@ def where() -> str:
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
-    return "elsewhere"
+    return "elsewhere:0"
 
 
 class _Dispatch(TorchDispatchMode):
@@ -228,6 +229,8 @@ class _Dispatch(TorchDispatchMode):
         log, here = self._log, self._log.marked(args[0])
         indices = [x for x in args[1] if isinstance(x, T)]
         value = args[2] if name != "index" else None
+        if here and isinstance(value, T) and torch._C._current_autograd_node() is not None:
+            log.mark(value)  # a derivative's own zeros: it makes them where the storage really is
         if isinstance(value, T) and log.marked(value) != here and (value.dim() or not here):
             raise RuntimeError(f"{func}: expected self and values on one device, values are on {'cpu' if here else 'cuda:0'}")
         if not here and any(log.marked(x) for x in indices):
@@ -532,6 +535,7 @@ def pretend_cuda(kernels: bool = False, bf16: bool = True) -> Iterator[Log]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouper(log)))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", _profiler()))
+        stack.enter_context(mock.patch("model.device.c_compiler", return_value="cc"))  # nothing is compiled here
         if kernels:
             from triton.runtime.interpreter import GridExecutor
 

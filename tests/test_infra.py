@@ -31,9 +31,10 @@ def ray_jobs() -> list[dict[str, Any]]:
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The `masklake` commands in the code blocks of a page, continuation lines joined."""
+    """The `masklake` commands in the code blocks of a page, continuation lines joined, without redirections and pipes."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if re.match(r"\s*masklake [a-z]+ ", line)]
+    commands = [re.split(r" [<>|] ", line)[0] for line in lines if re.match(r"\s*masklake [a-z]+ ", line)]
+    return [shlex.split(command)[1:] for command in commands]
 
 
 def parse(arguments: list[str]) -> None:
@@ -81,3 +82,9 @@ def test_every_command_in_the_documentation_parses(page: str) -> None:
     for arguments in commands_of((ROOT / page).read_text()):
         if arguments not in ([], ["..."]):
             parse(arguments)
+
+
+def test_the_image_has_the_compiler_that_a_gpu_needs() -> None:
+    """Triton builds launchers when kernels first run; without a compiler each image on a GPU would be a model_error."""
+    (install,) = re.findall(r"^RUN apt-get .*install (.*?)&&", (ROOT / "infra/Dockerfile").read_text(), re.MULTILINE)
+    assert {"gcc", "libc6-dev"} <= set(install.split())

@@ -62,7 +62,7 @@ def assert_all_equal(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, 
     assert found[0].tolist() == expected[0].tolist()
     assert torch.equal(found[1].cpu(), expected[1])
     edges, pixels = expected[1][: expected[0].sum()].numpy(), np.full(len(masks), size[0] * size[1])
-    packed, areas = rle._packed(edges, expected[0].numpy(), pixels)
+    packed, areas = rle.pack_edges(edges, expected[0].numpy(), pixels)
     counts, expected_areas = rle.encode_boxed_masks(masks.cpu(), boxes.cpu(), size, threshold)
     assert packed == counts
     assert areas.tolist() == expected_areas.tolist()
@@ -103,7 +103,7 @@ def test_equal_to_torchvision_and_pycocotools() -> None:
     pasted = (paste_masks_in_image(masks[:, None], boxes, (12, 40)) > 0.5).numpy()[:, 0].astype(np.uint8)
     edges = mask_edges_triton(masks.to(DEVICE), boxes.to(DEVICE), torch.tensor([[12, 40]] * 3).to(DEVICE), 0.5, 40, 1000)
     total = int(edges[0].sum())
-    packed, _ = rle._packed(edges[1][:total].cpu().numpy(), edges[0].cpu().numpy(), np.full(3, 480))
+    packed, _ = rle.pack_edges(edges[1][:total].cpu().numpy(), edges[0].cpu().numpy(), np.full(3, 480))
     assert packed == [coco_mask.encode(np.asfortranarray(bitmap))["counts"] for bitmap in pasted]
     assert edges[0].tolist()[2] == 1, "one run from the first pixel to the last"
 
@@ -131,7 +131,7 @@ def test_positions_beyond_32_bits() -> None:
     size, boxes = (2**31 + 11, 3), torch.tensor([[0.0, 9.0e8, 2, 9.0e8]])
     masks, sizes = torch.ones(1, 3, 3), torch.tensor([size])
     found = mask_edges_triton(masks.to(DEVICE), boxes.to(DEVICE), sizes.to(DEVICE), 0.1, 3, 50)
-    packed, areas = rle._packed(found[1][: found[0].sum()].cpu().numpy(), found[0].cpu().numpy(), np.array([size[0] * 3]))
+    packed, areas = rle.pack_edges(found[1][: found[0].sum()].cpu().numpy(), found[0].cpu().numpy(), np.array([size[0] * 3]))
     expected, expected_areas = rle.encode_boxed_masks(masks, boxes, size, 0.1)
     assert packed == expected
     assert areas.tolist() == expected_areas.tolist()
