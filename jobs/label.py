@@ -32,6 +32,7 @@ from pipeline.lease import Lease
 from pipeline.left_out import LeftOut
 from pipeline.listing import InputSpec
 from pipeline.manifest import Plan, plan_run
+from pipeline.patience import patiently
 from pipeline.rows import Outcome, to_table
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, Status
 from pipeline.storage import Storage, StorageOptions
@@ -189,9 +190,9 @@ def _label(run: _Run, say: Say) -> LabelReport:
     seconds = time.perf_counter() - started
     settled = run_output.settle(table, plan.run_id, files, plan.images)
     run.lease.confirm()
-    table.commit_run(plan.run_id, settled)
-    table.compact(plan.run_id)
-    summary = run_output.summarise(table, plan.run_id)
+    patiently(lambda: table.commit_run(plan.run_id, settled))
+    patiently(lambda: table.compact(plan.run_id))
+    summary = patiently(lambda: run_output.summarise(table, plan.run_id))
     return LabelReport(
         table=table.uri,
         run_id=plan.run_id,
@@ -224,12 +225,12 @@ def _stream_and_complete(run: _Run, files: list[run_output.Finished], say: Say) 
         if number:
             say(f"{len(missing)} images were lost with their workers; they run again, {step.rows} at a time")
         _stream(run, workers, step, len(missing))
-        files = run_output.finished(table, plan.run_id)
+        files = patiently(lambda: run_output.finished(table, plan.run_id))
         missing = run_output.missing(files, plan.images)
     if len(missing):
         say(f"{len(missing)} images end their worker even alone: they become `crashed`")
         _write_crashed(run, missing)
-        files = run_output.finished(table, plan.run_id)
+        files = patiently(lambda: run_output.finished(table, plan.run_id))
     return files
 
 

@@ -29,7 +29,6 @@ from pipeline.left_out import LeftOut
 from pipeline.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs
 from pipeline.schema import FINAL_STATUSES, MANIFEST_SCHEMA, RUN_COLUMN, Status
 from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, canonical, parse
-from pipeline.storage_errors import translated
 from pipeline.table import RunRecord, Table, input_key, valid_run_id
 
 MEMORY_LIMIT = "2GB"
@@ -240,5 +239,5 @@ def content_run_id(manifest: Path, label_id: str, spec: InputSpec, table_version
 def read_manifest(storage: Storage, uri: str) -> pa.Table:
     """A frozen manifest as a table of MANIFEST_SCHEMA, whole in memory; InputNotFoundError where there is none."""
     filesystem, path = storage.arrow(uri)
-    with translated(uri):
+    with storage.reading(uri):
         return pq.read_table(path, filesystem=filesystem).cast(MANIFEST_SCHEMA)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import InputNotFoundError
+from pipeline.patience import patiently
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN, Status
 from pipeline.storage import Storage
-from pipeline.storage_errors import translated
 from pipeline.table import DataFile, Table
 
 DRIVER_PREFIX = "driver-"
@@ -76,7 +76,7 @@ def _names(storage: Storage, folder: str) -> dict[str, int]:
 
 def _image_ids(storage: Storage, uri: str) -> NDArray[np.int64]:
     filesystem, path = storage.arrow(uri)
-    with translated(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
+    with storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
         ids: NDArray[np.int64] = file.read(columns=["image_id"])["image_id"].to_numpy()
         return ids
 
@@ -103,17 +103,25 @@ def settle(table: Table, run_id: str, files: Sequence[Finished], images: int) ->
         if fresh.all():
             settled.append(file.file)
             continue
-        uri = table.storage.join(table.uri, file.file.path)
         if fresh.any():
-            settled.append(write_rows(table, run_id, _read(table.storage, uri).filter(pa.array(fresh))))
-        table.storage.delete(uri)
+            settled.append(write_rows(table, run_id, _read(table, file.file).filter(pa.array(fresh))))
+        _delete(table, file.file)
     return settled
 
 
-def _read(storage: Storage, uri: str) -> pa.Table:
-    filesystem, path = storage.arrow(uri)
-    with translated(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
-        return file.read()
+def _read(table: Table, data: DataFile) -> pa.Table:
+    uri = table.storage.join(table.uri, data.path)
+    filesystem, path = table.storage.arrow(uri)
+
+    def read() -> pa.Table:
+        with table.storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
+            return file.read()
+
+    return patiently(read)
+
+
+def _delete(table: Table, data: DataFile) -> None:
+    patiently(lambda: table.storage.delete(table.storage.join(table.uri, data.path)))
 
 
 def write_rows(table: Table, run_id: str, rows: pa.Table) -> DataFile:
@@ -122,7 +130,7 @@ def write_rows(table: Table, run_id: str, rows: pa.Table) -> DataFile:
     pq.write_table(rows.cast(FILE_SCHEMA), buffer, compression="zstd")
     name = f"{DRIVER_PREFIX}{uuid.uuid4().hex}.parquet"
     uri = table.storage.join(table.run_folder(run_id), name)
-    table.storage.write_bytes(uri, buffer.getvalue())
+    patiently(lambda: table.storage.write_bytes(uri, buffer.getvalue()))
     return DataFile(uri[len(table.uri) + 1 :], buffer.getbuffer().nbytes, rows.num_rows)
 
 
@@ -131,7 +139,7 @@ def manifest_rows(table: Table, run_id: str, image_ids: NDArray[np.int64]) -> pa
     uri = table.manifest_uri(run_id)
     filesystem, path = table.storage.arrow(uri)
     wanted = pa.array(image_ids)
-    with translated(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
+    with table.storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
         chosen = [pa.Table.from_batches([batch]) for batch in file.iter_batches()]
         parts = [part.filter(pc.is_in(part["image_id"], value_set=wanted)) for part in chosen]
     return pa.concat_tables(parts).cast(MANIFEST_SCHEMA) if parts else MANIFEST_SCHEMA.empty_table()
@@ -156,13 +164,18 @@ def summarise(table: Table, run_id: str) -> Summary:
     stored: Counter[str] = Counter()
     if table.is_committed(run_id) and any(run == run_id for _, run in table.files()):
         chosen = pc.field(RUN_COLUMN) == run_id
-        for batch in table.dataset().scanner(columns=["status", "instances"], filter=chosen).to_batches():
+        for batch in _batches(table, chosen):
             statuses.update(_value_counts(batch["status"]))
             instances = batch["instances"].flatten()
             categories = instances.field("category")
             stored.update(_value_counts(categories))
             likely.update(_value_counts(categories.filter(pc.greater_equal(instances.field("score"), LIKELY_SCORE))))
     return Summary(dict(statuses), dict(likely.most_common()), dict(stored.most_common()))
+
+
+def _batches(table: Table, chosen: pc.Expression) -> Iterator[pa.RecordBatch]:
+    with table.storage.reading(table.uri):
+        yield from table.dataset().scanner(columns=["status", "instances"], filter=chosen).to_batches()
 
 
 def _value_counts(values: pa.Array) -> dict[str, int]:

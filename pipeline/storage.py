@@ -17,6 +17,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -39,7 +40,7 @@ from pipeline import local_files
 from pipeline.errors import AccessDeniedError, InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.literal_keys import LiteralObject, is_plain
-from pipeline.storage_errors import translate, translated
+from pipeline.storage_errors import FOREIGN, is_vague, translate, translated
 from pipeline.walk import walk
 
 if TYPE_CHECKING:  # they exist in its stubs alone
@@ -395,6 +396,27 @@ class Storage:
             "skip_instance_cache": True,  # the cache's key knows nothing of the credentials in the environment
         }
 
+    @contextmanager
+    def reading(self, uri: str) -> Iterator[None]:
+        """`translated`; a store that refused without its reason is asked for it by a GET of one byte."""
+        with translated(uri):
+            try:
+                yield
+            except FOREIGN as error:
+                if parse(uri).scheme == "s3" and is_vague(error):
+                    self._raise_reason(uri)
+                raise
+
+    def _raise_reason(self, uri: str) -> None:
+        store, key = self.object_store(uri)
+        try:
+            obstore.get_range(store, key or "masklake", start=0, length=1)
+        except obstore.exceptions.BaseError as error:
+            if not is_vague(error):
+                raise
+        except FileNotFoundError:
+            return
+
     # -- whole objects -------------------------------------------------------------------------------------------------
 
     def read_bytes(self, uri: str) -> bytes:
@@ -471,7 +493,7 @@ class Storage:
     def stat(self, uri: str) -> ObjectStat:
         """Version and size of one object; InputNotFoundError where there is none."""
         at = parse(uri)
-        with translated(uri):
+        with self.reading(uri):
             if at.is_local:
                 found = os.stat(at.key)
                 return ObjectStat(local_etag(found), found.st_size)

@@ -36,6 +36,14 @@ def translated(uri: str) -> Iterator[None]:
         raise translate(error, uri) from error
 
 
+def is_vague(error: BaseException) -> bool:
+    """Whether a store refused without its reason: the answer to a HEAD has no body, and pyarrow drops a GET's."""
+    found, text = fault(error), str(error)
+    if "AWS Error" in text:
+        return found.code in (None, "AccessDenied") and bool(re.search(r"ACCESS_DENIED|HTTP status [34]|Failed to flush", text))
+    return found.code in (None, "Forbidden") and (found.status in (301, 400, 401, 403) or isinstance(error, PermissionError))
+
+
 @dataclass(frozen=True)
 class Fault:
     """A store's answer. status: of HTTP. code: the store's own, like `ExpiredToken`. None: the error does not tell."""

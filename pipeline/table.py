@@ -40,7 +40,7 @@ from pipeline.literal_keys import is_plain
 from pipeline.nearby import first_missing, near, within
 from pipeline.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage, canonical, parse
-from pipeline.storage_errors import describe, os_error_number, translate, translated
+from pipeline.storage_errors import describe, os_error_number, translate
 from pipeline.suffixes import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ class Table:
 
     def _count_rows(self, uri: str) -> int:
         filesystem, path = self.storage.arrow(uri)
-        with translated(uri):
+        with self.storage.reading(uri):
             return int(pq.read_metadata(path, filesystem=filesystem).num_rows)
 
     def commit_run(self, run_id: str, files: Sequence[DataFile] | None = None) -> bool:
