@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,12 +23,13 @@ from pipeline.errors import InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.lists import Named, list_kind, read_list
 from pipeline.literal_keys import MAX_KEY_BYTES, is_plain
-from pipeline.storage import OBJECT_SCHEMA, Storage, folder_uri, parent, parse, relative_to
+from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, folder_uri, parent, parse, relative_to
 from pipeline.suffixes import IMAGE_REGEX
 from pipeline.walk import is_utf8
 
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_SHEETS = (".xlsx", ".xls", ".ods")
 _OTHER_SYSTEMS = "@eaDir|__MACOSX|#recycle|#snapshot|@Recycle|@Recently-Snapshot|\\$RECYCLE\\.BIN|System Volume Information"
 _HIDDEN = rf"(?:^|/)(?:\.(?:[^./]|\.[^/])|(?:{_OTHER_SYSTEMS})/)"
 """RE2 on a path below the input's folder: a part that begins with a dot (`._x.jpg`, `.thumbnails/`; not `.` and `..`), and the
@@ -108,12 +110,19 @@ def _is_one_object(storage: Storage, uri: str) -> bool:
 def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
     if spec.uri.lower().endswith(_ARCHIVES):
         raise ConfigError(f"{spec.uri}: is an archive; unpack it, and give the folder")
+    if spec.uri.lower().endswith(_SHEETS):
+        raise ConfigError(f"{spec.uri}: is a spreadsheet; save it as CSV")
     if list_kind(spec.uri) is None:
         yield storage.stat_many([spec.uri])
         return
     base = parent(spec.uri)
     for rows in read_list(storage, spec.uri, spec.column, left_out):
-        readable = [(uri, row) for row in rows if (uri := _listed_uri(base, row.name, left_out)) is not None]
+        named = [(uri, row) for row in rows if (uri := _listed_uri(base, row.name, left_out)) is not None]
+        faults = _unreadable_files([uri for uri, _ in named if parse(uri).is_local])
+        for uri, row in named:
+            if uri in faults:
+                left_out.add(faults[uri], row.name)
+        readable = [(uri, row) for uri, row in named if uri not in faults]
         yield _with_etags(storage, [uri for uri, _ in readable], [row for _, row in readable])
 
 
@@ -213,16 +222,24 @@ def _unnameable(name: str) -> Reason | None:
 
 
 def _unreadable(uri: str) -> Reason | None:
-    """Why no request for this name could ever succeed; a name at which nothing is (yet) is no such case."""
+    """Why no request for this key could ever succeed."""
     at = parse(uri)
     if at.is_local:
-        return _unreadable_file(at.key)
+        return None
     if at.scheme != "s3":
         return None if is_plain(at.key) else Reason.NO_CLIENT
     return None if at.key and len(at.key.encode()) <= MAX_KEY_BYTES else Reason.NO_SUCH_NAME
 
 
+def _unreadable_files(paths: Sequence[str]) -> dict[str, Reason]:
+    """The local paths that no fetch could ever read, asked in parallel: a network's file system takes a while for each."""
+    with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
+        reasons = pool.map(_unreadable_file, paths)
+        return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
+
+
 def _unreadable_file(path: str) -> Reason | None:
+    """Why this path cannot be read; one at which nothing is (yet) is no such case, nor one that is forbidden (so far)."""
     try:
         mode = Path(path).stat().st_mode
     except ValueError:  # a zero byte

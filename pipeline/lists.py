@@ -220,8 +220,8 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
             head = head[separator.end() :]
         delimiter = separator.group(1) if separator else _delimiter(uri, head, wanted)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        first = next((row for row in rows if row), None)
-        if first is None:
+        first = _first_row(rows)
+        if not first:
             return
         names = [name.strip() for name in first]
         headless = not (wanted in names or "uri" in map(str.casefold, names)) and any(map(looks_like_image, first))
@@ -243,6 +243,11 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
             yield _csv_row(row, column, places)
 
 
+def _first_row(rows: Iterable[list[str]]) -> list[str]:
+    """The first row that is neither blank nor a comment (`# ...`); empty where there is none."""
+    return next((row for row in rows if row and not re.match(r"#(\s|#|$)", row[0])), [])
+
+
 def _csv_row(row: Sequence[str], column: int, places: Mapping[str, int]) -> Named:
     etag, size = places.get("etag"), places.get("bytes")
     return Named(row[column], None if etag is None else _etag(row[etag]), None if size is None else _size(row[size]))
@@ -254,7 +259,7 @@ def _delimiter(uri: str, head: str, wanted: str | None) -> str:
 
     def fit(sign: str) -> tuple[bool, int]:
         rows = csv.reader(io.StringIO(head, newline=""), delimiter=sign)
-        names = [name.strip() for name in next((row for row in rows if row), [])]
+        names = [name.strip() for name in _first_row(rows)]
         return (wanted or "uri") in names, len(names)
 
     return max(order, key=fit)

@@ -651,7 +651,7 @@ class Storage:
     @staticmethod
     def join(base: str, *parts: str) -> str:
         """`base/part/part`, whatever the scheme; nothing is quoted."""
-        return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+        return "/".join([base.removesuffix("/"), *(part.strip("/") for part in parts)])
 
 
 def _prefix(folder: Location) -> str:

@@ -232,6 +232,7 @@ LISTS: dict[str, bytes] = {
     "utf16.csv": "label,file\r\n1,a.jpg\r\n2,b.jpg\r\n".encode("utf-16"),
     "bom.csv": "\ufefffile\na.jpg\n\nb.jpg\n".encode(),
     "quoted.csv": b'"label","file"\n"one, two","a.jpg"\n"three\nfour","b.jpg"\n',
+    "comments.csv": b"# made by me, by hand\n#\n\nlabel,file\n1,a.jpg\n2,b.jpg\n",
     "file.CSV": b"file\ra.jpg\rb.jpg",
     "packed.csv.gz": gzip.compress(b"label,file\n1,a.jpg\n2,b.jpg\n"),
     "packed.jsonl.xz": lzma.compress(b'{"file": "a.jpg"}\n{"file": "b.jpg"}\n'),
@@ -317,6 +318,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("zero.txt", b"a.jpg\0b.jpg", "zero bytes.*UTF-8"),
         ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100)[:-9], "cannot be read as a text list"),
         ("not.csv.gz", b"\x1f\x8bno gzip", "cannot be read as a csv list"),
+        ("photos.xlsx", b"PK", "is a spreadsheet; save it as CSV"),
         ("photos.zip", b"PK", "is an archive; unpack it"),
     ],
 )  # fmt: skip

@@ -148,6 +148,7 @@ def test_names_of_folders_and_their_content_keep_every_slash() -> None:
         uri = relative_to(folder, name)
         assert parent(uri) == folder
         assert uri == (folder if folder.endswith("/") else folder + "/") + name
+    assert Storage.join(parent("s3://b//coco.json"), "images") == "s3://b//images"
     assert relative_to("s3://b/lists", ".//../img/./a//b.jpg/") == "s3://b/img/./a//b.jpg/"
     assert relative_to("s3://b", "../../x") == "s3://b/x"
 
