@@ -408,14 +408,17 @@ class Storage:
                 raise
 
     def _raise_reason(self, uri: str) -> None:
-        store, key = self.object_store(uri)
         try:
+            if (literal := self.literal_object(uri)) is not None:
+                literal.get(max_bytes=0)
+                return
+            store, key = self.object_store(uri)
             obstore.get_range(store, key or "masklake", start=0, length=1)
-        except obstore.exceptions.BaseError as error:
-            if not is_vague(error):
-                raise
         except FileNotFoundError:
             return
+        except FOREIGN as error:
+            if not is_vague(error):
+                raise
 
     # -- whole objects -------------------------------------------------------------------------------------------------
 
