@@ -10,10 +10,14 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import label_plan
@@ -21,12 +25,13 @@ from jobs.cluster import connect, data_context, last_line
 from jobs.counts import counted_instances
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
+from jobs.trials import DEATHS, Alone
 from jobs.weights import read_model
 from model import MaskRCNN, PredictOptions, load_checkpoint
-from model.errors import CheckpointError, ConfigError, faults
+from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
 from pipeline import run_output
 from pipeline.decode import DecodeLimits
-from pipeline.errors import InputNotFoundError, LabellingError, LeaseLostError
+from pipeline.errors import InputNotFoundError, LabellingError
 from pipeline.labeller import LabellingActor, LabelSpec
 from pipeline.lease import Lease
 from pipeline.left_out import LeftOut
@@ -34,7 +39,8 @@ from pipeline.listing import InputSpec
 from pipeline.manifest import Plan, plan_run
 from pipeline.patience import patiently
 from pipeline.rows import Outcome, to_table
-from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, Status
+from pipeline.run_output import Finished
+from pipeline.schema import LIKELY_SCORE, Status
 from pipeline.storage import Storage, StorageOptions
 from pipeline.table import Table, open_table
 
@@ -111,9 +117,6 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     model_id = model.model_id
     label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
-    if options.workers is not None or options.device == "cuda" or options.address is not None:
-        # What was asked for may not fit: said before anything is written.
-        label_plan.plan_workers(connect(options.address), options.workers or 1, options.workers, options.device)
     left_out = LeftOut()
     plan = plan_run(
         storage,
@@ -124,6 +127,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         retry_failed=options.retry_failed,
         facts=facts,
         left_out=left_out,
+        before_freeze=lambda images: _check_capacity(options, images),
     )
     if line := str(left_out):
         say(line)
@@ -136,6 +140,11 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
         return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say).model_copy(update=left)
+
+
+def _check_capacity(options: LabelOptions, images: int) -> None:
+    """What was asked for may not fit: said before anything is written, and Ray starts only when there is something to do."""
+    label_plan.plan_workers(connect(options.address), images, options.workers, options.device)
 
 
 def options(**values: Any) -> LabelOptions:
@@ -180,18 +189,20 @@ def load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
 
 
 def _label(run: _Run, say: Say) -> LabelReport:
-    """Stream, complete, commit, compact, report: with the lease held."""
+    """Stream, complete, settle, merge, commit, report: with the lease held."""
     table, plan = run.table, run.plan
-    files = run_output.finished(table, plan.run_id)
+    files = _finished(run, [])
     before = len(run_output.missing(files, plan.images))
     started = time.perf_counter()
     if before and not table.is_committed(plan.run_id):
         files = _stream_and_complete(run, files, say)
     seconds = time.perf_counter() - started
-    settled = run_output.settle(table, plan.run_id, files, plan.images)
-    run.lease.confirm()
-    patiently(lambda: table.commit_run(plan.run_id, settled))
-    patiently(lambda: table.compact(plan.run_id))
+    if not table.is_committed(plan.run_id):
+        settled = run_output.settle(table, plan.run_id, files, plan.images)
+        run.lease.check()
+        merged = run_output.merge(table, plan.run_id, settled)
+        run.lease.confirm()
+        patiently(lambda: table.commit_run(plan.run_id, merged))
     summary = patiently(lambda: run_output.summarise(table, plan.run_id))
     return LabelReport(
         table=table.uri,
@@ -212,56 +223,89 @@ def _label(run: _Run, say: Say) -> LabelReport:
     )
 
 
-def _stream_and_complete(run: _Run, files: list[run_output.Finished], say: Say) -> list[run_output.Finished]:
+def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Finished]:
     """Label what ``files`` lack, in ever smaller blocks; an image that takes its worker along even alone is `crashed`."""
-    table, plan = run.table, run.plan
+    plan = run.plan
     missing = run_output.missing(files, plan.images)
     capacity = connect(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
     say(f"{workers.workers} model replica(s) on {workers.device}, {len(missing)} images to go")
     for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
-        if not len(missing):
-            return files
         if number:
             say(f"{len(missing)} images were lost with their workers; they run again, {step.rows} at a time")
-        _stream(run, workers, step, len(missing))
-        files = patiently(lambda: run_output.finished(table, plan.run_id))
+        written = _stream(run, workers, step, missing)
+        files = _finished(run, [*files, *written])
         missing = run_output.missing(files, plan.images)
-    if len(missing):
-        say(f"{len(missing)} images end their worker even alone: they become `crashed`")
-        _write_crashed(run, missing)
-        files = patiently(lambda: run_output.finished(table, plan.run_id))
+        if not len(missing):
+            return files
+    say(f"{len(missing)} images were lost with their workers; they run again, 1 at a time")
+    written, crashed = _alone(run, workers, missing, say)
+    if crashed:
+        say(f"{len(crashed)} images end their worker even alone: they become `crashed`")
+        _write_crashed(run, np.array(crashed))
+    files = _finished(run, [*files, *written])
+    if absent := len(run_output.missing(files, plan.images)):
+        raise LabellingError(f"{absent} images are neither labelled nor `crashed`; the same command goes on where it stopped")
     return files
 
 
-def _write_crashed(run: _Run, image_ids: Any) -> None:
-    rows = run_output.manifest_rows(run.table, run.plan.run_id, image_ids).to_pylist()
-    reason = "the worker's process ended whenever it worked on this image, also on this image alone"
-    outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in rows]
-    crashed = to_table(outcomes, model_id=run.spec.model_id, label_id=run.spec.label_id, category_names={})
-    run_output.write_rows(run.table, run.plan.run_id, crashed)
+def _finished(run: _Run, known: list[Finished]) -> list[Finished]:
+    return patiently(lambda: run_output.finished(run.table, run.plan.run_id, known))
 
 
-# -- Ray Data ----------------------------------------------------------------------------------------------------------
+def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
+    reason = f"the worker's process ended {DEATHS} times with this image alone in hand"
+    for part in run_output.manifest_rows(run.table, run.plan.run_id, image_ids):
+        outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in part.to_pylist()]
+        crashed = to_table(outcomes, model_id=run.spec.model_id, label_id=run.spec.label_id, category_names={})
+        run_output.write_rows(run.table, run.plan.run_id, crashed)
 
 
-def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: int) -> None:
-    """One pass of Ray Data over the manifest; its checkpoint leaves out what is written already."""
+# -- Ray ---------------------------------------------------------------------------------------------------------------
+
+
+def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int64]) -> list[Finished]:
+    """One pass of Ray Data over the missing images, a part of the manifest at a time; the blocks that were written."""
+    import ray
+
+    files: list[Finished] = []
+    with _watched(run, workers, len(missing)) as counter, ray.data.DataContext.current(_context(step)):
+        for part in run_output.manifest_rows(run.table, run.plan.run_id, missing, label_plan.PART_ROWS):
+            reports = _dataset(run, workers, step, part, counter).iter_batches(batch_size=None, batch_format="pyarrow")
+            with closing(iter(reports)) as answers:  # after a failure the workers stop at once
+                for report in answers:
+                    files += run_output.reported(report)
+    return files
+
+
+def _alone(run: _Run, workers: WorkerPlan, missing: NDArray[np.int64], say: Say) -> tuple[list[Finished], list[int]]:
+    """Each missing image by itself; the blocks that were written, and the images that are `crashed`."""
+    import ray
+
+    with _watched(run, workers, len(missing)) as counter:
+        rows = pa.concat_tables(run_output.manifest_rows(run.table, run.plan.run_id, missing))
+        arguments = _actor_arguments(run, workers, counter)
+        actor = ray.remote(num_cpus=workers.cpus_each, num_gpus=workers.gpus_each, max_restarts=0)(LabellingActor)
+        return Alone(lambda: actor.remote(*arguments), rows, workers.workers, say).run()
+
+
+@contextmanager
+def _watched(run: _Run, workers: WorkerPlan, missing: int) -> Iterator[Any]:
+    """A counter of the workers' progress. Shows it, and stops the block when the lease is lost or workers cannot start."""
     import ray
 
     counter = start_counter()
-    watcher = _LeaseWatcher(run.lease)
+    watcher = _Watcher(run.lease, counter, workers.workers)
     try:
         with (
             warnings.catch_warnings(),
-            ray.data.DataContext.current(_context(run, step)),
             shown(counter, run.plan.images, run.plan.images - missing, watcher.look, run.options.progress),
         ):
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)  # max_task_retries has no other way in
-            _write(_dataset(run, workers, step, counter), run)
+            yield counter
     except KeyboardInterrupt:
-        if watcher.lost is not None:
-            raise watcher.lost from None
+        if watcher.reason is not None:
+            raise watcher.reason from None
         raise
     except ray.exceptions.RayError as error:
         raise LabellingError(f"labelling stopped: {last_line(error)}; the same command goes on where it stopped") from error
@@ -269,37 +313,25 @@ def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: int) -> None:
         ray.kill(counter)
 
 
-def _context(run: _Run, step: Round) -> Any:
-    """Ray Data's settings for this run alone. Measured: other ways to write, or other defaults, lose or repeat rows."""
-    from ray.data.checkpoint import CheckpointConfig
-
+def _context(step: Round) -> Any:
+    """Ray Data's settings for this round alone: with `max_errored_blocks` below 0 it hangs when a worker dies (measured)."""
     context = data_context()
-    checkpoint = run_output.checkpoint_uri(run.table, run.plan.run_id)
-    run.table.storage.make_folder(checkpoint)
-    filesystem, path = run.table.storage.arrow(checkpoint)
-    config = CheckpointConfig(
-        id_column="image_id", checkpoint_path=path, override_filesystem=filesystem, delete_checkpoint_on_success=False
-    )
-    config.checkpoint_actor_pool_max_size = 1  # one keeps up with any number of workers, and more would take their CPUs
-    config.checkpoint_actor_memory_bytes = label_plan.FILTER_MEMORY
-    context.checkpoint_config = config
     context.max_errored_blocks = step.max_lost
     return context
 
 
-def _dataset(run: _Run, workers: WorkerPlan, step: Round, counter: Any) -> Any:
-    """read_parquet(manifest) -> small blocks -> labellers."""
+def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counter: Any) -> Any:
+    """Blocks of manifest rows -> labellers, which fetch, label and write -> reports.
+
+    The blocks come from the driver, so no other node's death takes one of them along.
+    """
     import ray
 
-    filesystem, path = run.table.storage.arrow(run.plan.manifest_uri)
-    spec = _spec_for(run.spec, workers)
     concurrency = 1 if step.alone else workers.concurrency
-    blocks = ray.data.read_parquet(path, filesystem=filesystem, partitioning=None).repartition(
-        target_num_rows_per_block=step.rows
-    )
-    return blocks.map_batches(
+    blocks = [part.slice(start, step.rows) for start in range(0, part.num_rows, step.rows)]
+    return ray.data.from_arrow(blocks).map_batches(
         LabellingActor,
-        fn_constructor_args=(spec, ray.put(run.checkpoint), counter),
+        fn_constructor_args=_actor_arguments(run, workers, counter),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -315,44 +347,52 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, counter: Any) -> Any:
     )
 
 
+def _actor_arguments(run: _Run, workers: WorkerPlan, counter: Any) -> tuple[Any, ...]:
+    import ray
+
+    return _spec_for(run.spec, workers), [ray.put(run.checkpoint)], counter, run.table, run.plan.run_id
+
+
 def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
     return replace(spec, device=workers.device, torch_threads=workers.cpus_each, decode_threads=workers.decode_threads)
 
 
-def _write(dataset: Any, run: _Run) -> None:
-    folder = run.table.run_folder(run.plan.run_id)
-    run.table.storage.make_folder(folder)
-    filesystem, path = run.table.storage.arrow(folder)
-    dataset.write_parquet(
-        path,
-        filesystem=filesystem,
-        try_create_dir=False,
-        compression="zstd",
-        schema=FILE_SCHEMA,
-        ray_remote_args={"num_cpus": 0.25},
-    )
+class _Watcher:
+    """Interrupts the driver when it must not or cannot go on: its lease is lost, or its workers end while they start."""
 
-
-class _LeaseWatcher:
-    """Interrupts the driver when its lease is lost: a run has one writer, and from then on it is another one."""
-
-    def __init__(self, lease: Lease) -> None:
-        self.lost: LeaseLostError | None = None
+    def __init__(self, lease: Lease, counter: Any, workers: int) -> None:
+        self.reason: MaskLakeError | None = None
         self._lease = lease
+        self._counter = counter
+        self._workers = workers
         self._main = threading.current_thread() is threading.main_thread()
 
     def look(self) -> None:
         """Called twice a second from the progress thread."""
-        if self.lost is not None:
+        if self.reason is not None:
             return
         try:
-            self._lease.check()
-        except LeaseLostError as error:
-            self.lost = error
+            self._lease.check()  # a run has one writer, and from now on it is another one
+            self._check_starts()
+        except MaskLakeError as error:
+            self.reason = error
             if self._main:  # elsewhere nothing can be interrupted, and the check before the commit stops the run
                 import _thread
 
                 _thread.interrupt_main()
+
+    def _check_starts(self) -> None:
+        import ray
+
+        try:
+            starts = ray.get(self._counter.starts.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            return  # the counter's node is gone, or busy: it counts for people and for this check only
+        if label_plan.cannot_start(starts, self._workers):
+            raise LabellingError(
+                f"{starts} workers in a row ended while they loaded the model: their machine may lack memory, or the model's "
+                "libraries do not work there (Ray's log files say more); nothing is lost, the same command goes on"
+            )
 
 
 def _nothing_new(table: Table, model_id: str, label_id: str) -> LabelReport:

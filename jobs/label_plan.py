@@ -28,8 +28,13 @@ FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
 FIRST_LIMITS: Mapping[str, Any] = {"max_bytes": 256 * 2**20, "max_pixels": 100_000_000, "max_side": 65_535}
 """The values that leave no trace in a `label_id`: a new option's (or limit's) when it was introduced, so that it labels nothing
 again where it is not used. Add to them; never change one."""
-FILTER_MEMORY = 256 * 2**20
-"""Bytes that a resumed run's filter reserves; it holds 8 bytes for each finished image."""
+LOST_BLOCKS = 64
+"""Blocks that may be lost, whatever a run's length: more than the workers of one node have in hand, so that its death, or a few
+images that kill workers, never end a run."""
+PART_ROWS = 2**18
+"""Images that pass through Ray Data at a time: what the driver holds of a manifest, about 50 MB."""
+STARTS = 3
+"""Starts of a worker in a row that may fail."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Round:
     """One pass of Ray Data over what is not labelled yet.
 
     rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
-    max_lost: blocks that may be lost before the round stops. retries: how often a block is tried again after its worker died.
+    max_lost: blocks that may be lost before the run stops. retries: how often a block is tried again after its worker died,
+    or its node.
     """
 
     rows: int
@@ -93,7 +99,6 @@ def plan_workers(capacity: Capacity, images: int, requested: int | None = None, 
         remedy = f"give --workers {most}" if most else "give --device cpu"
         raise ClusterTooSmallError(f"{workers} workers need {workers} GPUs, the cluster has {most}: {remedy}")
     _check_cpus(capacity, workers, cpus_each)
-    _check_memory(capacity, images)
     return WorkerPlan(
         workers=workers,
         cpus_each=cpus_each,
@@ -112,25 +117,21 @@ def _check_cpus(capacity: Capacity, workers: int, cpus_each: int) -> None:
         raise ClusterTooSmallError(f"{workers} workers need {needed} CPUs{beside}, there are {spare}: {remedy}")
 
 
-def _check_memory(capacity: Capacity, images: int) -> None:
-    memory = max(FILTER_MEMORY, 12 * images)  # Ray reserves 1.5 times the identifiers' 8 bytes
-    if memory > capacity.memory:
-        raise ClusterTooSmallError(
-            f"{images} images need {memory / 2**20:.0f} MiB to filter a resumed run, the cluster can reserve "
-            f"{capacity.memory / 2**20:.0f} MiB: take a larger cluster or label in several runs"
-        )
-
-
 def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator[Round]:
-    """The passes of a run: all images in blocks; then what blocks were lost with, in small blocks; then one by one.
+    """The passes of Ray Data over a run: all images in blocks, then what blocks were lost with in small blocks.
 
-    The first round stops when more than a twentieth of its blocks is lost: then it is not a few images that kill workers.
+    What is missing after them is tried image by image (`jobs.trials`). The first round stops when more blocks are lost than
+    `LOST_BLOCKS` and a twentieth of them all: then it is not a few images that kill workers.
     """
     rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
-    yield Round(rows, alone=False, max_lost=max(8, math.ceil(images / rows) // 20), retries=2)
+    yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
     if rows > RETRY_ROWS:
         yield Round(RETRY_ROWS, alone=True, max_lost=images)
-    yield Round(1, alone=True, max_lost=images)
+
+
+def cannot_start(starts: int, workers: int) -> bool:
+    """Whether workers end while they load their model. starts: begun since one last completed."""
+    return starts > STARTS * workers
 
 
 def failed_share(statuses: Mapping[str, int]) -> float:

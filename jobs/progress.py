@@ -19,11 +19,24 @@ class Counter:
     def __init__(self) -> None:
         self._done = 0
         self._failed = 0
+        self._starts = 0
 
     def add(self, images: int, failed: int) -> None:
         """Count ``images`` more, of which ``failed`` did not end ok."""
         self._done += images
         self._failed += failed
+
+    def starting(self) -> None:
+        """A worker's process begins to load its model."""
+        self._starts += 1
+
+    def ready(self) -> None:
+        """... and has loaded it."""
+        self._starts = 0
+
+    def starts(self) -> int:
+        """Starts of workers since one last completed."""
+        return self._starts
 
     def get(self) -> tuple[int, int]:
         """(finished, failed) so far. A block that ran twice counts twice: a bar's truth, not a report's."""

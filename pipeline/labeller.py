@@ -7,6 +7,7 @@ are decoded. Whatever happens to an image, its row comes back, with a status and
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from model import PredictOptions, load_checkpoint
 from model.config import ModelConfig
@@ -26,8 +29,10 @@ from model.transform import canvas_size
 from pipeline.decode import Decoded, DecodeLimits, decode, read_header
 from pipeline.fetch import Fetched, fetch
 from pipeline.rows import Outcome, to_table
+from pipeline.run_output import failed, write_block, written
 from pipeline.schema import Status
 from pipeline.storage import Storage
+from pipeline.table import Table
 
 FETCH_WINDOW_BYTES = 128 * 2**20
 """Compressed bytes that a labeller holds at once (one larger file goes alone)."""
@@ -177,15 +182,57 @@ class Labeller:
 
 
 class LabellingActor(Labeller):
-    """A `Labeller` as Ray Data builds it on a worker: from the checkpoint's bytes and a handle that counts progress."""
+    """A `Labeller` as it lives on a worker: it writes what it labels, so that a node's death takes what it had in hand only."""
 
-    def __init__(self, spec: LabelSpec, checkpoint: Any, progress: Any) -> None:
-        """checkpoint: a Ray object reference to the bytes. progress: handle of an actor with `add(images, failed)`."""
+    def __init__(self, spec: LabelSpec, checkpoint: list[Any], progress: Any, table: Table, run_id: str) -> None:
+        """checkpoint: a list of one Ray reference to the bytes (references outside of lists are resolved by Ray itself).
+        progress: handle of an actor with `add(images, failed)`, `starting()` and `ready()`.
+        """
         import ray
 
+        _told(progress.starting.remote())
         torch.set_num_threads(spec.torch_threads)
-        model = load_checkpoint(ray.get(checkpoint), device=spec.device)
+        model = load_checkpoint(ray.get(checkpoint[0]), device=spec.device)
         super().__init__(spec, model, on_progress=lambda images, failed: progress.add.remote(images, failed))
+        self._table = table
+        self._run_id = run_id
+        _told(progress.ready.remote())
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Label and write a block; REPORT_SCHEMA, one row: the file that holds it, or why it could not be written.
+
+        An error is an answer here, never an exception: Ray would count it as a lost block, as it counts a dead worker.
+        """
+        try:
+            return written(write_block(self._table, self._run_id, super().__call__(block)))
+        except Exception as error:
+            log.exception("a block was not labelled")
+            return failed(error)
+
+    def alone(self, block: pa.Table) -> pa.Table:
+        """The same by a name that an actor's handle can call."""
+        return self(block)
+
+    def prove(self) -> str:
+        """Label a picture made here; the id of the node. What this worker is given next and dies of is not its own fault."""
+        import ray
+
+        picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(picture).resize((640, 480), Image.Resampling.NEAREST).save(buffer, format="JPEG")
+        image = decode(buffer.getvalue(), self._spec.limits).image
+        self._model.predict([] if image is None else [image], self._spec.predict)
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def _told(answer: Any) -> None:
+    """Wait until the counter has heard it, for this process may end at any moment; without a counter go on all the same."""
+    import ray
+
+    try:
+        ray.get(answer, timeout=10)
+    except ray.exceptions.RayError:
+        log.warning("the progress counter does not answer")
 
 
 def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:

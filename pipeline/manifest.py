@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,13 +56,14 @@ def plan_run(
     retry_failed: bool = False,
     facts: dict[str, Any] | None = None,
     left_out: LeftOut | None = None,
+    before_freeze: Callable[[int], None] = lambda images: None,
 ) -> Plan | None:
     """The run to work on now: an uncommitted one of the same input and label_id, else a new one; None: nothing to do.
 
     tick: the new run's id, for schedulers; a tick whose run is committed is nothing to do. facts: kept in the run's record.
-    left_out: hears what of the input is no image, also when an earlier start listed it. EmptyInputError when the input holds no
-    image (no table is made then). ConfigError when input and table are not apart. LeaseHeldError while another driver plans the
-    same.
+    left_out: hears what of the input is no image, also when an earlier start listed it. before_freeze: told how many images a
+    new run has, before anything is written; what it raises leaves no trace. EmptyInputError when the input holds no image (no
+    table is made then). ConfigError when input and table are not apart. LeaseHeldError while another driver plans the same.
     """
     left_out = LeftOut() if left_out is None else left_out
     spec = spec.resolved(storage)
@@ -81,17 +82,25 @@ def plan_run(
         listed = pq.read_metadata(listing).num_rows
         if not listed:
             raise EmptyInputError(f"{spec.uri}: holds no image; check the path{f' ({left_out})' if str(left_out) else ''}")
+        frozen = Path(folder, "manifest.parquet")
+        version = table.version()
+        images = plan_manifest(table, listing, frozen, label_id, retry_failed)
+        if not images:
+            return None
+        before_freeze(images)
         # Two drivers that plan at the same time could freeze two manifests of the same images.
         with Lease.acquire(storage, table.uri, f"plan-{key}"):
+            if table.version() != version:  # another run was committed since: it may have labelled some of these images
+                images = plan_manifest(table, listing, frozen, label_id, retry_failed)
             facts = (facts or {}) | {"left_out": left_out.counts(), "left_out_names": left_out.names()}
-            return _freeze_new(table, spec, label_id, listing, listed, tick, retry_failed, facts)
+            return _freeze_new(table, spec, label_id, frozen, images, listed, tick, facts) if images else None
 
 
 def _continued(table: Table, record: RunRecord, left_out: LeftOut) -> Plan:
     """The plan of a run that an earlier start has begun."""
     known = record.model_extra or {}
     left_out.restore(known.get("left_out", {}), known.get("left_out_names", {}))
-    return Plan(record.run_id, table.manifest_uri(record.run_id), record.images, None, resumed=True)
+    return Plan(record.run_id, table.find_manifest(record.run_id), record.images, None, resumed=True)
 
 
 def check_apart(source: str, table: str) -> None:
@@ -135,19 +144,15 @@ def _freeze_new(
     table: Table,
     spec: InputSpec,
     label_id: str,
-    listing: Path,
+    frozen: Path,
+    images: int,
     listed: int,
     tick: str | None,
-    retry_failed: bool,
     facts: dict[str, Any],
-) -> Plan | None:
+) -> Plan:
     raced = table.find_open_run(label_id, spec.model_dump())
     if raced is not None:
         return _continued(table, raced, LeftOut())
-    frozen = listing.with_name("manifest.parquet")
-    images = plan_manifest(table, listing, frozen, label_id, retry_failed)
-    if not images:
-        return None
     run_id = valid_run_id(tick) if tick is not None else content_run_id(frozen, label_id, spec, table.version())
     table.initialise()
     table.storage.upload(frozen, table.manifest_uri(run_id))

@@ -83,4 +83,4 @@ MANIFEST_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
-"""The frozen manifest of a run, `_masklake/<run_id>/manifest.parquet`."""
+"""The frozen manifest of a run, `_masklake/<run_id>/images.manifest` (Parquet)."""

@@ -460,16 +460,6 @@ class Storage:
             store, key = self.object_store(uri)
             obstore.put(store, key, path)
 
-    def make_folder(self, uri: str) -> None:
-        """Make a folder and its parents; in an object store a mark of it, as pyarrow does."""
-        at = parse(uri)
-        with translated(uri):
-            if at.is_local:
-                local_files.make_folder(Path(at.key))
-                return
-            filesystem, path = self.arrow(uri)
-            filesystem.create_dir(path, recursive=True)
-
     def sync(self, uris: Iterable[str]) -> None:
         """Have what another program wrote on the disk; object stores have it as soon as they answer."""
         for uri in uris:

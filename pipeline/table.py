@@ -1,7 +1,7 @@
 """The table: a Delta Lake of Parquet files with one row an image, committed one run at a time (design, section 3.2).
 
-    <table>/_delta_log/                   one transaction a run, then one for its compaction
-    <table>/run=<run_id>/*.parquet        data
+    <table>/_delta_log/                   one transaction a run
+    <table>/run=<run_id>/*.parquet        data; only Delta's own checkpoints share the suffix
     <table>/_masklake/table.json          schema version
     <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
     <table>/_masklake/<run_id>/           manifest, checkpoint, lease, run record
@@ -29,7 +29,7 @@ import deltalake
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
+from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,10 +45,6 @@ from pipeline.suffixes import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-TARGET_FILE_BYTES = 256 * 2**20
-"""Compacted files' size: large enough that a query opens few, small enough that workers share a table."""
-
-ROW_GROUP_ROWS = 10_000  # about 100 MB at 100 instances an image
 COMMIT_ATTEMPTS = 20
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
@@ -133,8 +129,13 @@ class Table:
         return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
 
     def manifest_uri(self, run_id: str) -> str:
-        """The run's frozen manifest."""
-        return self.private(run_id, "manifest.parquet")
+        """Where a run's frozen manifest is written: Parquet by another name, so that `**/*.parquet` finds images only."""
+        return self.private(run_id, "images.manifest")
+
+    def find_manifest(self, run_id: str) -> str:
+        """The run's frozen manifest as it is there; earlier versions named it `manifest.parquet`."""
+        earlier = self.private(run_id, "manifest.parquet")
+        return earlier if self.storage.is_file(earlier) else self.manifest_uri(run_id)
 
     def _schema_uri(self) -> str:
         return self.storage.join(self.uri, "_masklake", "table.json")
@@ -258,6 +259,7 @@ class Table:
         self.storage.write_bytes(self.private(record.run_id, "run.json"), record.model_dump_json(indent=1).encode())
 
     def _close_run(self, record: RunRecord) -> None:
+        self.tidy(record.run_id)
         self._write_record(record.model_copy(update={"status": "committed", "committed_at": datetime.now(UTC)}))
         self.storage.delete(self._open_run_uri(input_key(record.label_id, record.input)))
 
@@ -272,12 +274,15 @@ class Table:
 
     def _listed(self, run_id: str) -> list[dict[str, Any]]:
         """OBJECT_SCHEMA rows of the Parquet files in a run's folder, by name."""
+        return [row for row in self._below(self.run_folder(run_id)) if row["uri"].endswith(".parquet")]
+
+    def _below(self, folder: str) -> list[dict[str, Any]]:
+        """OBJECT_SCHEMA rows of what is in a folder, by name; none where there is no folder."""
         try:
-            batches = list(self.storage.list_objects(self.run_folder(run_id)))
+            batches = list(self.storage.list_objects(folder))
         except InputNotFoundError:
             return []  # a run that wrote nothing has no folder
-        listed = [row for batch in batches for row in batch.to_pylist()]
-        return sorted((row for row in listed if row["uri"].endswith(".parquet")), key=lambda row: row["uri"])
+        return sorted((row for batch in batches for row in batch.to_pylist()), key=lambda row: row["uri"])
 
     def _count_rows(self, uri: str) -> int:
         filesystem, path = self.storage.arrow(uri)
@@ -365,45 +370,19 @@ class Table:
         self._sync_log(0)
         return created
 
-    def compact(self, run_id: str, target_bytes: int = TARGET_FILE_BYTES) -> int:
-        """Merge a committed run's small files into files of about `target_bytes`; how many files the run has then.
-
-        A second transaction: a crash before it leaves a correct table of smaller files. Then everything that the log does not
-        name leaves the run's folder, so that whoever reads the folder itself finds each row once. A reader that opened the
-        table in the moment between the two transactions has to open it again. Only for the holder of the run's lease.
+    def tidy(self, run_id: str) -> None:
+        """Remove what a committed run left in its folders and the log does not name, so that whoever reads the folder itself
+        finds each row once: files of workers that outlived their driver, and what earlier versions wrote beside the data.
         """
-        if len(self._files_of(run_id)) > 1:
-            self._merge(run_id, target_bytes)
-        kept = self._files_of(run_id)
-        if parse(self.uri).is_local:  # before what they replace is removed
-            self.storage.sync(self.storage.join(self.uri, path) for path in kept)
-            self._sync_log(self.version())
-        self._remove_others(run_id, kept)
-        return len(kept)
-
-    def _files_of(self, run_id: str) -> set[str]:
-        return {path for path, run in self.files() if run == run_id}
-
-    def _merge(self, run_id: str, target_bytes: int) -> None:
-        delta = self._delta_or_created()
-        try:
-            with self._translated():
-                delta.optimize.compact(
-                    partition_filters=[(RUN_COLUMN, "=", run_id)],
-                    target_size=target_bytes,
-                    max_concurrent_tasks=2,  # each holds a file of target size in memory
-                    writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
-                )
-        except _CommitConflictError:  # the table is right without it: its files are only small
-            logger.warning("run %s: other writers kept its files from being merged; they stay as they are", run_id)
-
-    def _remove_others(self, run_id: str, kept: set[str]) -> None:
+        kept = {path for path, run in self.files() if run == run_id}
         present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()
         if not kept <= present:  # a store that lists late, or names files otherwise than the log: then touch nothing
             logger.warning("run %s: its folder does not list all of its files yet, so nothing is removed from it", run_id)
             return
-        for path in present - kept:
-            self.storage.delete(self.storage.join(self.uri, path))
+        leftovers = [self.storage.join(self.uri, path) for path in present - kept]
+        leftovers += [row["uri"] for row in self._below(self.private(run_id)) if row["uri"].endswith(".parquet")]
+        for uri in leftovers:
+            self.storage.delete(uri)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

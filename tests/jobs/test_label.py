@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow.dataset
 import pytest
 import ray
 
@@ -17,10 +20,18 @@ from jobs.label import LabelOptions, LabelReport, describe
 from model import load_checkpoint
 from model.errors import CheckpointError, ConfigError
 from pipeline.decode import Decoded, DecodeLimits
-from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TableError
+from pipeline.errors import (
+    ClusterTooSmallError,
+    EmptyInputError,
+    InputNotFoundError,
+    LabellingError,
+    StorageError,
+    TableError,
+)
 from pipeline.labeller import Labeller, LabellingActor, LabelSpec
 from pipeline.manifest import read_manifest
 from pipeline.storage import Storage
+from pipeline.storage_errors import translated
 from pipeline.table import open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
@@ -38,6 +49,12 @@ def options(source: Path | str, table: Path | str, weights: Path | str, **more: 
     return label.options(**(values | {"progress": False} | more))
 
 
+def globbed(table: Path) -> int:
+    """What a reader counts that takes every `*.parquet` below the table for data."""
+    (rows,) = duckdb.sql(f"SELECT count(*) FROM '{table}/**/*.parquet'").fetchall()[0]
+    return int(rows)
+
+
 def rows_of(table: Path | str, *columns: str) -> list[dict[str, Any]]:
     names = list(columns) or ["uri", "status", "error", "run", "width", "height", "instances", "rles"]
     return open_table(Storage(), str(table)).dataset().to_table(columns=names).sort_by("uri").to_pylist()
@@ -48,7 +65,7 @@ def counts(report: LabelReport) -> dict[str, int]:
 
 
 def test_each_image_is_labelled_once_and_again_when_it_changes(
-    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path]
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, table = pictures(22), tmp_path / "table"
     (folder / "cut.jpg").write_bytes((folder / "000.jpg").read_bytes()[:300])
@@ -69,6 +86,9 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
     assert first.model_id.startswith("tiny-")
     assert "22 ok, 2 decode_error" in describe(first)
 
+    with monkeypatch.context() as patch:  # nothing new starts no Ray, whatever was asked for
+        patch.setattr(label, "connect", lambda address: pytest.fail("Ray is not needed"))
+        assert label.run(job.model_copy(update={"workers": 4, "device": "cuda", "address": "10.0.0.1:6379"})).run_id is None
     nothing = label.run(job)
     assert (nothing.run_id, nothing.images) == (None, 0)
     assert rows_of(table) == rows
@@ -84,6 +104,7 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
         "cut.jpg",
         "notes.jpg",
     ]
+    assert globbed(table) == 24 + 5 == pyarrow.dataset.dataset(table, partitioning="hive").count_rows()
 
 
 def test_labels_do_not_depend_on_blocks_or_workers(
@@ -134,12 +155,83 @@ def test_an_image_that_kills_its_worker_is_crashed_and_no_other(
     said: list[str] = []
     report = label.run(options(folder, tmp_path / "table", tiny_checkpoint, block_rows=8, workers=1), said.append)
     assert counts(report) == {"ok": 15, "crashed": 1}
+    assert report.labelled_now == 16
     crashed = [row for row in rows_of(tmp_path / "table") if row["status"] == "crashed"]
     assert [Path(row["uri"]).name for row in crashed] == ["005.jpg"]
     assert "worker's process ended" in crashed[0]["error"]
     assert any("1 at a time" in line for line in said)
 
     assert label.run(options(folder, tmp_path / "table", tiny_checkpoint)).run_id is None  # final: not tried again
+
+
+class FullDiskActor(LabellingActor):
+    """A labeller whose disk is full after its first block."""
+
+    def __init__(self, *arguments: Any) -> None:
+        from pipeline.storage import Storage
+
+        real, written = Storage.write_bytes, []
+
+        def write_bytes(self: Storage, uri: str, data: bytes) -> None:
+            written.append(uri)
+            with translated(uri):
+                if len(written) > 1:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, uri, data)
+
+        Storage.write_bytes = write_bytes  # type: ignore[method-assign]
+        super().__init__(*arguments)
+
+
+def test_a_full_disk_stops_the_run_and_blames_no_image(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, table = pictures(6), tmp_path / "table"
+    job = options(folder, table, tiny_checkpoint, block_rows=2, workers=1)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with monkeypatch.context() as patch:
+        patch.setattr(label, "LabellingActor", FullDiskActor)
+        with pytest.raises(StorageError, match=r"table/run=\w+/part-.*no space left on the disk"):
+            label.run(job)
+    assert open_table(Storage(), str(table)).files() == []
+    report = label.run(job)
+    assert (report.resumed, report.labelled_now, counts(report)) == (True, 4, {"ok": 6})
+    assert globbed(table) == 6
+
+
+class StillbornActor(LabellingActor):
+    """A worker whose process ends while it loads the model."""
+
+    def __init__(self, *arguments: Any) -> None:
+        ray.get(arguments[2].starting.remote())
+        os._exit(3)
+
+
+class BrokenActor(LabellingActor):
+    """A worker that cannot load the model, and can say why."""
+
+    def __init__(self, *arguments: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("actor", "message"), [(StillbornActor, "ended while they loaded the model"), (BrokenActor, "CUDA out of memory")]
+)
+def test_workers_that_cannot_start_stop_the_run_and_blame_no_image(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    pictures: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    actor: type,
+    message: str,
+) -> None:
+    folder, table = pictures(3), tmp_path / "table"
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(label, "LabellingActor", actor)
+    with pytest.raises(LabellingError, match=message):
+        label.run(options(folder, table, tiny_checkpoint, workers=1))
+    assert open_table(Storage(), str(table)).files() == []
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_the_start(

@@ -1,4 +1,5 @@
-"""A driver that is killed, a second driver, Ctrl-C: the same command ends with every image exactly once."""
+"""A driver or a node that is killed, a second driver, Ctrl-C, a store that refuses: the same command ends with every image
+exactly once, and none of it is an image's fault."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ IMAGES = 200  # four blocks, of a second or more each
 
 
 def written_blocks(table: Path) -> int:
-    return sum(not path.name.endswith(".pending.parquet") for path in table.glob("_masklake/*/checkpoint/*.parquet"))
+    return len(list(table.glob("run=*/part-*.parquet")))
 
 
 def lease_of(table: Path) -> str:
@@ -64,3 +65,75 @@ def test_killed_refused_and_interrupted_every_image_is_there_once(
     rows = open_table(Storage(), str(table)).dataset().to_table(columns=["uri", "status"]).to_pylist()
     assert sorted(row["uri"] for row in rows) == sorted(str(path) for path in folder.iterdir())
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def rows_of(table: str) -> list[tuple[str, str]]:
+    """(uri, status) of each row, by uri."""
+    rows = open_table(Storage(), table).dataset().to_table(columns=["uri", "status"]).to_pylist()
+    return sorted((row["uri"], row["status"]) for row in rows)
+
+
+@pytest.mark.faults
+def test_a_node_that_dies_takes_what_it_had_in_hand_and_ends_no_run(
+    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
+) -> None:
+    """The node that is left has room for one worker: the run goes on with it."""
+    from ray.cluster_utils import Cluster
+
+    folder, table = pictures(40), tmp_path / "table"
+    node = {"object_store_memory": 150 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **node})
+    try:
+        lost = cluster.add_node(num_cpus=3, **node)  # of two workers, one at least is there
+        command = start(
+            "label", folder, table, "--weights", tiny_checkpoint, "--workers", 2, "--address", cluster.address, "--json"
+        )
+        command.wait_until(lambda: written_blocks(table) >= 1)
+        cluster.remove_node(lost, allow_graceful=False)
+        code, out, err = command.finish()
+    finally:
+        cluster.shutdown()
+    assert code == 0, err
+    assert json.loads(out)["statuses"]["ok"] == 40
+    assert rows_of(str(table)) == [(str(path), "ok") for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("method", "text", "status", "code", "exit_code"),
+    [
+        ("PUT", "/run=", 403, "AccessDenied", 22),
+        ("PUT", "/run=", 400, "ExpiredToken", 22),
+        ("PUT", "/_delta_log/", 403, "AccessDenied", 22),
+        ("PUT", "/run=", 503, "SlowDown", 24),
+        ("GET", "images.manifest", 403, "AccessDenied", 22),
+    ],
+)
+def test_what_cannot_be_written_or_read_is_no_image_s_fault(
+    s3: Any,
+    s3_proxy: Any,
+    tiny_checkpoint: Path,
+    pictures: Callable[..., Path],
+    start: Callable[..., Any],
+    method: str,
+    text: str,
+    status: int,
+    code: str,
+    exit_code: int,
+) -> None:
+    folder = pictures(10)
+    command = ("label", folder, s3.uri("table"), "--weights", tiny_checkpoint, "--workers", 1)
+    s3_proxy.answer(status, code, method, text)
+    returned, _, err = start(*command).finish()
+    assert returned == exit_code, err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"masklake: {s3.uri('table')}")
+    assert code in last
+    assert not open_table(Storage(), s3.uri("table")).files(), "nothing is committed"
+
+    s3_proxy.clear()
+    returned, _, err = start(*command).finish()
+    assert returned == 0, err
+    assert "continues" in err
+    assert rows_of(s3.uri("table")) == [(str(path), "ok") for path in sorted(folder.iterdir())]

@@ -8,8 +8,10 @@ from jobs.cluster import RESERVED_CPUS, Capacity
 from jobs.label_plan import (
     FIRST_LIMITS,
     FIRST_OPTIONS,
+    LOST_BLOCKS,
     RETRY_ROWS,
     Round,
+    cannot_start,
     check_failures,
     failed_share,
     label_id,
@@ -100,7 +102,6 @@ def test_a_cluster_keeps_cpus_for_ray_data() -> None:
         (laptop(2), None, "cuda", "1 workers need 1 GPUs, the cluster has 0: give --device cpu"),
         (laptop(16, gpus=2), 3, "auto", "3 workers need 3 GPUs, the cluster has 2: give --workers 2"),
         (Capacity(4, 4, MEMORY), 4, "auto", "4 workers need 4 CPUs beside the 2 .* there are 2: give --workers 2"),
-        (Capacity(8, 0, 2.0**20), None, "auto", "MiB to filter a resumed run"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(capacity: Capacity, requested: int | None, device: str, message: str) -> None:
@@ -108,16 +109,28 @@ def test_a_plan_that_does_not_fit_is_refused(capacity: Capacity, requested: int 
         plan_workers(capacity, 1000, requested, device)
 
 
-def test_rounds_end_with_each_image_alone() -> None:
+def test_a_second_round_has_smaller_blocks() -> None:
     assert list(rounds(images=79, workers=2)) == [
-        Round(rows=10, alone=False, max_lost=8, retries=2),
+        Round(rows=10, alone=False, max_lost=LOST_BLOCKS),
         Round(rows=RETRY_ROWS, alone=True, max_lost=79),
-        Round(rows=1, alone=True, max_lost=79),
     ]
     assert next(rounds(10**6, workers=8)).rows == 64
     assert next(rounds(10**6, workers=8)).max_lost == 781
-    assert [step.rows for step in rounds(5, workers=2)] == [1, 1]
-    assert [step.rows for step in rounds(100, workers=2, block_rows=3)] == [3, 1]
+    assert [step.rows for step in rounds(5, workers=2)] == [1]
+    assert [step.rows for step in rounds(100, workers=2, block_rows=3)] == [3]
+
+
+def test_a_short_run_outlives_the_loss_of_a_node() -> None:
+    """A node of eight GPUs has sixteen blocks in hand; all of a short run's blocks may be lost in its first round."""
+    for images in (1, 20, 500, 4000):
+        step = next(rounds(images, workers=8))
+        assert step.max_lost >= min(64, -(-images // step.rows))
+
+
+def test_workers_that_end_while_they_start_are_noticed() -> None:
+    assert not cannot_start(starts=0, workers=2)
+    assert not cannot_start(starts=6, workers=2)
+    assert cannot_start(starts=7, workers=2)
 
 
 def test_the_failed_share_decides() -> None:

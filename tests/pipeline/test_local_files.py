@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline import local_files
-from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
+from pipeline.errors import InputNotFoundError, StorageError
 from pipeline.lease import Lease
+from pipeline.run_output import merge
 from pipeline.storage import Storage
 
 
@@ -31,15 +32,17 @@ def modes(folder: Path) -> dict[str, int]:
 
 def test_what_the_pipeline_writes_has_the_umasks_permissions(tmp_path: Path, umask: int, write_run: Any, make_row: Any) -> None:
     folder = tmp_path / "table"
-    table = write_run(str(folder), "night-1", [make_row(number, f"{number}.jpg") for number in range(4)], rows_per_file=2)
+    table = write_run(
+        str(folder), "night-1", [make_row(number, f"{number}.jpg") for number in range(4)], rows_per_file=2, commit=False
+    )
     with Lease.acquire(Storage(), str(folder), "night-1"):
-        table.compact("night-1")
+        table.commit_run("night-1", merge(table, "night-1", table.run_files("night-1")))
     source = tmp_path / "source"
     source.write_bytes(b"content")
     source.chmod(0o600)
     Storage().upload(source, str(folder / "uploaded"))
     found = modes(folder)
-    assert {"uploaded", "_masklake/table.json", "_masklake/night-1/lease", "_delta_log/00000000000000000002.json"} <= set(found)
+    assert {"uploaded", "_masklake/table.json", "_masklake/night-1/lease", "_delta_log/00000000000000000001.json"} <= set(found)
     assert {
         name: mode for name, mode in found.items() if mode != ((0o777 if (folder / name).is_dir() else 0o666) & ~umask)
     } == {}
@@ -74,19 +77,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
 
 def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    for name in ("file", "file/below"):
+    for name in ("file/object", "file/below/object"):
         with pytest.raises(InputNotFoundError, match="is a file where a folder is needed"):
-            Storage().make_folder(str(tmp_path / name))
-    Storage().make_folder(str(tmp_path / "a/b"))
-    Storage().make_folder(str(tmp_path / "a/b"))
+            Storage().write_bytes(str(tmp_path / name), b"")
+    Storage().write_bytes(str(tmp_path / "a/b/object"), b"")
     assert (tmp_path / "a/b").is_dir()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("status", "code", "said"), [(403, "ExpiredToken", "have expired"), (400, "ExpiredToken", "have expired")]
-)
-def test_a_store_that_refuses_a_folder_says_why(s3: Any, s3_proxy: Any, status: int, code: str, said: str) -> None:
-    s3_proxy.answer(status, code, "PUT", "/folder")
-    with pytest.raises(AccessDeniedError, match=f"folder: the session's credentials {said}.*{code}"):
-        Storage().make_folder(s3.uri("folder"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model.errors import CheckpointError
 from pipeline import run_output
+from pipeline.errors import AccessDeniedError, LabellingError, StorageError
 from pipeline.schema import FILE_SCHEMA, MANIFEST_SCHEMA
 from pipeline.storage import Storage
-from pipeline.table import Table, open_table
+from pipeline.table import RunRecord, Table, open_table
 
 RUN = "run-1"
 
@@ -30,7 +33,7 @@ def put(table: Table, uri: str, rows: pa.Table) -> None:
 
 
 def write(table: Table, make_row: Any, name: str, ids: list[int], checkpoint: str | None = ".parquet") -> None:
-    """A block as Ray Data writes it: the data, and its checkpoint in one of its two phases."""
+    """A block as Ray Data wrote it for earlier versions: the data, and its checkpoint in one of its two phases."""
     rows = pa.Table.from_pylist([make_row(number, f"u{number}") for number in ids], schema=FILE_SCHEMA)
     put(table, table.storage.join(table.run_folder(RUN), f"{name}-0.parquet"), rows)
     if checkpoint:
@@ -96,8 +99,137 @@ def test_a_run_that_is_not_committed_has_no_summary(table: Table) -> None:
 def test_rows_of_the_manifest_by_number(table: Table) -> None:
     rows = [{"image_id": number, "uri": f"u{number}", "etag": None, "bytes": number} for number in range(50)]
     put(table, table.manifest_uri(RUN), pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
-    chosen = run_output.manifest_rows(table, RUN, np.array([3, 40]))
+    (chosen,) = run_output.manifest_rows(table, RUN, np.array([3, 40]))
     assert chosen.to_pylist() == [rows[3], rows[40]]
+    parts = list(run_output.manifest_rows(table, RUN, np.arange(1, 50, 2), part_rows=10))
+    assert [part.num_rows for part in parts] == [10, 10, 5]
+    assert [number for part in parts for number in part["image_id"].to_pylist()] == list(range(1, 50, 2))
+    assert list(run_output.manifest_rows(table, RUN, np.array([], dtype=np.int64))) == []
+
+
+def test_a_manifest_of_an_earlier_version_is_found(table: Table) -> None:
+    rows = [{"image_id": 0, "uri": "u0", "etag": None, "bytes": 1}]
+    put(table, table.private(RUN, "manifest.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    (found,) = run_output.manifest_rows(table, RUN, np.array([0]))
+    assert found.to_pylist() == rows
+
+
+def block(make_row: Any, ids: list[int]) -> pa.Table:
+    return pa.Table.from_pylist([make_row(number, f"u{number}") for number in ids], schema=FILE_SCHEMA)
+
+
+def parquet_rows(table: Table) -> int:
+    """What a reader counts that takes every `*.parquet` below the table for data: DuckDB, Polars, Spark and pandas do."""
+    found = [row["uri"] for batch in table.storage.list_objects(table.uri) for row in batch.to_pylist()]
+    filesystem, _ = table.storage.arrow(table.uri)
+    paths = [table.storage.arrow(uri)[1] for uri in found if uri.endswith(".parquet")]
+    return sum(pq.ParquetFile(path, filesystem=filesystem).metadata.num_rows for path in paths)
+
+
+def test_a_block_that_is_written_again_replaces_itself(table: Table, make_row: Any) -> None:
+    first = run_output.write_block(table, RUN, block(make_row, [4, 5, 6]))
+    again = run_output.write_block(table, RUN, block(make_row, [4, 5, 6]))
+    other = run_output.write_block(table, RUN, block(make_row, [4, 5]))
+    assert first.file.path == again.file.path != other.file.path
+    assert len(run_output.finished(table, RUN)) == 2
+
+
+def test_a_block_travels_as_a_report(table: Table, make_row: Any) -> None:
+    block_written = run_output.write_block(table, RUN, block(make_row, [4, 5, 6]))
+    (back,) = run_output.reported(run_output.written(block_written))
+    assert back.file == block_written.file
+    assert back.image_ids.tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AccessDeniedError("s3://b/k: access denied"), AccessDeniedError),
+        (StorageError("/t: No space left on device"), StorageError),
+        (CheckpointError("w: damaged"), LabellingError),
+        (RuntimeError("CUDA out of memory"), LabellingError),
+    ],
+)
+def test_a_worker_s_error_is_raised_again_by_its_kind(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=str(error)) as raised:
+        run_output.reported(run_output.failed(error))
+    assert type(raised.value) is kind
+
+
+def test_known_files_are_not_read_again(table: Table, make_row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [run_output.write_block(table, RUN, block(make_row, [0, 1]))]
+    run_output.write_block(table, RUN, block(make_row, [2]))
+    read: list[str] = []
+    real = run_output._image_ids
+    monkeypatch.setattr(run_output, "_image_ids", lambda storage, uri: read.append(uri) or real(storage, uri))
+    files = run_output.finished(table, RUN, known)
+    assert [file.image_ids.tolist() for file in files] == [[0, 1], [2]]
+    assert len(read) == 1
+
+
+def test_a_block_that_a_power_cut_left_in_part_does_not_count(table: Table, make_row: Any) -> None:
+    whole = run_output.write_block(table, RUN, block(make_row, [0]))
+    torn = run_output.write_block(table, RUN, block(make_row, [1]))
+    table.storage.write_bytes(table.storage.join(table.uri, torn.file.path), b"PAR1 cut off")
+    assert run_output.finished(table, RUN) == [whole]
+
+
+def test_small_files_are_merged_before_the_commit(table: Table, make_row: Any) -> None:
+    for start in range(0, 20, 2):
+        run_output.write_block(table, RUN, block(make_row, [start, start + 1]))
+    settled = run_output.settle(table, RUN, run_output.finished(table, RUN), images=20)
+    merged = run_output.merge(table, RUN, settled, target_bytes=4 * settled[0].bytes)
+    assert ids_in(table, merged) == list(range(20))
+    assert len(merged) == 3
+    assert run_output.merge(table, RUN, merged[:1]) == merged[:1], "one file needs no merging"
+    table.commit_run(RUN, merged)
+    assert parquet_rows(table) == 20
+    rows = table.dataset().to_table().sort_by("image_id").to_pylist()
+    assert rows == [make_row(number, f"u{number}") | {"run": RUN} for number in range(20)]
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 3])
+def test_a_merge_that_is_cut_off_is_settled_by_the_next_start(
+    table: Table, make_row: Any, monkeypatch: pytest.MonkeyPatch, survivors: int
+) -> None:
+    """Killed after ``survivors`` of the small files went: the merged file and the rest hold the same rows."""
+    for number in range(4):
+        run_output.write_block(table, RUN, block(make_row, [2 * number, 2 * number + 1]))
+    deleted: list[str] = []
+    delete = Storage.delete
+
+    def die(self: Storage, uri: str) -> None:
+        if len(deleted) == survivors:
+            raise KeyboardInterrupt
+        deleted.append(uri)
+        delete(self, uri)
+
+    settled = run_output.settle(table, RUN, run_output.finished(table, RUN), images=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", die)
+        patch.setattr(run_output, "READERS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run_output.merge(table, RUN, settled)
+    table.commit_run(RUN, run_output.merge(table, RUN, run_output.settle(table, RUN, run_output.finished(table, RUN), 8)))
+    assert parquet_rows(table) == 8
+    assert sorted(table.dataset().to_table()["image_id"].to_pylist()) == list(range(8))
+
+
+def test_what_an_earlier_version_or_a_late_worker_left_goes_with_the_commit(table: Table, make_row: Any) -> None:
+    write(table, make_row, "a_b_000000", [0, 1])  # Ray Data's names, and its notes in the checkpoint
+    write(table, make_row, "a_b_000001", [1, 2], checkpoint=".pending.parquet")
+    rows = [{"image_id": number, "uri": f"u{number}", "etag": None, "bytes": 1} for number in range(3)]
+    put(table, table.private(RUN, "manifest.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    run_output.write_block(table, RUN, block(make_row, [2]))
+    settled = run_output.settle(table, RUN, run_output.finished(table, RUN), images=3)
+    record = RunRecord(run_id=RUN, label_id="l", input={"uri": "i"}, images=3, planned_at=datetime.now(UTC))
+    table.begin_run(record)
+    table.commit_run(RUN, settled)
+    assert parquet_rows(table) == 3
+    run_output.write_block(table, RUN, block(make_row, [1]))  # a worker that outlived its driver
+    table.begin_run(record)  # ... which died between its commit and its last word
+    assert table.find_open_run("l", {"uri": "i"}) is None
+    assert parquet_rows(table) == 3
 
 
 def test_local_listing_ignores_other_files(tmp_path: Path, make_row: Any) -> None:

@@ -117,33 +117,25 @@ def test_writers_that_create_the_table_at_once_all_get_it(place: str, monkeypatc
     assert [delta.version() for delta in deltas] == [0] * len(tables)
 
 
-def test_compaction_keeps_every_row_and_value(place: str, write_run: Any, make_row: Any) -> None:
-    rows = [make_row(index, f"{index}.jpg") for index in range(20)]
-    table = write_run(place, "night-1", rows, rows_per_file=2)
-    write_run(place, "night-2", [make_row(0, "other.jpg")])
-    assert len(table.files()) == 11
-    assert table.compact("night-1") == 1
-    assert len(table.files()) == 2
-    read = table.dataset().to_table(filter=pc.field("run") == "night-1").sort_by("image_id")
-    assert read.to_pylist() == [row | {"run": "night-1"} for row in rows]
-    version = table.version()
-    assert [file.rows for file in table.run_files("night-1")] == [20], "the folder itself holds each row once"
-    assert [file.rows for file in table.run_files("night-2")] == [1], "another run's folder is not touched"
-    assert table.compact("night-1") == 1
-    assert table.version() == version, "one file needs no compaction"
-
-
-def test_filters_hold_before_and_after_compaction(tmp_path: Path, write_run: Any, make_row: Any) -> None:
-    """Partial statistics once made filters return nothing; the log carries row counts only, then full ones."""
+def test_filters_hold(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    """Partial statistics once made filters return nothing: the log carries row counts only."""
     rows = [make_row(index, f"{index}.jpg", status="ok" if index % 2 else "missing") for index in range(10)]
     table = write_run(str(tmp_path / "table"), "night-1", rows, rows_per_file=2)
-    for _ in range(2):
-        delta = DeltaTable(table.uri)
-        for dataset in (table.dataset(), delta.to_pyarrow_dataset()):
-            assert dataset.count_rows(filter=pc.field("status") == "missing") == 5
-            assert dataset.count_rows(filter=pc.field("uri") == "3.jpg") == 1
-            assert dataset.count_rows(filter=pc.field("image_id") >= 8) == 2
-        table.compact("night-1")
+    for dataset in (table.dataset(), DeltaTable(table.uri).to_pyarrow_dataset()):
+        assert dataset.count_rows(filter=pc.field("status") == "missing") == 5
+        assert dataset.count_rows(filter=pc.field("uri") == "3.jpg") == 1
+        assert dataset.count_rows(filter=pc.field("image_id") >= 8) == 2
+
+
+def test_tidying_touches_no_committed_file_and_no_other_run(place: str, write_run: Any, make_row: Any) -> None:
+    table = write_run(place, "night-1", [make_row(index, f"{index}.jpg") for index in range(4)], rows_per_file=2)
+    write_run(place, "night-2", [make_row(0, "other.jpg")], commit=False)
+    stray = table.storage.join(table.run_folder("night-1"), "part-late.parquet")
+    table.storage.write_bytes(stray, b"a worker that outlived its driver")
+    table.tidy("night-1")
+    assert [file.rows for file in table.run_files("night-1")] == [2, 2]
+    table.tidy("night-2")
+    assert [file.rows for file in table.run_files("night-2")] == [1], "nothing is known of what was not committed"
 
 
 def test_files_without_rows_stay_out(tmp_path: Path, write_run: Any, make_row: Any) -> None:
