@@ -116,16 +116,17 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):
             return found[0]
-    ending = _below(uri, images).removeprefix("./").strip("/")
-    found = _rows(connection, f"{columns} WHERE ends_with(uri, $ending) ORDER BY uri LIMIT 100", {"ending": f"/{ending}"})
-    if len(found) == 1:
-        return found[0]
-    if found:
-        count = f"{len(found)}" if len(found) < 100 else "100 or more"
-        raise InputNotFoundError(
-            f"{uri}: {count} images of the table end so, such as {', '.join(row['uri'] for row in found[:NAMED])}; "
-            "give more of the path"
-        )
+    name = _below(uri, images).removeprefix("./").strip("/")
+    for ending in (f"/{name}", name):  # whole parts of the path first, then a name's own end: 139.jpg for 000000000139.jpg
+        found = _rows(connection, f"{columns} WHERE ends_with(uri, $ending) ORDER BY uri LIMIT 100", {"ending": ending})
+        if len(found) == 1:
+            return found[0]
+        if found:
+            count = f"{len(found)}" if len(found) < 100 else "100 or more"
+            raise InputNotFoundError(
+                f"{uri}: {count} images of the table end so, such as {', '.join(row['uri'] for row in found[:NAMED])}; "
+                "give more of the path"
+            )
     near = _rows(
         connection,
         "SELECT uri FROM current_images "
