@@ -18,10 +18,9 @@ from model.errors import ConfigError
 from pipeline.errors import ClusterTooSmallError
 
 RESERVED_CPUS = 2
-"""Logical CPUs beside the workers': one for Ray Data's small tasks, one for the filter that a resumed run puts before them.
+"""Logical CPUs beside the workers', for Ray Data's small tasks: a run's parts must find a place while the last workers end.
 
-Both wait most of the time, so an embedded cluster simply counts two more CPUs than the machine has; on a cluster that
-somebody else sized they must be there, or a resumed run would wait for ever.
+They wait most of the time, so an embedded cluster simply counts two more CPUs than the machine has.
 """
 
 

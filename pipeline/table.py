@@ -4,7 +4,7 @@
     <table>/run=<run_id>/*.parquet        data; only Delta's own checkpoints share the suffix
     <table>/_masklake/table.json          schema version
     <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
-    <table>/_masklake/<run_id>/           manifest, checkpoint, lease, run record
+    <table>/_masklake/<run_id>/           manifest, lease, run record
 
 Readers see a run entirely or not at all: they follow the log, and the log gains a run's files in one transaction.
 """
