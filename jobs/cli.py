@@ -270,6 +270,10 @@ def train(
     allow_missing: Annotated[
         bool | None, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
     ] = None,
+    max_unusable: Annotated[
+        float | None,
+        typer.Option(help="Share of images, and of instances, that may be left out; default: 0.05.", min=0, max=1),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice; default: 0.", min=0)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     endpoint: Endpoint = None,
@@ -303,6 +307,7 @@ def train(
             "evaluate_every": evaluate_every,
             "keep": keep,
             "allow_missing": allow_missing,
+            "max_unusable": max_unusable,
             "seed": seed,
             "address": address,
             "storage": {"endpoint_url": endpoint},
@@ -325,6 +330,9 @@ def propose(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
     ] = False,
+    max_unusable: Annotated[
+        float | None, typer.Option(help="Share of images that may be left out; default: 0.05.", min=0, max=1)
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Model replicas; default: one per GPU, else one per core.", min=1)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
@@ -341,6 +349,7 @@ def propose(
         weights=weights,
         output=output,
         allow_missing=allow_missing,
+        max_unusable=max_unusable,
         device=device,
         workers=workers,
         address=address,

@@ -17,8 +17,9 @@ from jobs.cluster import connect, data_context, last_line
 from jobs.label import load_model
 from jobs.label_plan import Device, WorkerPlan, plan_workers
 from model.errors import ConfigError
-from pipeline.coco import CocoDataset, image_folder, read_coco, with_files
-from pipeline.errors import AnnotationError, LabellingError
+from pipeline.coco import CocoDataset, image_folder, read_coco
+from pipeline.errors import LabellingError
+from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
 from pipeline.storage import Storage, StorageOptions, relative_to
 
@@ -36,6 +37,9 @@ class ProposeOptions(BaseModel):
     weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
     output: str = Field(description="The Parquet file to write (`pipeline.proposals.PROPOSAL_SCHEMA`).")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
+    max_unusable: float | None = Field(
+        default=None, ge=0, le=1, description="Share of images that may be left out; default: 0.05 with allow_missing, else 0."
+    )
     device: Device = "auto"
     workers: int | None = Field(default=None, gt=0, description="Model replicas; default: one a GPU, else one a core.")
     address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
@@ -58,15 +62,20 @@ def run(options: ProposeOptions) -> ProposeReport:
     storage = Storage(options.storage)
     _check_output(storage, options.output)
     folder = image_folder(options.images, options.coco)
-    data = with_files(storage, read_coco(storage, options.coco), folder, options.allow_missing)
+    whole, most = read_coco(storage, options.coco), unusable_share(options.allow_missing, options.max_unusable)
+    data = usable_images(storage, whole, folder, most)
+    listed, left_out = listed_and_left_out(data)
     checkpoint, model = load_model(storage, options.weights)
     workers = plan_workers(connect(options.address), len(data.images), options.workers, options.device)
     images = proposals = 0
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "proposals.parquet")
         with pq.ParquetWriter(path, PROPOSAL_SCHEMA, compression="zstd") as writer:
             for block in _blocks(storage, _rows(data, folder), checkpoint, workers):
-                usable = _usable(block, options.allow_missing)
+                usable = block.filter(block["error"].is_null()).select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
+                failed += [f"{row['file_name']}: {row['error']}" for row in block.to_pylist() if row["error"]]
+                check_unusable(failed, listed, most, options.coco, left_out)
                 writer.write_table(usable)
                 images += usable.num_rows
                 proposals += len(usable["boxes"].combine_chunks().flatten()) // 4
@@ -105,12 +114,3 @@ def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: Worker
             yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
         except ray.exceptions.RayError as error:
             raise LabellingError(f"the proposals were not made: {last_line(error)}; nothing was written") from error
-
-
-def _usable(block: pa.Table, allow_missing: bool) -> pa.Table:
-    """The block's proposals; AnnotationError for the first image that has none, unless such are left out."""
-    failed = [(row["file_name"], row["error"]) for row in block.select(["file_name", "error"]).to_pylist() if row["error"]]
-    if failed and not allow_missing:
-        name, reason = failed[0]
-        raise AnnotationError(f"{name}: {reason}. Mend or remove it, or leave such images out with --allow-missing.")
-    return block.filter(block["error"].is_null()).select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from jobs.board import Listener, start_board, to_stderr
 from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
-from jobs.train_worker import METRICS, MODEL, TrainingJob, Validation, train, user_error
+from jobs.train_worker import METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
 from model.build import create_model, holds_classifier
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
@@ -33,10 +33,11 @@ from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
-from pipeline.coco import CocoDataset, check_dropped, image_folder, read_coco, with_files
+from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, image_folder, read_coco
 from pipeline.curves import training_curves
-from pipeline.errors import ClusterTooSmallError, InputNotFoundError, TrainingError
+from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType
+from pipeline.image_check import unusable_share, usable_images
 from pipeline.proposals import read_proposals
 from pipeline.recipe import Recipe, recipe_of
 from pipeline.sample_stream import SampleStream
@@ -101,6 +102,12 @@ class TrainOptions(BaseModel):
     )
     keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported.")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
+    max_unusable: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of images and of instances that may be left out; default: 0.05, but no image without allow_missing.",
+    )
     keep_empty: bool = Field(default=False, description="Also learn from images without any instance.")
     max_failures: int = Field(default=2, ge=0, description="Restarts after a worker's death.")
     storage: StorageOptions = StorageOptions()
@@ -117,6 +124,11 @@ class TrainOptions(BaseModel):
     def course(self) -> tuple[Phase, ...]:
         """What learns, phase by phase."""
         return COURSES[self.learn]
+
+    @property
+    def most_unusable(self) -> float:
+        """Share of images that may be left out."""
+        return unusable_share(self.allow_missing, self.max_unusable)
 
     @property
     def run_uri(self) -> str:
@@ -211,7 +223,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     _set_up_ray_train(capacity)
     if done:
         say(f"run '{options.name}' goes on after epoch {done} of {epochs}")
-    plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done)
+    plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done, data)
     _fit(plan, storage, say)
     _draw(storage, options)
     return _report(storage, options, done)
@@ -222,20 +234,25 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
 
 def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoDataset, Validation | None]:
     """Checked training and validation data, each announced in a line."""
-    data = with_files(
-        storage, read_coco(storage, options.train), image_folder(options.images, options.train), options.allow_missing
-    )
-    say(f"training on {describe_data(data)}")
-    check_dropped(data)
+    data = _read_images(storage, options, options.train, image_folder(options.images, options.train), say, "training")
     if options.val is None:
         return data, None
     folder = image_folder(options.val_images, options.val)
-    truth = with_files(storage, read_coco(storage, options.val), folder, options.allow_missing)
+    truth = _read_images(storage, options, options.val, folder, say, "scoring")
     if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
         raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
-    say(f"scoring on {describe_data(truth)}")
-    check_dropped(truth)
-    return data, Validation(truth, folder, options.max_dets)
+    return data, Validation(truth, folder, options.max_dets, options.most_unusable)
+
+
+def _read_images(storage: Storage, options: TrainOptions, uri: str, folder: str, say: Say, purpose: str) -> CocoDataset:
+    """A checked COCO file without the images that cannot be used, announced in a line."""
+    whole = read_coco(storage, uri)
+    check_dropped(whole, MOST_UNUSABLE if options.max_unusable is None else options.max_unusable)
+    if not whole.images:
+        raise EmptyInputError(f"{uri} lists no image.")
+    data = usable_images(storage, whole, folder, options.most_unusable)
+    say(f"{purpose} on {describe_data(data)}")
+    return data
 
 
 def describe_data(data: CocoDataset) -> str:
@@ -409,6 +426,7 @@ class _Plan:
     gpu: bool
     embedded: bool
     done: int
+    data: CocoDataset
 
     @property
     def steps_per_epoch(self) -> int:
@@ -437,10 +455,11 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
         validation=None if plan.validation is None else ray.put(plan.validation),
         evaluate_every=options.evaluate_every,
         keep_best=options.keep == "best",
+        images=Images.of(plan.data, options.most_unusable),
         board=board,
         threads=options.threads or (max(1, cores() // options.workers) if plan.embedded else None),
     )
-    trainer = _trainer(plan, job, ray.put(Loader(plan.rows, plan.spec, storage, options.allow_missing)))
+    trainer = _trainer(plan, job, ray.put(Loader(plan.rows, plan.spec, storage, options.most_unusable > 0)))
     start = time.monotonic()
     error: BaseException | None = None
     with Listener(board, say):

@@ -15,9 +15,9 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,16 @@ from model.config import PredictOptions
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
 from model.phases import Phase, begin
-from pipeline.coco import CocoDataset
+from pipeline.coco import UNUSABLE_IMAGE, CocoDataset, without_images
+from pipeline.coco_values import CocoImage
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, proposal_recall, result_rows
 from pipeline.fetch import fetch
+from pipeline.image_check import check_unusable, listed_and_left_out, named, wrong_size
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from pipeline.storage import Storage, relative_to
-from pipeline.training_data import SampleSpec, to_training
+from pipeline.training_data import SampleSpec, replaced_in, to_training
 
 MODEL, METRICS = "model.safetensors", "metrics.json"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
@@ -63,6 +65,29 @@ class Validation:
     truth: CocoDataset
     folder: str
     max_dets: tuple[int, ...]
+    most_unusable: float = 0.0
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run's COCO file. left_out: those that were left out before it began; dropped: counts of the images and
+    instances that were, by reason; most_unusable: share of the images that may be left out or replaced.
+    """
+
+    source: str
+    listed: int
+    left_out: int
+    dropped: Mapping[str, int]
+    most_unusable: float
+
+    @staticmethod
+    def of(data: CocoDataset, most_unusable: float) -> Images:
+        """Of a data set that `usable_images` has looked at."""
+        return Images(data.source, *listed_and_left_out(data), dict(data.dropped), most_unusable)
+
+    def check(self, replaced: Collection[str]) -> None:
+        """Raises AnnotationError when too many images are unusable; replaced: messages on those that training met."""
+        check_unusable(sorted(replaced), self.listed, self.most_unusable, self.source, self.left_out)
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,7 @@ class TrainingJob:
     validation: ray.ObjectRef[Validation] | None
     evaluate_every: int
     keep_best: bool
+    images: Images
     board: Any
     threads: int | None
 
@@ -222,16 +248,20 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     total_steps = job.recipe.epochs * job.steps_per_epoch
     peak = peak_rate(job.recipe, job.recipe.batch_size * world)
     state.model.train()
+    known = {message for row in state.history for message in row.get("replaced", ())}
+    replaced: set[str] = set()
     sums, steps, look, rate = _Losses(), 0, 1, 0.0
     batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
     start = said = time.perf_counter()
     while batch is not None and steps < job.steps_per_epoch:
+        if unusable := replaced_in(batch):
+            replaced.update(unusable)
+            job.images.check(known | replaced)
         images, targets = to_training(batch, job.spec)
         rate = peak * rate_factor(job.recipe, first_step + steps, total_steps)
         set_rate(state.optimizer, rate)
         sums.add(_step(replica, images, targets, state.optimizer, job.recipe))
         steps += 1
-        # Where images were left out as unusable the stream ends early, on every worker at the same step.
         batch = next(batches, None) if steps < job.steps_per_epoch else None
         if batch is None or steps == look:
             means = sums.recent()
@@ -242,9 +272,27 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
                 continue
             said = time.perf_counter()
             _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
+    if steps < job.steps_per_epoch:
+        raise TrainingError(f"the images of epoch {state.epoch + 1} ended after {steps} of {job.steps_per_epoch} steps.")
     seconds = time.perf_counter() - start
+    replaced = _of_all(replaced) - known
+    job.images.check(known | replaced)
     images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)
-    return {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+    row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+    if replaced:
+        if ray.train.get_context().get_world_rank() == 0:
+            job.board.say.remote(f"{len(replaced)} images could not be used and were replaced: {named(sorted(replaced))}")
+        row["replaced"] = sorted(replaced)
+    return row
+
+
+def _of_all(messages: set[str]) -> set[str]:
+    """The workers' messages together. Every worker must call it at the same step."""
+    if not torch.distributed.is_initialized():
+        return messages
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, messages)
+    return set().union(*shares)
 
 
 def _step(
@@ -343,14 +391,16 @@ def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: Mas
     """
     start = time.perf_counter()
     share = propose_share if phase.learn == "rpn" else predict_share
-    found = share(model.eval(), validation, job.storage, rank, world)
-    shares: list[Any] = [found]
+    unusable: dict[int, str] = {}
+    found = share(model.eval(), validation, job.storage, rank, world, unusable)
+    shares: list[Any] = [(found, unusable)]
     if world > 1:
         shares = [None] * world if rank == 0 else []
-        torch.distributed.gather_object(found, shares if rank == 0 else None)
+        torch.distributed.gather_object((found, unusable), shares if rank == 0 else None)
     if rank != 0:
         return {}
-    answers = [row for share in shares for row in share]
+    answers = [row for rows, _ in shares for row in rows]
+    validation, left_out = _scored(validation, {number: why for _, bad in shares for number, why in bad.items()})
     row: dict[str, Any]
     if phase.learn == "rpn":
         row = {"recall": proposal_recall(validation.truth, answers)}
@@ -359,9 +409,20 @@ def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: Mas
         scores = coco_metrics(validation.truth, answers, max_dets=validation.max_dets)
         named = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
         row = {"ap": named, "scores": {kind: vars(score) for kind, score in scores.items()}}
+    if left_out:
+        row["not_scored"] = left_out
+        job.board.say.remote(f"{len(left_out)} images could not be used and are not scored: {named(left_out)}")
     images = len(validation.truth.images)
     job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(named)}")
     return row
+
+
+def _scored(validation: Validation, unusable: Mapping[int, str]) -> tuple[Validation, list[str]]:
+    """The validation data without the images that could not be used, and why. Raises AnnotationError for too many of them."""
+    truth = validation.truth
+    listed, left_out = listed_and_left_out(truth)
+    check_unusable(list(unusable.values()), listed, validation.most_unusable, truth.source, left_out)
+    return replace(validation, truth=without_images(truth, unusable.keys(), UNUSABLE_IMAGE)), list(unusable.values())
 
 
 def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
@@ -375,14 +436,19 @@ def describe_scores(scores: Mapping[str, float | None]) -> str:
 
 
 def predict_share(
-    model: MaskRCNN, validation: Validation, storage: Storage, rank: int = 0, world: int = 1
+    model: MaskRCNN,
+    validation: Validation,
+    storage: Storage,
+    rank: int = 0,
+    world: int = 1,
+    unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO result rows of every `world`-th image from `rank` on. An image that cannot be used has no detections."""
+    """COCO result rows of every `world`-th image from `rank` on. unusable: gets the images without an answer, and why."""
     categories = {category.id: category for category in model.config.categories}
     most = max(validation.max_dets)
     options = PredictOptions(max_detections=max(most, model.config.max_detections))
     rows: list[dict[str, Any]] = []
-    for loaded in _share(validation, storage, rank, world):
+    for loaded in _share(validation, storage, rank, world, unusable):
         answers = model.predict([image for _, image in loaded], options)
         for (image_id, _), found in zip(loaded, answers, strict=True):
             rows.extend(result_rows(image_id, found, categories))
@@ -390,18 +456,25 @@ def predict_share(
 
 
 def propose_share(
-    model: MaskRCNN, validation: Validation, storage: Storage, rank: int = 0, world: int = 1
+    model: MaskRCNN,
+    validation: Validation,
+    storage: Storage,
+    rank: int = 0,
+    world: int = 1,
+    unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """`image_id` and `boxes` (float32 (P, 4), xyxy, best first) of every `world`-th image from `rank` on that can be used."""
     return [
         {"image_id": image_id, "boxes": boxes}
-        for loaded in _share(validation, storage, rank, world)
+        for loaded in _share(validation, storage, rank, world, unusable)
         for (image_id, _), boxes in zip(loaded, model.propose([image for _, image in loaded]), strict=True)
     ]
 
 
-def _share(validation: Validation, storage: Storage, rank: int, world: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """A worker's images with their ids, some at a time, and the next ones loaded meanwhile."""
+def _share(
+    validation: Validation, storage: Storage, rank: int, world: int, unusable: dict[int, str] | None
+) -> Iterator[list[tuple[int, Tensor]]]:
+    """A worker's images with their ids, some at a time, and the next ones loaded meanwhile; `unusable` gets the others."""
     mine = validation.truth.images[rank::world]
     chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
     with ThreadPoolExecutor(1) as ahead:
@@ -410,17 +483,25 @@ def _share(validation: Validation, storage: Storage, rank: int, world: int) -> I
             ready = loading.result() if loading is not None else []
             if number + 1 < len(chunks):
                 loading = ahead.submit(_load_images, storage, validation.folder, chunks[number + 1])
-            yield ready
+            if unusable is not None:
+                unusable.update((number, loaded) for number, loaded in ready if isinstance(loaded, str))
+            yield [(number, loaded) for number, loaded in ready if isinstance(loaded, Tensor)]
 
 
-def _load_images(storage: Storage, folder: str, images: Sequence[Any]) -> list[tuple[int, Tensor]]:
+def _load_images(storage: Storage, folder: str, images: Sequence[CocoImage]) -> list[tuple[int, Tensor | str]]:
+    """Each image with its id, or in its place why it cannot be used."""
     limits = DecodeLimits()
     uris = [relative_to(folder, image.file_name) for image in images]
-    loaded = []
+    loaded: list[tuple[int, Tensor | str]] = []
     for image, got in zip(images, fetch(storage, uris, max_bytes=limits.max_bytes), strict=True):
-        decoded = decode(got.data, limits).image if got.data is not None else None
-        if decoded is not None:
-            loaded.append((image.id, decoded))
+        decoded = decode(got.data, limits) if got.data is not None else None
+        reason = got.error if decoded is None else decoded.error
+        if decoded is not None and decoded.image is not None:
+            reason = wrong_size((decoded.image.shape[2], decoded.image.shape[1]), image)
+            if reason is None:
+                loaded.append((image.id, decoded.image))
+                continue
+        loaded.append((image.id, f"{image.file_name}: {reason}"))
     return loaded
 
 
@@ -499,6 +580,13 @@ def _finish(job: TrainingJob, state: State) -> None:
         "seconds": sum(row["seconds"] for row in state.history),
         "scores": kept.get("scores", {}),
         "recall": kept.get("recall", {}),
+        "images": {
+            "listed": job.images.listed,
+            "left_out": job.images.left_out,
+            "replaced": sorted({message for row in state.history for message in row.get("replaced", ())}),
+            "not_scored": kept.get("not_scored", []),
+            "dropped": dict(job.images.dropped),
+        },
         "history": [{key: value for key, value in row.items() if key != "scores"} for row in state.history],
     }
     job.storage.write_bytes(Storage.join(job.run_uri, METRICS), json.dumps(metrics, indent=1).encode())

@@ -35,14 +35,14 @@ from pipeline.coco_values import (
     whole,
 )
 from pipeline.errors import AnnotationError
-from pipeline.storage import Storage, canonical, parent, relative_to
+from pipeline.storage import Storage, canonical, parent
 
 NAMED = 5
 """How many offenders an error message names before it only counts."""
 
 REPEATED_IMAGE, REPEATED_ROW = "repeated image rows", "repeated annotation rows"
 ZERO_AREA, OUTSIDE = "boxes without an area", "boxes outside their image"
-MISSING_FILE = "images without a file"
+MISSING_FILE, UNUSABLE_IMAGE = "images without a file", "images that cannot be used"
 DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
 """Reasons for which an annotation that somebody drew is left out."""
 
@@ -415,30 +415,13 @@ def image_folder(given: str | None, annotations: str) -> str:
     return canonical(given) if given is not None else Storage.join(parent(annotations), "images")
 
 
-def with_files(storage: Storage, dataset: CocoDataset, folder: str, allow_missing: bool = False) -> CocoDataset:
-    """The data set, after a look whether every image's file can be reached in `folder` (local path or s3://).
-
-    Without `allow_missing` an absent file is an AnnotationError that names a few; with it, its image and annotations are left
-    out and counted. When no file at all is there it is an error either way.
-    """
-    uris = [relative_to(folder, image.file_name) for image in dataset.images]
-    sizes = storage.stat_many(uris).column("bytes").to_pylist() if uris else []
-    missing = [image for image, size in zip(dataset.images, sizes, strict=True) if size is None]
-    if not missing:
+def without_images(dataset: CocoDataset, image_ids: Collection[int], reason: str) -> CocoDataset:
+    """The data set without some of its images and their annotations, counted under `reason`."""
+    if not image_ids:
         return dataset
-    names = ", ".join(image.file_name for image in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
-    found = f"{len(missing)} of the {len(dataset.images)} images of {dataset.source} are not in {folder}: {names}."
-    if len(missing) == len(dataset.images):
-        raise AnnotationError(f"{found} Check the image folder.")
-    if not allow_missing:
-        raise AnnotationError(f"{found} Check the image folder, or leave them out with --allow-missing.")
-    return _without(dataset, {image.id for image in missing}, MISSING_FILE)
-
-
-def _without(dataset: CocoDataset, image_ids: Collection[int], reason: str) -> CocoDataset:
     return replace(
         dataset,
         images=tuple(image for image in dataset.images if image.id not in image_ids),
         annotations={image_id: rows for image_id, rows in dataset.annotations.items() if image_id not in image_ids},
-        dropped={**dataset.dropped, reason: len(image_ids)},
+        dropped={**dataset.dropped, reason: dataset.dropped.get(reason, 0) + len(image_ids)},
     )

@@ -12,6 +12,7 @@ import functools
 import io
 import warnings
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import torch
@@ -58,12 +59,13 @@ class DecodeLimits(BaseModel):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes promise. Sizes are pixels as stored, before the orientation; 0 where unknown."""
+    """What the first bytes promise. Sizes are pixels as stored, before the orientation, unless `upright`; 0 where unknown."""
 
     status: Status
     width: int = 0
     height: int = 0
     error: str | None = None
+    upright: bool = False
 
     @property
     def pixels(self) -> int:
@@ -93,6 +95,26 @@ def read_header(data: bytes, limits: DecodeLimits) -> Header:
         with _open(data, limits) as image:
             return _judge(image.size, limits)
     except Exception as error:  # noqa: BLE001 - a parser fed hostile bytes can raise anything; the row carries the reason
+        status, reason = _classify(error)
+        return Header(status, error=reason)
+
+
+def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
+    """`read_header` of a file, or of its first bytes, with the size of the upright image where the header says it all.
+
+    A JPEG does; other formats may state their orientation behind the pixels, and `upright` is False for them.
+    """
+    _configure_pillow()
+    Image.MAX_IMAGE_PIXELS = (limits.max_pixels + 1) // 2
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            header = _judge(image.size, limits)
+            if header.status is not Status.OK or image.format not in ("JPEG", "MPO"):
+                return header
+            turned = _ORIENTATIONS.get(_orientation(image), (False,))[0]
+            size = (header.height, header.width) if turned else (header.width, header.height)
+            return Header(Status.OK, *size, upright=True)
+    except Exception as error:  # noqa: BLE001 - as above
         status, reason = _classify(error)
         return Header(status, error=reason)
 

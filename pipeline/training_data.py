@@ -30,14 +30,19 @@ from pipeline.coco_values import Segmentation
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError, EmptyInputError
 from pipeline.fetch import fetch
+from pipeline.image_check import wrong_size
 from pipeline.proposals import proposals_of
 from pipeline.schema import Status
 from pipeline.storage import Storage, relative_to
+
+REPLACEMENTS = 20
+"""Other images that are tried in the place of one that cannot be used: with half of them bad, one in a million tries fails."""
 
 SAMPLE_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
         ("error", pa.string()),  # why the image cannot be used; then the rest is empty
+        ("replaced", pa.list_(pa.string())),  # images that could not be used, with reasons, in whose place this one is
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),  # uint8 (3, H, W)
@@ -128,7 +133,7 @@ def training_rows(
 class Loader:
     """What a loading task needs: the rows of `training_rows`, how to reach their images, and what to make of them.
 
-    skip_bad: leave an image out that cannot be used.
+    skip_bad: put another image in the place of one that cannot be used.
     """
 
     rows: pa.Table
@@ -137,18 +142,40 @@ class Loader:
     skip_bad: bool = False
 
     def load(self, rows: Sequence[int], epochs: Sequence[int]) -> pa.Table:
-        """SAMPLE_SCHEMA rows of these rows, augmented as in these epochs; see `load_samples`."""
+        """SAMPLE_SCHEMA rows of these rows, as many, augmented as in these epochs; see `load_samples`.
+
+        Which image takes the place of another follows from seed, epoch and row; after `REPLACEMENTS` that cannot be used either
+        the row says so.
+        """
+        samples = self._load(rows, epochs)
+        replaced: list[list[str]] = [[] for _ in samples]
+        for attempt in range(REPLACEMENTS if self.skip_bad else 0):
+            bad = [place for place, (_, sample) in enumerate(samples) if isinstance(sample, str)]
+            if not bad:
+                break
+            for place in bad:
+                replaced[place].append(str(samples[place][1]))
+            others = [self._other(epochs[place], rows[place], attempt) for place in bad]
+            for place, sample in zip(bad, self._load(others, [epochs[place] for place in bad]), strict=True):
+                samples[place] = sample
+        return _to_table(samples, replaced)
+
+    def _load(self, rows: Sequence[int], epochs: Sequence[int]) -> list[tuple[int, Sample | str]]:
         seeds = [(self.spec.seed, epoch, row) for epoch, row in zip(epochs, rows, strict=True)]
-        return load_samples(self.rows.take(pa.array(rows, pa.int64())), seeds, self.spec, self.storage, self.skip_bad)
+        return load_samples(self.rows.take(pa.array(rows, pa.int64())), seeds, self.spec, self.storage)
+
+    def _other(self, epoch: int, row: int, attempt: int) -> int:
+        random = np.random.default_rng((self.spec.seed, epoch, row, attempt))
+        return int(random.integers(self.rows.num_rows))
 
 
 def load_samples(
-    rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage, skip_bad: bool
-) -> pa.Table:
-    """SAMPLE_SCHEMA rows of `training_rows` rows, each augmented by its own seed.
+    rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage
+) -> list[tuple[int, Sample | str]]:
+    """Numbers and samples of `training_rows` rows, each augmented by its own seed (whose last part is the number).
 
-    An image that cannot be used is left out with `skip_bad`, else a row that says why: an exception would reach the trainer as
-    Ray's, with its traceback for a message.
+    For an image that cannot be used the reason stands in its place: an exception would reach the trainer as Ray's, with its
+    traceback for a message.
     """
     limits = DecodeLimits()
     fetched = fetch(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)
@@ -157,25 +184,18 @@ def load_samples(
         decoded = decode(got.data, limits) if got.data is not None else None
         reason = got.error if decoded is None else decoded.error
         if decoded is not None and decoded.status is Status.OK and decoded.image is not None:
-            reason = _wrong_size(row, decoded.image)
+            reason = wrong_size((decoded.image.shape[2], decoded.image.shape[1]), row)
             if reason is None:
                 samples.append((seed[2], _sample_of(row, decoded.image, spec, seed)))
-        if reason is not None and not skip_bad:
-            samples.append((seed[2], f"{row['uri']}: {reason}"))
-    return _to_table(samples)
+        if reason is not None:
+            samples.append((seed[2], reason if reason.startswith(row["uri"]) else f"{row['uri']}: {reason}"))
+    return samples
 
 
 def _sample_of(row: Mapping[str, Any], image: torch.Tensor, spec: SampleSpec, seed: tuple[int, int, int]) -> Sample:
     proposals = row.get("proposals")
     boxes = None if proposals is None else np.array(proposals, np.float64).reshape(-1, 4)
     return make_sample(image, json.loads(row["annotations"]), spec, seed, boxes)
-
-
-def _wrong_size(row: Mapping[str, Any], image: torch.Tensor) -> str | None:
-    height, width = image.shape[1:]
-    if (width, height) == (row["width"], row["height"]):
-        return None
-    return f"the upright image is {width} x {height} pixels, its annotations are for {row['width']} x {row['height']}"
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
@@ -350,8 +370,11 @@ def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleS
 # -- across the object store -------------------------------------------------------------------------------------------
 
 
-def _to_table(samples: Sequence[tuple[int, Sample | str]]) -> pa.Table:
-    return pa.Table.from_pylist([_to_row(row, sample) for row, sample in samples], schema=SAMPLE_SCHEMA)
+def _to_table(samples: Sequence[tuple[int, Sample | str]], replaced: Sequence[list[str]] = ()) -> pa.Table:
+    rows = [_to_row(row, sample) for row, sample in samples]
+    for row, messages in zip(rows, replaced, strict=False):
+        row["replaced"] = messages
+    return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
 
 
 def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
@@ -368,6 +391,11 @@ def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
         "keypoints": sample.keypoints.ravel(),
         "proposals": None if sample.proposals is None else sample.proposals.ravel(),
     }
+
+
+def replaced_in(batch: pa.Table) -> list[str]:
+    """The images, with reasons, that could not be used, and in whose places a batch of SAMPLE_SCHEMA rows has others."""
+    return [message for messages in batch["replaced"].to_pylist() for message in messages or ()]
 
 
 def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], list[Target]]:

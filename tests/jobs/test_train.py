@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -19,11 +20,21 @@ from jobs.cluster import Capacity
 from jobs.latest import read_latest
 from jobs.shapes import CATEGORIES, generate
 from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
-from jobs.train_worker import _agreed, _check_finite, _is_best, _Losses, user_error
+from jobs.train_worker import (
+    Images,
+    Validation,
+    _agreed,
+    _check_finite,
+    _is_best,
+    _Losses,
+    _scored,
+    predict_share,
+    user_error,
+)
 from model.build import create_model
 from model.checkpoint import dumps, load_checkpoint
 from model.errors import CheckpointError, ConfigError, UnknownPresetError
-from pipeline.coco import parse_coco
+from pipeline.coco import parse_coco, read_coco
 from pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
 from pipeline.storage import Storage
 
@@ -175,6 +186,34 @@ def test_a_damaged_pointer_is_told_and_not_trained_over(tmp_path: Path, text: st
 # -- the worker's parts ------------------------------------------------------------------------------------------------
 
 
+def test_images_that_training_met_count_with_those_left_out_before() -> None:
+    images = Images("x.json", listed=100, left_out=2, dropped={}, most_unusable=0.05)
+    images.check([])
+    images.check({"a.jpg: cut off", "b.jpg: cut off", "c.jpg: cut off"})
+    with pytest.raises(AnnotationError, match=r"6 of the 100 images of x.json cannot be used: a: cut; b: .*--max-unusable"):
+        images.check({f"{name}: cut" for name in "abcd"})
+
+
+def test_an_evaluation_leaves_out_what_it_could_not_read_up_to_the_limit(tmp_path: Path) -> None:
+    """A file that is cut short and one of another size have no part in the score; neither counts as empty."""
+    generate(tmp_path, 4, 96, seed=2)
+    truth = read_coco(Storage(), str(tmp_path / "instances.json"))
+    first, second = (tmp_path / "images" / image.file_name for image in truth.images[:2])
+    first.write_bytes(first.read_bytes()[:300])
+    Image.new("RGB", (50, 40)).save(second)
+    validation = Validation(truth, str(tmp_path / "images"), (100,), most_unusable=0.5)
+    torch.manual_seed(0)
+    unusable: dict[int, str] = {}
+    predict_share(create_model("tiny", categories=truth.categories), validation, Storage(), unusable=unusable)
+    assert list(unusable) == [image.id for image in truth.images[:2]]
+    assert "the upright image is 50 x 40 pixels, its annotations are for 96 x" in unusable[truth.images[1].id]
+    scored, reasons = _scored(validation, unusable)
+    assert [image.id for image in scored.truth.images] == [image.id for image in truth.images[2:]]
+    assert len(reasons) == 2
+    with pytest.raises(AnnotationError, match=r"2 of the 4 images of .*instances\.json cannot be used"):
+        _scored(dataclasses.replace(validation, most_unusable=0.3), unusable)
+
+
 def test_losses_average_over_the_steps_since_the_last_look() -> None:
     losses = _Losses()
     for value in (1.0, 3.0):
@@ -294,7 +333,7 @@ def test_data_and_runs_live_on_s3_and_bad_images_can_be_left_out(data: Path, tmp
     for path in tmp_path.rglob("*.*"):
         s3.client.put_object(Bucket=s3.bucket, Key=f"in/{path.relative_to(tmp_path)}", Body=path.read_bytes())
     source = {"train": f"s3://{s3.bucket}/in/instances.json", "val": f"s3://{s3.bucket}/in/instances.json"}
-    report = run(small_run(data, f"s3://{s3.bucket}/runs", **source, keep="best", allow_missing=True))
+    report = run(small_run(data, f"s3://{s3.bucket}/runs", **source, keep="best", max_unusable=0.1))
     assert report.checkpoint == f"s3://{s3.bucket}/runs/small/model.safetensors"
     storage = Storage()
     assert load_checkpoint(storage.read_bytes(report.checkpoint)).model_id == report.model_id

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.coco import (
-    MISSING_FILE,
     OUTSIDE,
     REPEATED_IMAGE,
     REPEATED_ROW,
@@ -24,9 +23,9 @@ from pipeline.coco import (
     parse_coco,
     read_coco,
     to_mask,
-    with_files,
 )
 from pipeline.errors import AnnotationError, InputNotFoundError
+from pipeline.image_check import usable_images
 from pipeline.storage import Storage
 
 SQUARE = [2.0, 1.0, 8.0, 1.0, 8.0, 5.0, 2.0, 5.0]
@@ -256,18 +255,6 @@ def test_flip_pairs_follow_the_names() -> None:
     assert flip_pairs(["left_eye", "nose", "right_eye", "left_fin"]) == ((0, 2),)
 
 
-def test_missing_files_are_an_error_or_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"x")
-    dataset = parse_coco(DOCUMENT, "x.json")
-    with pytest.raises(AnnotationError, match=r"1 of the 2 images of x\.json are not in .*: b\.png\. .*--allow-missing"):
-        with_files(Storage(), dataset, str(tmp_path))
-    kept = with_files(Storage(), dataset, str(tmp_path), allow_missing=True)
-    assert [image.file_name for image in kept.images] == ["a.png"]
-    assert kept.dropped == {MISSING_FILE: 1}
-    with pytest.raises(AnnotationError, match="2 of the 2 images"):
-        with_files(Storage(), dataset, str(tmp_path / "elsewhere"), allow_missing=True)
-
-
 def test_bad_files_are_said_to_be_bad(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError):
         read_coco(Storage(), str(tmp_path / "none.json"))
@@ -280,7 +267,7 @@ def test_bad_files_are_said_to_be_bad(tmp_path: Path) -> None:
 def test_real_files_read(shared_data: Path) -> None:
     folder = shared_data / "coco_mini"
     dataset = read_coco(Storage(), str(folder / "annotations" / "instances_val2017.json"))
-    assert len(with_files(Storage(), dataset, str(folder / "val2017")).images) == 79
+    assert len(usable_images(Storage(), dataset, str(folder / "val2017")).images) == 79
     assert sum(a.crowd for rows in dataset.annotations.values() for a in rows) == 5
     assert dataset.instance_count() == 619
 
@@ -289,4 +276,4 @@ def test_a_manifest_that_names_absent_images_is_caught(shared_data: Path) -> Non
     folder = shared_data / "brain_tumor_mri"
     dataset = read_coco(Storage(), str(folder / "derived" / "validation_coco.json"))
     with pytest.raises(AnnotationError, match="8 of the 8 images"):
-        with_files(Storage(), dataset, str(folder / "test"), allow_missing=True)
+        usable_images(Storage(), dataset, str(folder / "test"), most=0.9)

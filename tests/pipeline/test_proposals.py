@@ -16,7 +16,7 @@ from pipeline.coco import parse_coco
 from pipeline.errors import AnnotationError, InputNotFoundError
 from pipeline.proposals import PROPOSAL_SCHEMA, read_proposals
 from pipeline.storage import Storage
-from pipeline.training_data import Augmentation, SampleSpec, load_samples, make_sample, to_training, training_rows
+from pipeline.training_data import Augmentation, SampleSpec, _to_table, load_samples, make_sample, to_training, training_rows
 
 CAT = Category(id=9, name="cat")
 
@@ -72,10 +72,10 @@ def test_they_travel_to_the_model(tmp_path: Path) -> None:
     for n in range(3):
         Image.new("RGB", (48, 24)).save(tmp_path / f"{n}.png")
     rows = training_rows(dataset(), str(tmp_path), spec(flip=False), proposals=stored())
-    batch = load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage(), skip_bad=False)
+    batch = _to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage()))
     _, targets = to_training(batch, spec())
     assert [target.proposals.tolist() for target in targets] == [[[n, 2, 20, 12]] for n in range(3)]
-    without = load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage(), skip_bad=False)
+    without = _to_table(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert [target.proposals for target in to_training(without, spec())[1]] == [None] * 3
 
 

@@ -33,6 +33,7 @@ from pipeline.training_data import (
     choose_window,
     load_samples,
     make_sample,
+    replaced_in,
     to_training,
     training_rows,
 )
@@ -211,7 +212,7 @@ def test_rows_leave_out_what_teaches_nothing(tmp_path: Path) -> None:
 
 def test_the_batch_is_what_was_drawn(tmp_path: Path) -> None:
     rows = training_rows(dataset_of(tmp_path, 3), str(tmp_path), spec())
-    batch = load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage(), skip_bad=False)
+    batch = _to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
     images, targets = to_training(batch, spec())
     for n, (image, target) in enumerate(zip(images, targets, strict=True)):
         assert image.shape == (3, 24, 48)
@@ -226,7 +227,7 @@ def test_the_batch_is_what_was_drawn(tmp_path: Path) -> None:
 
 def test_an_image_without_instances_is_an_empty_target(tmp_path: Path) -> None:
     rows = training_rows(dataset_of(tmp_path, 2, empty=1), str(tmp_path), spec(), keep_empty=True)
-    _, targets = to_training(load_samples(rows, [(0, 0, 0), (0, 0, 1)], spec(), Storage(), False), spec())
+    _, targets = to_training(_to_table(load_samples(rows, [(0, 0, 0), (0, 0, 1)], spec(), Storage())), spec())
     assert targets[0].boxes.shape == (0, 4)
     assert targets[0].masks is not None
     assert targets[0].masks.shape == (0, 24, 48)
@@ -278,11 +279,30 @@ def bad_image(kind: str) -> bytes:
 def test_a_bad_image_is_named_or_left_out(tmp_path: Path, kind: str, message: str) -> None:
     rows = training_rows(dataset_of(tmp_path, 3), str(tmp_path), spec())
     (tmp_path / "1.png").write_bytes(bad_image(kind))
-    batch = load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage(), skip_bad=False)
+    batch = _to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert batch["row"].to_pylist() == [0, 1, 2]
     with pytest.raises(AnnotationError, match=rf"1\.png: .*{message}.*--allow-missing"):
         to_training(batch, spec())
-    assert load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage(), skip_bad=True)["row"].to_pylist() == [0, 2]
+    assert set(Loader(rows, spec(), Storage()).load([1], [0])["error"].to_pylist()) != {None}
+
+
+def test_another_image_takes_the_place_of_one_that_cannot_be_used(tmp_path: Path) -> None:
+    """Epochs keep their length, the same images replace the same ones, and who reads the batch learns which."""
+    rows = training_rows(dataset_of(tmp_path, 6), str(tmp_path), spec())
+    for n in (1, 2, 4):
+        (tmp_path / f"{n}.png").write_bytes(bad_image("cut off"))
+    (tmp_path / "4.png").unlink()
+    loader = Loader(rows, spec(), Storage(), skip_bad=True)
+    batch = loader.load(range(6), [3] * 6)
+    assert batch.num_rows == len(to_training(batch, spec())[0]) == 6
+    assert set(batch["row"].to_pylist()) == {0, 3, 5}
+    assert loader.load([4, 1], [3, 3])["row"].to_pylist() == [batch["row"][4].as_py(), batch["row"][1].as_py()]
+    assert {message.rpartition("/")[2].partition(":")[0] for message in replaced_in(batch)} == {"1.png", "2.png", "4.png"}
+    assert replaced_in(loader.load([0], [0])) == []
+    for n in range(6):
+        (tmp_path / f"{n}.png").unlink(missing_ok=True)
+    with pytest.raises(AnnotationError, match="not found"):
+        to_training(loader.load([0], [0]), spec())
 
 
 @pytest.mark.slow
