@@ -248,6 +248,8 @@ def test_show_takes_a_unique_ending_of_the_path(place: str, masklake: Any) -> No
         code, out, err = masklake("show", table, ending, "-o", f"{place}/x.png", "--json")
         assert code == 0, err
         assert json.loads(out)["uri"] == f"{place}/{found}"
+    code, out, _ = masklake("show", table, "%_y.jpg", "-o", f"{place}/x.png", "--json")
+    assert json.loads(out)["uri"] == f"{place}/b/100%_y.jpg", "a name's own end, where no whole part of a path fits"
     code, _, err = masklake("show", table, "x.jpg", "-o", f"{place}/x.png")
     assert code == InputNotFoundError.exit_code
     assert f"2 images of the table end so, such as {place}/a/x.jpg, {place}/b/x.jpg; give more of the path" in err
