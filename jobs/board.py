@@ -2,6 +2,8 @@
 
 An actor of its own, because Ray Train's controller and workers have no other way to the driver's terminal that does not put
 Ray's prefixes on every line. It imports nothing heavy: its process starts while the workers load torch.
+
+The result never depends on it: it lives beside the driver, and where it is lost all the same lines are lost, no training.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ from typing import Any
 
 import ray
 
+from jobs.cluster import beside_the_driver
+
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 10.0
+"""How long an answer is waited for: of an actor on a lost node Ray itself knows nothing for half a minute."""
+LOST = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
 
 
 class Board:
@@ -43,7 +50,24 @@ class Board:
 
 def start_board() -> Any:
     """The actor's handle; it takes no CPU away from training."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_the_driver())(Board).remote()
+
+
+def failure_on(board: Any) -> Exception | None:
+    """The first error that was reported; None, too, where the board is lost."""
+    try:
+        return ray.get(board.failure.remote(), timeout=PATIENCE_SECONDS)
+    except LOST:
+        return None
+
+
+def report_failure(board: Any, error: Exception) -> bool:
+    """Whether the error reached the board; where not, raise it: it then reaches the driver through Ray."""
+    try:
+        ray.get(board.fail.remote(error), timeout=PATIENCE_SECONDS)
+    except LOST:
+        return False
+    return True
 
 
 class Listener:
@@ -68,7 +92,9 @@ class Listener:
         while not stopped:
             stopped = self._stopped.wait(POLL_SECONDS)
             try:
-                lines = ray.get(self._board.take.remote())
+                lines = ray.get(self._board.take.remote(), timeout=PATIENCE_SECONDS)
+            except LOST:
+                continue  # it may come back elsewhere; if not, there is nothing to show
             except ray.exceptions.RayError:
                 return  # the cluster went away: the main thread has the reason
             for line in lines:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from model.errors import ConfigError
-from pipeline.errors import ClusterTooSmallError
+from jobs.cluster_checks import check_cluster
+from model.errors import MaskLakeError
+from pipeline.errors import ClusterTooSmallError, ClusterUnusableError
 
 RESERVED_CPUS = 2
 """Logical CPUs beside the workers', for Ray Data's small tasks: a run's parts must find a place while the last workers end.
@@ -47,7 +48,7 @@ def connect(address: str | None = None) -> Capacity:
     """Make sure that this process is connected to Ray, and say what the cluster has.
 
     A connection that exists is used. Otherwise ``address`` or RAY_ADDRESS names a cluster; without them one is started in
-    this process and ends with it. ConfigError where no cluster answers.
+    this process and ends with it. ClusterUnusableError where none answers, or this process cannot join it.
     """
     import ray
 
@@ -71,9 +72,12 @@ def _start(address: str) -> None:
     try:
         # ... apart from a line that says that the variable was read.
         with _sigterm_kept(), _interrupt_held_back(), _stderr_held_back():
+            if address != "local":
+                check_cluster(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, TimeoutError) as error:
-        raise ConfigError(f"no Ray cluster answers at {address} ({error}); check --address or RAY_ADDRESS") from error
+    except (ConnectionError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        cause = last_line(error.__cause__ or error)
+        raise ClusterUnusableError(f"the Ray cluster at {address} cannot be joined: {cause}") from error
     except Exception as error:
         if type(error) is not Exception:  # Ray raises the bare class when its own processes do not come up in time
             raise
@@ -139,16 +143,17 @@ def _sigterm_kept() -> Iterator[None]:
 
 @contextmanager
 def _stderr_held_back() -> Iterator[None]:
-    """Keep what is written to file descriptor 2, and let it out only when the block fails."""
+    """Keep what is written to file descriptor 2, and let it out only when the block fails without an error of ours."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
-            held.seek(0)
-            os.write(terminal, held.read())
+        except BaseException as error:
+            if not isinstance(error, MaskLakeError):
+                held.seek(0)
+                os.write(terminal, held.read())
             raise
         finally:
             os.dup2(terminal, 2)
@@ -171,6 +176,14 @@ def _quiet() -> None:
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
+
+
+def beside_the_driver() -> Any:
+    """Where small actors that only serve the driver belong: on its node, whose loss ends the driver, too; else anywhere."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def data_context() -> Any:

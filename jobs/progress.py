@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jobs.cluster import beside_the_driver
+
 POLL_S = 0.5
 
 
@@ -44,10 +46,10 @@ class Counter:
 
 
 def start_counter() -> Any:
-    """A handle of a new Counter actor."""
+    """A handle of a new Counter actor. The workers only add to it: where it is lost the bar stands still, no more."""
     import ray
 
-    return ray.remote(num_cpus=0)(Counter).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Counter).remote()
 
 
 @contextmanager

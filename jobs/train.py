@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 from ray.train.torch import TorchTrainer
 
-from jobs.board import Listener, start_board, to_stderr
+from jobs.board import Listener, failure_on, start_board, to_stderr
 from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
 from jobs.train_worker import METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
@@ -468,7 +468,7 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
                 trainer.fit()
         except ray.train.TrainingFailedError as failure:
             error = failure
-    _judge(ray.get(board.failure.remote()), error, storage, plan)
+    _judge(failure_on(board), error, storage, plan)
     say(f"trained in {time.monotonic() - start:.0f} s")
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from jobs.board import failure_on, report_failure
 from jobs.latest import LATEST, read_latest
 from model.checkpoint import dumps, load_checkpoint
 from model.config import PredictOptions
@@ -138,15 +139,16 @@ def train(config: Mapping[str, Any]) -> None:
     leave at once, as a second attempt would end the same way.
     """
     job: TrainingJob = ray.get(config["job"])
-    if ray.get(job.board.failure.remote()) is not None:
+    if failure_on(job.board) is not None:
         return
     try:
         _train(job)
     except TrainingError as error:  # raised by all workers at the same step: none waits for another, none needs a restart
-        ray.get(job.board.fail.remote(error))
+        if not report_failure(job.board, error):
+            raise
     except Exception as error:
         if (cause := user_error(error)) is not None:
-            ray.get(job.board.fail.remote(cause))
+            report_failure(job.board, cause)
         raise
 
 

@@ -12,7 +12,10 @@ MaskLakeError
 ├── QueryError                    33   SQL that DuckDB refuses
 ├── ClusterTooSmallError          40   the plan needs more CPUs, GPUs or memory than the cluster has
 ├── TooManyFailuresError          41   more images failed than --max-failed allows (the table is committed)
-└── TrainingError                 42   training stopped: diverged, or workers kept failing
+├── TrainingError                 42   training stopped: diverged, or workers kept failing
+├── LabellingError                43   Ray gave a labelling run up
+├── ClusterUnusableError          44   no Ray cluster answers there, or this process cannot join it
+└── ClusterLostError              45   the Ray cluster went away during the run
 """
 
 from __future__ import annotations
@@ -100,3 +103,15 @@ class LabellingError(MaskLakeError):
     """Ray gave a labelling run up: its cluster went away, or lost more blocks than it may."""
 
     exit_code = 43
+
+
+class ClusterUnusableError(MaskLakeError):
+    """No Ray cluster answers at the address, or this process cannot join it: no node here, another version, a wrong token."""
+
+    exit_code = 44
+
+
+class ClusterLostError(MaskLakeError):
+    """The Ray cluster's head, or this host's node of it, went away during the run; what was finished is kept."""
+
+    exit_code = 45
