@@ -13,13 +13,13 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
 import ray
 import ray.train
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ray.train.torch import TorchTrainer
 
 from jobs.board import Listener, failure_on, start_board, to_stderr
@@ -36,7 +36,7 @@ from model.presets import preset as preset_config
 from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, image_folder, read_coco
 from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
-from pipeline.evaluation import KIND_NAMES, IouType
+from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from pipeline.image_check import unusable_share, usable_images
 from pipeline.proposals import read_proposals
 from pipeline.recipe import Recipe, recipe_of
@@ -67,7 +67,7 @@ T = TypeVar("T", bound=BaseModel)
 class TrainOptions(BaseModel):
     """One training run, complete. `recipe` and `model` change single fields of the preset's own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: str = Field(description="COCO JSON to learn from, local or s3://.")
     images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
@@ -92,12 +92,12 @@ class TrainOptions(BaseModel):
     workers: int = Field(default=1, gt=0, description="Training processes.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs when there is one a worker.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads of a worker; default: its share of the cores.")
-    seed: int = Field(default=0, ge=0, description="Of everything that is random.")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Of everything that is random.")
     recipe: dict[str, Any] = Field(default={}, description="Changes to the preset's recipe (`pipeline.recipe.Recipe`).")
     model: dict[str, Any] = Field(default={}, description="Changes to the preset's configuration (`model.ModelConfig`).")
     augmentation: Augmentation = Augmentation()
     evaluate_every: int = Field(default=0, ge=0, description="Epochs between evaluations; 0: only after the last.")
-    max_dets: tuple[PositiveInt, ...] = Field(
+    max_dets: tuple[Annotated[int, Field(gt=0, le=MOST_DETECTIONS)], ...] = Field(
         default=(1, 10, 100), min_length=1, description="Detections an image that AP and AR count."
     )
     keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported.")

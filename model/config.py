@@ -24,6 +24,8 @@ PasteKind = Literal["torchvision", "detectron2"]
 Positive = Annotated[int, Field(gt=0)]
 Channels = Annotated[int, Field(gt=0, le=8192)]
 """Of a layer. A checkpoint says its own sizes: one that is not from us must not make the reader ask for all memory."""
+Side = Annotated[int, Field(gt=0, le=65_535)]
+"""Pixels of a canvas."""
 Factor = Annotated[float, Field(gt=0)]
 INT32 = (-(2**31), 2**31 - 1)
 """Range of a category's id: the table stores it in 32 bits."""
@@ -106,9 +108,9 @@ class ModelConfig(_Frozen):
     resize: Literal["bilinear_floor", "pil"] = "bilinear_floor"
     """`bilinear_floor`: float bilinear without antialiasing, after normalising; sizes are rounded down. `pil`: of bytes, as
     Pillow does it: antialiased when shrinking; sizes are rounded to the nearest."""
-    min_sizes: tuple[Positive, ...] = Field(default=(800,), min_length=1)
+    min_sizes: tuple[Side, ...] = Field(default=(800,), min_length=1)
     """Pixels of the canvas' shorter side: inference takes the last, training any."""
-    max_size: int = Field(default=1333, gt=0)
+    max_size: Side = 1333
     """Pixels that the longer side may not exceed."""
     upscale: bool = True
     """False: images smaller than `min_sizes` keep their size."""

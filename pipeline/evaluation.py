@@ -53,6 +53,9 @@ COCO_SIGMAS: tuple[float, ...] = tuple(
 OTHER_SIGMA = 0.05
 """For keypoints that COCO never measured: the middle of its range."""
 
+MOST_DETECTIONS = 1_000_000
+"""Of an image, that a score may be asked for: the evaluator counts in 32 bits."""
+
 PROPOSAL_COUNTS = (100, 1000)
 """Proposals of an image whose recall is measured: as many as detections are reported, and as an FPN's RPN makes."""
 
@@ -94,6 +97,8 @@ def coco_metrics(
     and masks. sigmas: by category name; default COCO's for its person, 0.05 otherwise.
     Raises ConfigError when a kind is asked for that the truth or the detections do not have.
     """
+    if not max_dets or not all(1 <= count <= MOST_DETECTIONS for count in max_dets):
+        raise ConfigError(f"max_dets are numbers of detections from 1 to {MOST_DETECTIONS}, not {list(max_dets)}.")
     rows = list(detections)
     known = {image.id for image in truth.images}
     if strays := {row["image_id"] for row in rows} - known:

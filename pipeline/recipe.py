@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 MOST_WARMUP = 0.1
 """A warm-up takes at most this share of a run, however short the run is."""
+
+
+MOST_EPOCHS, MOST_BATCH = 1_000_000, 65_536
+"""More is a slip of the keyboard, and the numbers of samples would not fit 64 bits."""
 
 
 class Recipe(BaseModel):
@@ -22,7 +26,7 @@ class Recipe(BaseModel):
     linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(default=0.02, gt=0, description="Greatest rate, for `reference_batch` images a step.")
@@ -33,10 +37,19 @@ class Recipe(BaseModel):
     warmup_steps: int = Field(default=1000, ge=0, description="Steps of linear growth, at most a tenth of the run.")
     warmup_factor: float = Field(default=0.001, gt=0, le=1, description="Share of the rate at the first step.")
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = Field(default=(8 / 12, 11 / 12), description="Shares of the run where the rate drops.")
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(8 / 12, 11 / 12), description="Shares of the run where the rate drops, in order."
+    )
     gamma: float = Field(default=0.1, gt=0, le=1, description="What it is multiplied by at each milestone.")
-    epochs: int = Field(default=12, gt=0, description="Passes over the images (12: Detectron2's 1x schedule).")
-    batch_size: int = Field(default=2, gt=0, description="Images a step on one worker.")
+    epochs: int = Field(default=12, gt=0, le=MOST_EPOCHS, description="Passes over the images (12: Detectron2's 1x schedule).")
+    batch_size: int = Field(default=2, gt=0, le=MOST_BATCH, description="Images a step on one worker.")
+
+    @field_validator("milestones")
+    @classmethod
+    def _in_order(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if list(milestones) != sorted(set(milestones)):
+            raise ValueError("each share must be greater than the one before")
+        return milestones
 
 
 PAPER = Recipe()

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pycocotools.mask
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from model.bit_masks import BitMasks
 from model.config import Category
@@ -55,15 +55,27 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
+MOST_CROP = 65_536
+Scale = Annotated[float, Field(ge=1 / 32, le=32)]
+"""Factors of an image's sides: a thousandfold in memory is the most that can be meant."""
+
+
 class Augmentation(BaseModel):
     """What training changes in an image; the mirror exchanges left and right keypoints."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     flip: bool = Field(default=True, description="Mirror half of the images left to right.")
     flip_vertical: bool = Field(default=False, description="Mirror half of the images top to bottom (cells, aerial views).")
-    crop: int | None = Field(default=None, ge=32, description="Side of a random square window, pixels after scaling.")
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="Range of a random enlargement.")
+    crop: int | None = Field(default=None, ge=32, le=MOST_CROP, description="Side of a random window, pixels after scaling.")
+    scale: tuple[Scale, Scale] = Field(default=(1.0, 1.0), description="Range of a random enlargement, least and greatest.")
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError(f"the least, {scale[0]:g}, is above the greatest, {scale[1]:g}: exchange them")
+        return scale
 
 
 @dataclass(frozen=True)

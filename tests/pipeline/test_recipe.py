@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.recipe import PAPER, TINY, Recipe, build_optimizer, clip, peak_rate, rate_factor, recipe_of
+from pipeline.training_data import Augmentation
+
+NAN, INF = float("nan"), float("inf")
 
 
 def test_the_papers_values_are_the_default() -> None:
@@ -60,3 +64,41 @@ def test_gradients_are_clipped_together() -> None:
         weight.grad = torch.full((3,), 10.0)
     clip(weights, Recipe(clip_norm=1.0))
     assert torch.cat([w.grad for w in weights if w.grad is not None]).norm() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("learning_rate", "weight_decay", "clip_norm", "momentum", "gamma")
+            for value in (NAN, INF)
+        ),
+        ("learning_rate", 0),
+        ("milestones", [0.5, NAN]),
+        ("milestones", [0.9, 0.5]),
+        ("milestones", [0.5, 0.5]),
+        ("milestones", [0, 0.5]),
+        ("milestones", [8, 11]),
+        ("epochs", 0),
+        ("epochs", 10**9),
+        ("batch_size", 10**9),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Recipe.model_validate({field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("scale", value) for value in ([0, 1], [1.5, 0.5], [-1, 1], [NAN, 1], [1, INF], [1, 1e6], [1], [])),
+        ("crop", 31),
+        ("crop", 10**9),
+    ],
+)
+def test_augmentations_that_cannot_be_drawn_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Augmentation.model_validate({field: value})
+    assert Augmentation(scale=(0.5, 0.5)).scale == (0.5, 0.5)
