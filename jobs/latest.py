@@ -15,11 +15,19 @@ LATEST = "latest.json"
 
 
 def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """`epoch` and `checkpoint` (a folder's name) of the newest; None before the first. TrainingError where it is damaged."""
+    """`epoch` and `checkpoint` (a folder's name) of the newest, and `row`, its row of history, once the epoch was scored.
+
+    None before the first. TrainingError where it is damaged.
+    """
     uri = Storage.join(run_uri, LATEST)
     try:
         latest = json.loads(storage.read_bytes(uri))
-        return {"epoch": int(latest["epoch"]), "checkpoint": str(latest["checkpoint"])}
+        row = latest.get("row")
+        return {
+            "epoch": int(latest["epoch"]),
+            "checkpoint": str(latest["checkpoint"]),
+            "row": row if row is None else dict(row),
+        }
     except InputNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

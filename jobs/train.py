@@ -25,7 +25,8 @@ from ray.train.torch import TorchTrainer
 from jobs.board import Listener, failure_on, start_board, to_stderr
 from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
-from jobs.train_worker import METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
+from jobs.run_record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
+from jobs.train_worker import CURVES, METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
 from model.build import create_model, holds_classifier
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
@@ -34,7 +35,6 @@ from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
 from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, image_folder, read_coco
-from pipeline.curves import training_curves
 from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from pipeline.image_check import unusable_share, usable_images
@@ -44,7 +44,6 @@ from pipeline.sample_stream import SampleStream
 from pipeline.storage import Storage, StorageOptions, canonical
 from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
 
-RUN_RECORD, CURVES = "run.json", "curves.png"
 TABLES: Mapping[str, type[BaseModel]] = {
     "recipe": Recipe,
     "model": ModelConfig,
@@ -206,27 +205,37 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     latest = read_latest(storage, options.run_uri)
     done = latest["epoch"] if latest else 0
     epochs = len(options.course) * recipe.epochs
-    if done >= epochs and storage.exists(Storage.join(options.run_uri, METRICS)):
-        say(f"run '{options.name}' is complete: {done} epochs. Its results are in {options.run_uri}.")
-        return _report(storage, options, done)
-    data, validation = _read_data(storage, options, say)
+    known = read_record(storage, options.run_uri)
+    _check_epochs(options, done, epochs)
+    finished = _result(storage, options.run_uri, epochs) is not None
+    data, validation = _read_data(storage, options, _silent if finished else say)
     model = build_model(options, data, storage)
     _check_detector(options, model.config)
-    record = _check_record(storage, options, recipe, model.config)
+    record = _record(storage, options, recipe, model.config, data, validation)
+    if known is not None:
+        check_record(known, record, options.name)
+    if finished:
+        say(f"run '{options.name}' is complete: {done} epochs. Its results are in {options.run_uri}.")
+        return _report(storage, options, done)
     spec = _sample_spec(model.config, options)
     proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
     rows = training_rows(data, image_folder(options.images, options.train), spec, options.keep_empty, proposals)
     capacity = connect(options.address)
     gpu = plan_workers(options, capacity)
-    # Only now does the run's name belong to this data, model and seed: what was refused leaves nothing behind.
+    # Only now does the run's name belong to this data, model and options: what was refused leaves nothing behind.
     storage.write_bytes(Storage.join(options.run_uri, RUN_RECORD), json.dumps(record, indent=1).encode())
+    # A result is its model and its numbers: while there is to be another model, no numbers say that there is a result.
+    storage.delete(Storage.join(options.run_uri, METRICS))
     _set_up_ray_train(capacity)
     if done:
         say(f"run '{options.name}' goes on after epoch {done} of {epochs}")
     plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done, data)
     _fit(plan, storage, say)
-    _draw(storage, options)
     return _report(storage, options, done)
+
+
+def _silent(line: str) -> None:
+    """Says nothing of a run that is complete."""
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -352,34 +361,35 @@ def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
     )
 
 
-def _check_record(storage: Storage, options: TrainOptions, recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
-    """What the run is; refuses to go on with another data set, model or seed under the same name.
-
-    A course of several phases also keeps its number of epochs: a longer phase would change what the later ones started from.
-    """
-    record = {
-        "train": canonical(options.train),
-        "seed": options.seed,
-        "weights": options.weights,
-        "augmentation": options.augmentation.model_dump(mode="json"),
-        "learn": options.learn,
-        "proposals": options.proposals,
-        "epochs": recipe.epochs if len(options.course) > 1 else None,
-        "model": config.model_dump(mode="json"),
-    }
-    uri = Storage.join(options.run_uri, RUN_RECORD)
-    try:
-        known = json.loads(storage.read_bytes(uri))
-    except InputNotFoundError:
-        return record
-    except ValueError as error:
-        raise ConfigError(f"{uri} is damaged ({error}); remove that run's folder, or give another --name") from error
-    if changed := [key for key in record if known.get(key) != record[key]]:
+def _check_epochs(options: TrainOptions, done: int, epochs: int) -> None:
+    """Raises ConfigError where a run is to end before where it is."""
+    if done > epochs:
         raise ConfigError(
-            f"the run '{options.name}' in {options.output} was started with another {', '.join(changed)}. "
-            "Give this one another --name, or remove that folder."
+            f"the run '{options.name}' in {options.output} has done {done} epochs, more than the {epochs} that it is to have "
+            "now: give as many --epochs as before, or more, or another --name"
         )
-    return record
+
+
+def _record(
+    storage: Storage,
+    options: TrainOptions,
+    recipe: Recipe,
+    config: ModelConfig,
+    data: CocoDataset,
+    validation: Validation | None,
+) -> dict[str, Any]:
+    """What this start would have the run be."""
+    val = None
+    if options.val is not None and validation is not None:
+        val = data_facts(storage, options.val, validation.truth, validation.folder)
+    return record_of(
+        options,
+        recipe,
+        config,
+        data_facts(storage, options.train, data, image_folder(options.images, options.train)),
+        val,
+        {name: file_facts(storage, getattr(options, name)) for name in ("weights", "proposals")},
+    )
 
 
 # -- on what it is trained ---------------------------------------------------------------------------------------------
@@ -523,20 +533,33 @@ def _judge(failure: Exception | None, error: BaseException | None, storage: Stor
     if error is not None:
         raise user_error(error) or TrainingError(
             f"training stopped: the workers failed {plan.options.max_failures + 1} times, the last time with: "
-            f"{last_line(error)}. The same command goes on after the last complete epoch."
+            f"{last_line(error)}. {_saved(storage, plan.options.run_uri)}"
         ) from error
-    latest = read_latest(storage, plan.options.run_uri)
-    if latest is None or latest["epoch"] < len(plan.options.course) * plan.recipe.epochs:
-        raise TrainingError("training was interrupted. The same command goes on after the last complete epoch.")
+    if _result(storage, plan.options.run_uri, len(plan.options.course) * plan.recipe.epochs) is None:
+        raise TrainingError(f"training was interrupted. {_saved(storage, plan.options.run_uri)}")
+
+
+def _saved(storage: Storage, run_uri: str) -> str:
+    """What an interrupted run has to go on from."""
+    latest = read_latest(storage, run_uri)
+    if latest is None:
+        return "No epoch was complete; the same command starts again."
+    folder = Storage.join(run_uri, latest["checkpoint"])
+    return f"Epoch {latest['epoch']} is saved in {folder}; the same command goes on from there."
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def _draw(storage: Storage, options: TrainOptions) -> None:
-    metrics = json.loads(storage.read_bytes(Storage.join(options.run_uri, METRICS)))
-    title = f"{options.name}: {metrics['model_id']}"
-    storage.write_bytes(Storage.join(options.run_uri, CURVES), training_curves(metrics["history"], title))
+def _result(storage: Storage, run_uri: str, epochs: int) -> dict[str, Any] | None:
+    """The metrics of a run that is complete with so many epochs; else None: of an interrupted, shorter or damaged one."""
+    try:
+        metrics = json.loads(storage.read_bytes(Storage.join(run_uri, METRICS)))
+        if metrics["epochs"] != epochs or not storage.exists(Storage.join(run_uri, MODEL)):
+            return None
+    except (InputNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return dict(metrics)
 
 
 def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:

@@ -4,7 +4,10 @@ The phases of a course (`model.phases`) are one run: an epoch's number says whic
 the first or after a kill, goes on in the right one.
 
 A run's folder, `<output>/<name>/`, holds `checkpoint_0001/` and so on (Ray Train uploads them), `latest.json` (the newest one
-that is complete: written after it, read by a resume), and at the end `model.safetensors` and `metrics.json`.
+that is complete: written after it, read by a resume), and at the end `model.safetensors`, `curves.png` and `metrics.json`.
+
+An epoch is saved before it is scored: whatever ends an evaluation, its epoch need not be trained again. The scores then go into
+`latest.json`, and with the next epoch's checkpoint into the history there.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from model.mask_rcnn import MaskRCNN
 from model.phases import Phase, begin
 from pipeline.coco import UNUSABLE_IMAGE, CocoDataset, without_images
 from pipeline.coco_values import CocoImage
+from pipeline.curves import training_curves
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import TrainingError
 from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, proposal_recall, result_rows
@@ -46,7 +50,7 @@ from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_facto
 from pipeline.storage import Storage, relative_to
 from pipeline.training_data import SampleSpec, replaced_in, to_training
 
-MODEL, METRICS = "model.safetensors", "metrics.json"
+MODEL, METRICS, CURVES = "model.safetensors", "metrics.json", "curves.png"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
 
 TOTAL = "loss"
@@ -200,11 +204,9 @@ def _run_phase(job: TrainingJob, state: State, batches: Iterator[Any]) -> None:
         _seed(job.spec.seed, state.epoch, rank)
         row = _run_epoch(job, state, replica, batches)
         state.epoch += 1
-        row |= {"epoch": state.epoch, "learn": phase.learn}
-        if job.validation is not None and _is_due(job, state.epoch):
-            row |= _evaluate(job, ray.get(job.validation), phase, state.model, rank, context.get_world_size())
-        state.history.append(row)
+        state.history.append(row | {"epoch": state.epoch, "learn": phase.learn})
         _save(job, state, rank)
+        _score(job, state.model, state.history)
 
 
 def _is_due(job: TrainingJob, epoch: int) -> bool:
@@ -386,6 +388,27 @@ def _duration(seconds: float) -> str:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
+def _score(job: TrainingJob, model: MaskRCNN, history: list[dict[str, Any]]) -> None:
+    """Scores the model of the last epoch in `history`, which is saved, where that is due and not done; writes what it finds."""
+    row = history[-1]
+    if job.validation is None or not _is_due(job, row["epoch"]) or row.keys() & {"scores", "recall"}:
+        return
+    context = ray.train.get_context()
+    rank, phase = context.get_world_rank(), job.phase(row["epoch"] - 1)
+    row |= _evaluate(job, ray.get(job.validation), phase, model, rank, context.get_world_size())
+    if rank != 0:
+        return
+    candidates = _candidates(job, history)
+    is_best = job.keep_best and _is_best(candidates)
+    if is_best:  # under a name that says its epoch, and before the scores that make it the best
+        job.storage.write_bytes(_best_uri(job, row["epoch"]), dumps(model))
+    _point(job, row["epoch"], row)
+    if is_best:
+        for earlier in candidates[:-1]:
+            if best_score(earlier) is not None:
+                job.storage.delete(_best_uri(job, earlier["epoch"]))
+
+
 def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: MaskRCNN, rank: int, world: int) -> dict[str, Any]:
     """How good the model is, from the answers of all workers; only worker 0 has the result, the others an empty one.
 
@@ -517,14 +540,18 @@ def restore(job: TrainingJob, device: torch.device) -> State:
         return _begin(job, 0, load_checkpoint(ray.get(job.initial), device), [])
     folder = Storage.join(job.run_uri, latest["checkpoint"])
     model = load_checkpoint(job.storage.read_bytes(Storage.join(folder, MODEL)), device)
-    state = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
-    if state["epoch"] % job.recipe.epochs == 0 and state["epoch"] < job.epochs:  # the saved optimiser is the last phase's
-        return _begin(job, state["epoch"], model, state["history"])
-    model = begin(model, job.phase(state["epoch"]))
+    saved = json.loads(job.storage.read_bytes(Storage.join(folder, STATE)))
+    epoch, history = saved["epoch"], saved["history"]
+    if latest["row"] is not None:
+        history[-1] = latest["row"]
+    _score(job, model, history)  # where the last start ended between the two
+    if epoch % job.recipe.epochs == 0 and epoch < job.epochs:  # the saved optimiser is the last phase's
+        return _begin(job, epoch, model, history)
+    model = begin(model, job.phase(epoch))
     optimizer = build_optimizer(model, job.recipe, 0.0)
-    saved = io.BytesIO(job.storage.read_bytes(Storage.join(folder, OPTIMIZER)))
-    optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
-    return State(state["epoch"], model, optimizer, state["history"])
+    content = io.BytesIO(job.storage.read_bytes(Storage.join(folder, OPTIMIZER)))
+    optimizer.load_state_dict(torch.load(content, map_location=device, weights_only=True))
+    return State(epoch, model, optimizer, history)
 
 
 def _save(job: TrainingJob, state: State, rank: int) -> None:
@@ -539,10 +566,18 @@ def _save(job: TrainingJob, state: State, rank: int) -> None:
         torch.save(state.optimizer.state_dict(), Path(folder, OPTIMIZER))
         Path(folder, STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
-    if job.keep_best and _is_best(_candidates(job, state.history)):
-        job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
-    latest = {"epoch": state.epoch, "checkpoint": name}
+    _point(job, state.epoch)
+
+
+def _point(job: TrainingJob, epoch: int, row: Mapping[str, Any] | None = None) -> None:
+    """Writes `latest.json`; row: the epoch's of the history, once it was scored."""
+    latest = {"epoch": epoch, "checkpoint": f"checkpoint_{epoch:04d}"} | ({} if row is None else {"row": dict(row)})
     job.storage.write_bytes(Storage.join(job.run_uri, LATEST), json.dumps(latest).encode())
+
+
+def _best_uri(job: TrainingJob, epoch: int) -> str:
+    """Where the model of an epoch is kept that was the best so far."""
+    return Storage.join(job.run_uri, f"best_{epoch:04d}.safetensors")
 
 
 def _candidates(job: TrainingJob, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -563,21 +598,18 @@ def best_score(row: Mapping[str, Any]) -> float | None:
 
 
 def _finish(job: TrainingJob, state: State) -> None:
-    """The model under its final name, then the metrics: their presence says that the run is complete."""
-    kept = state.history[-1]
-    model_id = state.model.model_id
+    """The model under its final name, the curves, then the metrics: their presence says that the run is complete."""
+    kept, model = state.history[-1], state.model
     scored = [row for row in _candidates(job, state.history) if best_score(row) is not None]
     if job.keep_best and scored:
         kept = max(scored, key=lambda row: (best_score(row), row["epoch"]))
-        model_id = load_checkpoint(job.storage.read_bytes(Storage.join(job.run_uri, MODEL))).model_id
-    else:
-        job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(state.model))
-    world = ray.train.get_context().get_world_size()
+    if kept["epoch"] != state.epoch:
+        model = load_checkpoint(job.storage.read_bytes(_best_uri(job, kept["epoch"])))
     metrics = {
         "epochs": state.epoch,
         "kept_epoch": kept["epoch"],
-        "model_id": model_id,
-        "workers": world,
+        "model_id": model.model_id,
+        "workers": ray.train.get_context().get_world_size(),
         "device": state.model.device.type,
         "seconds": sum(row["seconds"] for row in state.history),
         "scores": kept.get("scores", {}),
@@ -591,4 +623,7 @@ def _finish(job: TrainingJob, state: State) -> None:
         },
         "history": [{key: value for key, value in row.items() if key != "scores"} for row in state.history],
     }
+    title = f"{job.run_uri.rpartition('/')[2]}: {metrics['model_id']}"
+    job.storage.write_bytes(Storage.join(job.run_uri, MODEL), dumps(model))
+    job.storage.write_bytes(Storage.join(job.run_uri, CURVES), training_curves(metrics["history"], title))
     job.storage.write_bytes(Storage.join(job.run_uri, METRICS), json.dumps(metrics, indent=1).encode())

@@ -73,12 +73,17 @@ def create_model(
     return model.to(device).eval()
 
 
+def is_weight_name(weights: str) -> bool:
+    """Whether this is how torchvision names weights, not a path."""
+    return _WEIGHT_NAME.fullmatch(weights) is not None
+
+
 def preset_of_weights(weights: str) -> str | None:
     """The preset of torchvision's weights by name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; None for other strings.
 
     Raises CheckpointError for the names of weights that are no detector's, or of one without a preset.
     """
-    if not _WEIGHT_NAME.fullmatch(weights):
+    if not is_weight_name(weights):
         return None
     name = weights.partition("_Weights.")[0].lower()
     if name not in PRESETS:
@@ -91,7 +96,7 @@ def preset_of_weights(weights: str) -> str | None:
 
 def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
     """Whether weights, given as to `create_model`, are a torchvision classifier's. Raises CheckpointError like that."""
-    if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
+    if isinstance(weights, str) and is_weight_name(weights):
         return torchvision_weights.is_classifier(torchvision_weights.fetch(weights)[0])
     data = read_bytes(weights)
     if is_ours(data) or detectron2_weights.is_pickle(data):
@@ -101,7 +106,7 @@ def holds_classifier(weights: str | Path | bytes, weights_name: str | None = Non
 
 def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The weights under our names, and `config` as their source would have it."""
-    if isinstance(weights, str) and _WEIGHT_NAME.fullmatch(weights):
+    if isinstance(weights, str) and is_weight_name(weights):
         state, eps = torchvision_weights.fetch(weights)
         return _with_eps(config, eps), _renamed(state, config, name)
     data = read_bytes(weights)

@@ -301,7 +301,7 @@ def test_two_workers_train_score_and_resume(data: Path, tmp_path: Path) -> None:
     history = json.loads(Path(longer.metrics).read_text())["history"]
     assert [row["epoch"] for row in history] == [1, 2]
 
-    with pytest.raises(ConfigError, match="started with another seed"):
+    with pytest.raises(ConfigError, match="--seed was 0, is 5"):
         run(small_run(data, str(tmp_path), **values, seed=5, recipe={"epochs": 3}))
 
 

@@ -98,7 +98,7 @@ def test_four_steps_are_one_run_and_end_in_one_network(data: Path, tmp_path: Pat
     assert final.model_id == fourth.model_id == report.model_id
     assert final.config.rpn_backbone == "shared"
 
-    with pytest.raises(ConfigError, match="started with another epochs"):
+    with pytest.raises(ConfigError, match="--epochs was 1, is 2"):
         run(options.model_copy(update={"recipe": {"epochs": 2, "batch_size": 2}}), lines.append)
 
 
