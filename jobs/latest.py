@@ -22,12 +22,8 @@ def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
     uri = Storage.join(run_uri, LATEST)
     try:
         latest = json.loads(storage.read_bytes(uri))
-        row = latest.get("row")
-        return {
-            "epoch": int(latest["epoch"]),
-            "checkpoint": str(latest["checkpoint"]),
-            "row": row if row is None else dict(row),
-        }
+        known: dict[str, Any] = {"epoch": int(latest["epoch"]), "checkpoint": str(latest["checkpoint"])}
+        return known | {"row": dict(latest["row"]) if "row" in latest else None}
     except InputNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

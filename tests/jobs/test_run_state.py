@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from jobs.run_record import CHANGEABLE, differences
 from jobs.train import TrainOptions, run
@@ -270,12 +270,8 @@ class Runs(RuleBasedStateMachine):
         assert sorted(path.name for path in (self.output / "r").iterdir()) == before
 
 
-def test_in_any_order(data: Path) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
-    class Here(Runs):
-        pass
-
-    Here.data = data
-    few = settings(max_examples=12, stateful_step_count=6, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(Here, settings=few)  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.faults)])
+def test_in_any_order(data: Path, examples: int) -> None:
+    Runs.data = data
+    some = settings(max_examples=examples, stateful_step_count=6, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Runs, settings=some)  # type: ignore[no-untyped-call]
