@@ -19,7 +19,7 @@ from jobs import train, train_worker
 from jobs.cluster import Capacity
 from jobs.shapes import generate
 from jobs.train import TrainOptions
-from jobs.train_worker import TrainingJob
+from jobs.train_worker import Images, TrainingJob
 from model.checkpoint import dumps, load_checkpoint
 from model.mask_rcnn import MaskRCNN
 from pipeline.storage import Storage
@@ -95,6 +95,7 @@ class FakeTrainer:
             validation=plan.validation,
             evaluate_every=options.evaluate_every,
             keep_best=options.keep == "best",
+            images=Images.of(plan.data, options.most_unusable),
             board=nobody,
             threads=None,
         )
