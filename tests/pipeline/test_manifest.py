@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,30 @@ def test_the_storages_own_versions_in_any_spelling_spare_its_requests(
     again = plan(table, str(source))
     assert again is not None
     assert read_manifest(storage, again.manifest_uri)["uri"].to_pylist() == [str(tmp_path / "b.jpg")]
+
+
+@pytest.mark.parametrize("listed", [None, "of-the-listing"])
+def test_a_store_that_lists_other_versions_than_it_answers_with_labels_nothing_twice(
+    tmp_path: Path, write_run: Any, make_row: Any, monkeypatch: pytest.MonkeyPatch, listed: str | None
+) -> None:
+    """As some gateways do."""
+    storage = fill(str(tmp_path / "images"), ["a.jpg", "b.jpg"])
+    real = Storage.list_objects
+
+    def list_objects(self: Storage, uri: str, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
+        for batch in real(self, uri, left_out):
+            yield pa.record_batch([batch["uri"], [listed] * batch.num_rows, batch["bytes"]], schema=batch.schema)
+
+    monkeypatch.setattr(Storage, "list_objects", list_objects)
+    table = open_table(storage, str(tmp_path / "table"))
+    found = plan(table, str(tmp_path / "images"))
+    assert found is not None
+    label(table, found, write_run, make_row)
+    assert plan(table, str(tmp_path / "images")) is None
+    storage.write_bytes(str(tmp_path / "images/b.jpg"), b"changed")
+    changed = plan(table, str(tmp_path / "images"))
+    assert changed is not None
+    assert changed.images == 1
 
 
 def test_a_list_older_than_the_table_labels_nothing_again(tmp_path: Path, write_run: Any, make_row: Any) -> None:
