@@ -198,8 +198,7 @@ def _run_phase(job: TrainingJob, state: State, batches: Iterator[Any]) -> None:
     context = ray.train.get_context()
     rank, phase = context.get_world_rank(), job.phase(state.epoch)
     end = (state.epoch // job.recipe.epochs + 1) * job.recipe.epochs
-    # The replicas' wrapper shares the state's weights: checkpoints and evaluation never see the wrapper.
-    replica = ray.train.torch.prepare_model(state.model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    replica = replica_of(state.model)
     while state.epoch < end:
         _seed(job.spec.seed, state.epoch, rank)
         row = _run_epoch(job, state, replica, batches)
@@ -207,6 +206,16 @@ def _run_phase(job: TrainingJob, state: State, batches: Iterator[Any]) -> None:
         state.history.append(row | {"epoch": state.epoch, "learn": phase.learn})
         _save(job, state, rank)
         _score(job, state.model, state.history)
+
+
+def replica_of(model: MaskRCNN) -> torch.nn.Module:
+    """The model as one of several workers' replicas, whose gradients are averaged; where there is one worker, as it is.
+
+    The wrapper shares the model's weights: checkpoints and evaluation never see it. It leaves images and targets where they
+    are, on the host: with `device_ids` it would send them to the GPU one by one, each of them waited for.
+    """
+    options = {"broadcast_buffers": False, "device_ids": None, "output_device": None}
+    return ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
 
 
 def _is_due(job: TrainingJob, epoch: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.devices import constant
 from model.torchvision_ops import batched_nms, box_iou, nms
 
 __all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "has_area", "suppress", "top_per_image", "wide_enough"]
@@ -25,12 +26,12 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
     box_size = boxes[..., 2:] - boxes[..., :2]
     box_centre = boxes[..., :2] + 0.5 * box_size
     deltas = torch.cat([(box_centre - centre) / size, (box_size / size).log()], dim=-1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas * constant(weights, deltas.device).to(deltas.dtype)
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Weights, clamp: float) -> Tensor:
     """The inverse of `encode_boxes`: float32 (..., 4); dw and dh are cut at `clamp`, so that exp cannot overflow."""
-    deltas = deltas.float() / torch.tensor(weights, device=deltas.device)
+    deltas = deltas.float() / constant(weights, deltas.device)
     size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * size
     box_centre = deltas[..., :2] * size + centre
@@ -54,17 +55,35 @@ def has_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
-def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
+def suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    iou: float,
+    wanted: Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
     """Non-maximum suppression within each group (class or level) of each image.
 
-    boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending.
+    boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending. wanted: bool (N,), the
+    boxes that count; the others may be anything. most: boxes of an image that stay.
     Returns int64 indices of what stays, image by image and in each the best score first.
     """
+    wanted = torch.ones_like(images, dtype=torch.bool) if wanted is None else wanted
+    most = len(boxes) if most is None else most
     if boxes.is_cuda:
-        return _suppress_at_once(boxes, scores, groups, images, iou)
-    # The CPU operator visits every pair of boxes, so images are separated before it, not by it: 4 images in one call would
-    # cost 16 times one image. batched_nms separates few boxes by an offset that costs them 0.01 pixels, and many exactly;
-    # calling it image by image leaves the same boxes as torchvision does.
+        return _suppress_at_once(boxes, scores, groups, images, iou, wanted, most)
+    rows = torch.where(wanted)[0]
+    keep = rows[_suppress_image_by_image(boxes[rows], scores[rows], groups[rows], images[rows], iou)]
+    return keep[top_per_image(images[keep], most)]
+
+
+def _suppress_image_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
+    """The CPU operator visits every pair of boxes, so images are separated before it, not by it: 4 images in one call would
+    cost 16 times one image. batched_nms separates few boxes by an offset that costs them 0.01 pixels, and many exactly;
+    calling it image by image leaves the same boxes as torchvision does.
+    """
     counts = torch.bincount(images).tolist() if len(images) else []
     kept, start = [torch.empty(0, dtype=torch.int64)], 0
     for count in counts:
@@ -74,14 +93,23 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou:
     return torch.cat(kept)
 
 
-def _suppress_at_once(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
-    """One launch for all images: groups are moved apart in float64, whose 53 bits keep every float32 coordinate exact."""
+def _suppress_at_once(
+    boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float, wanted: Tensor, most: int
+) -> Tensor:
+    """One launch for all images: groups are moved apart in float64, whose 53 bits keep every float32 coordinate exact.
+
+    What is not wanted stays in the table, as the last of its image, where it suppresses nothing: to leave it out the host would
+    have to wait for its number.
+    """
     if not len(boxes):
         return images
+    boxes = torch.where(wanted[:, None], boxes, 0.0)
+    scores = torch.where(wanted, scores, -torch.inf)
     shift = boxes.max().double() + 1
     apart = boxes.double() + ((images * (groups.max() + 1) + groups) * shift)[:, None]
     keep = nms(apart, scores.double(), iou)
-    return keep[images[keep].argsort(stable=True)]
+    keep = keep[images[keep].argsort(stable=True)]
+    return keep[wanted[keep] & top_per_image(images[keep], most)]
 
 
 def top_per_image(images: Tensor, count: int) -> Tensor:

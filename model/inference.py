@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.boxes import clip_boxes, decode_boxes, has_area, suppress, top_per_image, wide_enough
+from model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
 from model.config import ModelConfig, PasteKind, PredictOptions, Task
+from model.devices import constant, sent
 from model.errors import ConfigError
 from model.instances import Instances
 from model.keypoints import decode_heatmaps
@@ -114,9 +115,8 @@ def select(
     images, chosen = proposals.images[region], scores[region, label]
     boxes = decode_boxes(deltas[region, label], proposals.boxes[region], config.box_delta_weights, config.delta_clamp)
     boxes = clip_boxes(boxes, sizes[images])
-    wide = torch.where(wide_enough(boxes, config.box_min_side))[0]
-    keep = wide[suppress(boxes[wide], chosen[wide], label[wide], images[wide], settings.nms_iou)]
-    keep = keep[top_per_image(images[keep], settings.max_detections)]
+    wide = wide_enough(boxes, config.box_min_side)
+    keep = suppress(boxes, chosen, label, images, settings.nms_iou, wide, settings.max_detections)
     return Detections(boxes[keep], chosen[keep], label[keep], images[keep])
 
 
@@ -133,7 +133,7 @@ def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, c
     if len(chosen):
         some = Regions(regions.boxes[chosen], regions.images[chosen])
         logits = network.keypoint_head(network.keypoint_input(features, some))
-        keypoints[chosen] = decode_heatmaps(logits, some.boxes, config.keypoint_score)
+        keypoints[chosen] = sent(decode_heatmaps(logits, some.boxes, config.keypoint_score), keypoints.device)
     beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
     return keypoints.masked_fill(beyond[:, :, None], torch.nan)
 
@@ -205,12 +205,13 @@ def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], 
     boxes, keypoints = found.boxes * ratio.repeat(1, 2), None
     if found.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:, :1])], dim=1)
-        shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
+        shift = constant((config.keypoint_offset, config.keypoint_offset, 0.0), scale.device)
         keypoints = found.keypoints * scale[:, None] - shift
     moved = replace(found, boxes=boxes, keypoints=keypoints)
     if not config.clip_to_image:
         return moved
-    moved = replace(moved, boxes=clip_boxes(boxes, boxes.new_tensor(originals)[found.images]))
+    sizes = sent(torch.tensor(originals, dtype=boxes.dtype), boxes.device)
+    moved = replace(moved, boxes=clip_boxes(boxes, sizes[found.images]))
     return moved.chosen(torch.where(has_area(moved.boxes))[0])
 
 

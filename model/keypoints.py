@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.devices import to_host
+
 CUBIC = -0.75  # torch's bicubic coefficient
 MAX_SIDE = 1 << 14  # positions sampled along a box's side; only larger boxes are sampled more coarsely than every pixel
 MAPS_PER_CHUNK = 512  # bounds the memory for control points to some 200 MB where every patch is a candidate
@@ -45,8 +47,7 @@ def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "prob
     as one.
     """
     people, keypoints, _, _ = logits.shape
-    maps = logits.detach().float().cpu().numpy()
-    corners = boxes.detach().float().cpu().numpy()
+    maps, corners = (tensor.numpy() for tensor in to_host(logits.detach().float(), boxes.detach().float()))
     sizes = corners[:, 2:] - corners[:, :2]
     sizes = np.maximum(np.where(np.isfinite(sizes), sizes, np.float32(1)), np.float32(1))
     pixels = np.minimum(np.ceil(sizes), MAX_SIDE).astype(np.int64)

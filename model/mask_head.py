@@ -50,7 +50,7 @@ class MaskHead(nn.Module, ABC):
         logits = self.all_channels(regions)
         own = torch.arange(logits.shape[1], device=labels.device) == labels[:, None]
         others = logits.masked_fill(own[:, :, None, None], -torch.inf).logsumexp(dim=1)
-        return logits[own] - others  # the odds of a softmax's winner
+        return logits[torch.arange(len(labels), device=labels.device), labels] - others  # the odds of a softmax's winner
 
     def loss(self, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         """L_mask of the positive regions: mean over their pixels; targets float32 (R, m, m) in 0..1.

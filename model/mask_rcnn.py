@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Self, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from model.box_head import box_losses
 from model.config import Learn, ModelConfig, Precision, PredictOptions
+from model.devices import sent
 from model.errors import ConfigError
 from model.identity import model_id
 from model.inference import Settings, detect, propose, resolve, to_instances
@@ -106,9 +108,8 @@ class MaskRCNN(nn.Module):
         """What the detector learns on alone: the proposals that the targets bring, else those of the RPN as it is."""
         given = [truth.proposals for truth in truths if truth.proposals is not None]
         if len(given) == len(truths):
-            counts = torch.tensor([len(boxes) for boxes in given], device=canvas.pixels.device)
-            images = torch.arange(len(given), device=counts.device).repeat_interleave(counts)
-            return Regions(torch.cat(given), images)
+            images = torch.arange(len(given)).repeat_interleave(torch.tensor([len(boxes) for boxes in given]))
+            return Regions(torch.cat(given), sent(images, canvas.pixels.device))
         if given:
             raise ConfigError(f"{len(given)} of {len(truths)} targets have proposals: give them to all of a batch, or to none")
         if self.config.rpn_backbone == "shared" and "backbone" not in self._fixed:
@@ -198,7 +199,7 @@ class MaskRCNN(nn.Module):
         self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision
     ) -> list[Instances]:
         canvas = self._canvas(images, self.config.min_sizes[-1])
-        canvas = Canvas(canvas.pixels.to(DTYPES[precision]), canvas.sizes, canvas.ratios)
+        canvas = replace(canvas, pixels=canvas.pixels.to(DTYPES[precision]))
         found = detect(network, canvas, settings)
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
         return to_instances(found, canvas, originals, self._category_ids, self.config, settings.mask_threshold)

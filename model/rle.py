@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import PasteKind
+from model.devices import sent, to_host
 from model.kernels.mask_rle import mask_edges
 
 PADDING = 1  # zero cells around the mask before it is resized; Detectron2 says that beyond the mask there is nothing
@@ -92,11 +93,11 @@ def encode_on_device(
     Returns counts and pixels as `encode_boxed_masks` does, with the same bytes, and ``beside`` on the host. Raggeder masks
     than there is room for, more than an edge per image column on average, cost a second copy.
     """
-    table = torch.tensor(sizes, dtype=torch.int64).to(boxes.device, non_blocking=True)[images]
+    table = sent(torch.tensor(sizes, dtype=torch.int64), boxes.device)[images]
     widest = max(width for _, width in sizes)
     room = EDGES_PER_COLUMN * widest * len(probs)
     found = mask_edges(probs, boxes, table, threshold, widest, room)
-    counts, edges, pixels, beside = _to_host(*found, table.prod(1), beside)
+    counts, edges, pixels, beside = to_host(*found, table.prod(1), beside)
     if (total := int(counts.sum())) > room:
         edges = mask_edges(probs, boxes, table, threshold, widest, total)[1].cpu()
     return *pack_edges(edges[:total].numpy(), counts.numpy(), pixels.numpy()), beside
@@ -392,13 +393,6 @@ def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs
     starts = np.flatnonzero(first)
     odd = starts[np.diff(starts, append=len(edges)) % 2 == 1]
     return edges[odd], np.bincount(owners[odd], minlength=masks)
-
-
-def _to_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one device on the host, in one copy. Those of wider elements come first, so that all are aligned."""
-    together = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors]).cpu()
-    parts = torch.split(together, [t.nbytes for t in tensors])
-    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def pack_edges(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model import torchvision_ops
+from model.devices import constant
 
 
 def roi_pool(
@@ -40,7 +41,7 @@ def roi_pool(
 
 def snap_to_cells(rois: Tensor, levels: Tensor, scales: Sequence[float]) -> Tensor:
     """RoIWarp's regions: corners (R, 5) moved to whole pixels of their level's map, halves away from zero as RoIPool does."""
-    scale = torch.tensor(scales, dtype=rois.dtype, device=rois.device)[levels][:, None]
+    scale = constant(scales, rois.device).to(rois.dtype)[levels][:, None]
     return torch.cat([rois[:, :1], _round(rois[:, 1:] * scale) / scale], dim=1)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model.anchors import anchors_at, cell_anchors, level_strides
 from model.backbone import map_channels
-from model.boxes import clip_boxes, decode_boxes, encode_boxes, has_area, suppress, top_per_image, wide_enough
+from model.boxes import clip_boxes, decode_boxes, encode_boxes, has_area, suppress, wide_enough
 from model.config import ModelConfig
 from model.layers import init_bias
 from model.sampling import match, sample
@@ -94,10 +94,9 @@ class RegionProposalNetwork(nn.Module):
         scores = chances if config.rpn_rank == "probability" else logits
         least = 0.0 if self.training else config.rpn_score_threshold
         real = wide_enough(boxes, config.rpn_min_side) & has_area(boxes) & scores.isfinite()
-        images, place = torch.where(real & (chances >= least))
-        boxes, scores, levels = boxes[images, place], scores[images, place], levels[place]
-        keep = suppress(boxes, scores, levels, images, config.rpn_nms_iou)
-        keep = keep[top_per_image(images[keep], after)]
+        images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(len(levels))
+        levels, boxes, real = levels.repeat(len(boxes)), boxes.flatten(0, 1), (real & (chances >= least)).flatten()
+        keep = suppress(boxes, scores.flatten(), levels, images, config.rpn_nms_iou, real, after)
         return Regions(boxes[keep], images[keep])
 
     def _best_of_levels(
@@ -107,16 +106,17 @@ class RegionProposalNetwork(nn.Module):
 
         Returns boxes float32 (B, P, 4), objectness logits float32 (B, P), level int64 (P,).
         """
-        boxes, logits, levels = [], [], []
+        moves, anchors, logits, levels = [], [], [], []
         for index, (level, (objectness, deltas)) in enumerate(zip(self._levels(features, canvas), outputs, strict=True)):
             cells, width, stride = level
             top, where = objectness.detach().float().topk(min(count, objectness.shape[1]), dim=1)
-            chosen = deltas.detach().gather(1, where[..., None].expand(-1, -1, 4))
-            anchors = anchors_at(where, cells, width, stride)
-            boxes.append(decode_boxes(chosen, anchors, self.config.rpn_delta_weights, self.config.delta_clamp))
+            moves.append(deltas.detach().gather(1, where[..., None].expand(-1, -1, 4)))
+            anchors.append(anchors_at(where, cells, width, stride))
             logits.append(top)
             levels.append(torch.full((top.shape[1],), index, device=top.device))
-        return torch.cat(boxes, dim=1), torch.cat(logits, dim=1), torch.cat(levels)
+        together, config = torch.cat(anchors, dim=1), self.config
+        boxes = decode_boxes(torch.cat(moves, dim=1), together, config.rpn_delta_weights, config.delta_clamp)
+        return boxes, torch.cat(logits, dim=1), torch.cat(levels)
 
     def losses(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.config import ModelConfig
+from model.devices import constant, sent
 from model.errors import ConfigError
 
 Size = tuple[int, int]
@@ -28,12 +29,14 @@ class Canvas:
     """A batch for the network.
 
     pixels: (B, 3, H, W), channels last, normalised, zero outside the images. sizes: float32 (B, 2), height and width of
-    each image on its canvas. ratios: float32 (B, 2), original pixels per canvas pixel, vertical and horizontal.
+    each image on its canvas. ratios: float32 (B, 2), original pixels per canvas pixel, vertical and horizontal;
+    host_ratios: the same on the host.
     """
 
     pixels: Tensor
     sizes: Tensor
     ratios: Tensor
+    host_ratios: Tensor
 
     @property
     def size(self) -> Size:
@@ -88,7 +91,7 @@ def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, de
     targets = [resized_size(size, min_size, config) for size in originals]
     height, width = _padded((max(h for h, _ in targets), max(w for _, w in targets)), config.canvas_divisor)
     pixels = torch.zeros(len(images), 3, height, width, device=device).to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (config.image_mean, config.image_std))
+    mean, std = (constant(values, device)[:, None, None] for values in (config.image_mean, config.image_std))
     for place, image, (h, w) in zip(pixels, _to_device(images, device), targets, strict=True):
         if config.image_channels == "bgr":
             image = image.flip(0)
@@ -100,14 +103,17 @@ def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, de
         place[:, :h, :w] = normalised
     sizes = torch.tensor(targets, dtype=torch.float32)
     ratios = torch.tensor(originals, dtype=torch.float32) / sizes
-    return Canvas(pixels, sizes.to(device, non_blocking=True), ratios.to(device, non_blocking=True))
+    sizes_there, ratios_there = sent(torch.stack([sizes, ratios]), device)
+    return Canvas(pixels, sizes_there, ratios_there, ratios)
 
 
 def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The images on the device; where that is another one, packed into a single transfer of bytes."""
+    """The images on the device; those of the host are packed into a single transfer of bytes where that is another device."""
+    if any(image.device.type != "cpu" for image in images):
+        return [sent(image, device) for image in images]
     if device.type == "cpu":
         return list(images)
-    packed = torch.cat([image.reshape(-1) for image in images]).pin_memory().to(device, non_blocking=True)
+    packed = sent(torch.cat([image.reshape(-1) for image in images]), device)
     parts = torch.split(packed, [image.numel() for image in images])
     return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
 
@@ -121,7 +127,7 @@ def resize_like_pillow(image: Tensor, size: Size) -> Tensor:
     for axis, length in ((2, size[1]), (1, size[0])):
         if image.shape[axis] == length:
             continue
-        places, weights = (table.to(image.device) for table in _pillow_taps(image.shape[axis], length))
+        places, weights = (sent(table, image.device) for table in _pillow_taps(image.shape[axis], length))
         lines = image.movedim(axis, 0).contiguous()  # whole rows in memory: gathering single bytes takes three times as long
         total = torch.full((length, *lines.shape[1:]), 1 << (_WEIGHT_BITS - 1), dtype=torch.int32, device=image.device)
         for place, weight in zip(places, weights, strict=True):

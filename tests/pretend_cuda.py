@@ -180,6 +180,10 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self._log, self._function, self._kernels = log, function, kernels
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would load its compiler, for seconds, to leave this class alone
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -517,6 +521,13 @@ def _interpreted(log: Log, launch: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
+def _forget_what_is_kept_by_device() -> None:
+    """Constants that the project made on a device are not of the next one."""
+    for module, name in (("model.devices", "_constant"), ("model.kernels.roi_align_triton", "_device_tables")):
+        if module in sys.modules:
+            getattr(sys.modules[module], name).cache_clear()
+
+
 @contextmanager
 def pretend_cuda(kernels: bool = False, bf16: bool = True) -> Iterator[Log]:
     """Pretend one GPU for this thread, see the head of this file.
@@ -527,6 +538,8 @@ def pretend_cuda(kernels: bool = False, bf16: bool = True) -> Iterator[Log]:
     log = Log()
     function = _Function(log)
     with ExitStack() as stack:
+        _forget_what_is_kept_by_device()
+        stack.callback(_forget_what_is_kept_by_device)
         for name, answer in _torch_cuda(log, bf16).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))

@@ -13,6 +13,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
 from model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
+from tests.pretend_cuda import pretend_cuda
 
 CLAMP = math.log(1000 / 16)
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -82,13 +83,40 @@ def test_suppression_of_a_batch_equals_torchvisions_image_by_image(count: int) -
 
 def test_suppression_of_nothing_is_nothing() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
-    assert len(suppress(torch.zeros(0, 4), torch.zeros(0), empty, empty, 0.5)) == 0
+    with pretend_cuda():
+        for device in ("cpu", "cuda"):
+            numbers, scores = empty.to(device), torch.zeros(0, device=device)
+            nothing = suppress(torch.zeros(0, 4, device=device), scores, numbers, numbers, 0.5, numbers > 0, most=5)
+            assert (len(nothing), nothing.dtype) == (0, torch.int64)
 
 
 def test_suppression_skips_an_image_without_boxes() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10]])
     kept = suppress(boxes, torch.tensor([0.5, 0.9, 0.1]), torch.zeros(3).long(), torch.tensor([0, 0, 2]), 0.5)
     assert kept.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("most", [3, 50, 10_000])
+def test_a_gpu_keeps_what_the_cpu_keeps(most: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    boxes, scores = (
+        random_boxes(900, 5).round(),
+        torch.rand(900, generator=generator),
+    )  # whole pixels: no overlap is a close call
+    groups, images = torch.randint(0, 3, (900,), generator=generator), torch.arange(3).repeat_interleave(300)
+    wanted = torch.rand(900, generator=generator) > 0.3
+    images[600:] = 5
+    boxes[~wanted] = torch.tensor([math.nan, -math.inf, math.inf, 5.0])
+    scores[~wanted] = math.nan
+    expected = suppress(boxes, scores, groups, images, 0.5, wanted, most)
+    with pretend_cuda() as log:
+        arguments = [tensor.to("cuda") for tensor in (boxes, scores, groups, images)]
+        wanted_there = wanted.to("cuda")
+        log.clear()
+        kept = suppress(*arguments, 0.5, wanted_there, most)
+        assert len(list(log.syncs.elements())) == 2, log.report()
+    assert kept.tolist() == expected.tolist()
+    assert wanted[expected].all()
 
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 10))

@@ -699,7 +699,9 @@ def test_boxes_outside_the_image_are_dropped_at_the_end() -> None:
     boxes = torch.tensor([[10.0, 10, 50, 50], [100.0, 0, 100, 20], [0, 0, 200, 80]])
     scores, ones = torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.int64)
     found = Detections(boxes, scores, classes=ones, images=0 * ones)
-    canvas = Canvas(torch.zeros(1, 3, 96, 128), torch.tensor([[80.0, 100.0]]), torch.tensor([[0.5, 0.5]]))
+    canvas = Canvas(
+        torch.zeros(1, 3, 96, 128), torch.tensor([[80.0, 100.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5]])
+    )
     result = to_instances(found, canvas, [(40, 50)], np.arange(2), config, 0.5)[0]
     assert result.boxes.tolist() == [[5, 5, 25, 25], [0, 0, 50, 40]]
     assert result.scores.tolist() == pytest.approx([0.9, 0.7])

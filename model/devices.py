@@ -1,0 +1,41 @@
+"""What crosses between host and device, so that neither waits for the other more often than it must.
+
+A GPU runs behind the host, which only ever hands it work. A plain copy, also of three constants, makes the host wait until
+everything before is done, and the GPU then waits for the host. So constants are kept, small tables go through pinned memory,
+and results come back together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 (n,), made once for each device; not to be written to."""
+    return _constant(tuple(values), device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made in inference mode cannot take part in training
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, by a copy that nobody waits for where it comes from the host."""
+    if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the host, in one copy. Those of wider elements come first, so that all are aligned."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    together = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors]).cpu()
+    parts = torch.split(together, [t.nbytes for t in tensors])
+    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
