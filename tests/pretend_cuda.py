@@ -102,6 +102,8 @@ class Log:
         self.kernels: Counter[str] = Counter()
         """Launches of Triton kernels in the interpreter, by name."""
         self.sync_debug_mode = 0
+        self.adopts_outputs = False
+        """Whether an `out=` on the host is taken for the device's: memory that C++ made, as DDP's buckets of gradients."""
         self._marks: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
 
@@ -204,6 +206,8 @@ class _Dispatch(TorchDispatchMode):
             on_device = log.marked(args[0])
             self._check_indices(func, name, args)
         elif on_device and name not in MIXED:
+            if self._log.adopts_outputs:
+                log.mark(kwargs.get("out"))
             scalars = torch.Tag.pointwise in func.tags or name in TAKES_SCALARS
             if any(not log.marked(x) and (x.dim() or not scalars) for x in tensors):
                 shapes = [f"{tuple(x.shape)} on {'cuda:0' if log.marked(x) else 'cpu'}" for x in tensors]

@@ -83,7 +83,8 @@ def test_an_epoch_gives_the_cpus_weights(worker: SimpleNamespace, monkeypatch: p
 @pytest.mark.usefixtures("two_workers")
 def test_workers_with_a_gpu_each_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, weights = epoch("cpu", monkeypatch)
-    with pretend_cuda():
+    with pretend_cuda() as log:
+        log.adopts_outputs = True
         row, there = epoch("cuda", monkeypatch)
     assert row["losses"] == expected["losses"]
     assert all(torch.equal(a, b) for a, b in zip(there, weights, strict=True))
@@ -92,7 +93,8 @@ def test_workers_with_a_gpu_each_train_alike(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("two_workers")
 def test_a_replica_gets_its_images_on_the_host_and_checkpoints_do_not_see_it() -> None:
     model = new_model()
-    with pretend_cuda():
+    with pretend_cuda() as log:
+        log.adopts_outputs = True
         replica: Any = replica_of(model)
         seen: list[tuple[Tensor, Target]] = []
         model.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0][0], inputs[1][0])))
