@@ -176,7 +176,10 @@ def label(
     table: Annotated[str, typer.Argument(help="The table to add to, a local path or s3://; made when it is not there.")],
     weights: Annotated[str, typer.Option(help="A checkpoint of `masklake train` or `convert`, or torchvision weights' name.")],
     column: Annotated[str | None, typer.Option(help="The list's column that names the images; default: uri.")] = None,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the network.")] = "fp32",
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32."),
+    ] = "auto",
     score_threshold: Annotated[
         float | None, typer.Option(help="Least score that is stored; default: the model's (0.05).")
     ] = None,

@@ -7,6 +7,7 @@ workers do is in `pipeline.labeller`; which of the written files count is in `pi
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,7 +60,7 @@ class LabelOptions(BaseModel):
     table: str = Field(description="The table's folder or prefix; made when it is not there.")
     weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
     storage: StorageOptions = StorageOptions()
-    predict: PredictOptions = PredictOptions()
+    predict: PredictOptions = PredictOptions(precision="auto")
     limits: DecodeLimits = DecodeLimits()
     tick: str | None = Field(default=None, description="The run's id, for schedulers; default: from the run's content.")
     retry_failed: bool = Field(default=False, description="Also try again what failed for good: decode_error, crashed, ...")
@@ -115,6 +117,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     table = open_table(storage, options.table)
     checkpoint, model = load_model(storage, options.weights)
     model_id = model.model_id
+    options = with_precision(options)
     label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
     left_out = LeftOut()
@@ -136,7 +139,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         say("nothing new: the table holds every image of this input, labelled by this model with these options")
         return _nothing_new(table, model_id, label_id).model_copy(update=left)
     verb = "continues" if plan.resumed else "starts"
-    say(f"run {plan.run_id} {verb}: {plan.images} images, model {model_id}")
+    say(f"run {plan.run_id} {verb}: {plan.images} images, model {model_id}, precision {options.predict.precision}")
     spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
         return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say).model_copy(update=left)
@@ -145,6 +148,14 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
 def _check_capacity(options: LabelOptions, images: int) -> None:
     """What was asked for may not fit: said before anything is written, and Ray starts only when there is something to do."""
     label_plan.plan_workers(connect(options.address), images, options.workers, options.device)
+
+
+def with_precision(options: LabelOptions) -> LabelOptions:
+    """The options with `auto` as a precision, which is part of the labels' name, so it follows from this machine alone."""
+    cluster = options.address or os.environ.get("RAY_ADDRESS")
+    here = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = label_plan.precision(options.predict.precision, options.device, cluster is not None, here)
+    return options.model_copy(update={"predict": options.predict.model_copy(update={"precision": precision})})
 
 
 def options(**values: Any) -> LabelOptions:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jobs.cluster import RESERVED_CPUS, Capacity
-from model.config import ModelConfig, PredictOptions
+from model.config import ModelConfig, Precision, PredictOptions
 from model.identity import canonical_json, differing
 from model.inference import resolve
 from pipeline.decode import DecodeLimits
@@ -82,6 +82,18 @@ def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits
     }
     used = {name: value for name, value in facts.items() if name not in FIRST_OPTIONS or value != FIRST_OPTIONS[name]}
     return hashlib.sha256(canonical_json(used)).hexdigest()[:16]
+
+
+def precision(asked: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:
+    """What `auto` means. cluster: the run is for a cluster elsewhere; gpu: this machine has a GPU with bf16.
+
+    The answer is part of the labels' name and so must not depend on which nodes happen to be up: another answer tomorrow would
+    label every image again. On a cluster it follows from `--device` alone.
+    """
+    if asked != "auto":
+        return asked
+    on_gpu = device == "cuda" if cluster else device != "cpu" and gpu
+    return "bf16" if on_gpu else "fp32"
 
 
 def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:

@@ -35,6 +35,7 @@ from jobs.board import failure_on, report_failure
 from jobs.latest import LATEST, read_latest
 from model.checkpoint import dumps, load_checkpoint
 from model.config import PredictOptions
+from model.devices import arithmetic
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
 from model.phases import Phase, begin
@@ -312,12 +313,13 @@ def _step(
     replica: torch.nn.Module, images: Sequence[Tensor], targets: Sequence[Any], optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> dict[str, Tensor]:
     """Forward, backward, one update; returns the losses, with their sum."""
-    losses: dict[str, Tensor] = replica(images, targets)
-    total = torch.stack(list(losses.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    clip(replica.parameters(), recipe)
-    optimizer.step()
+    with arithmetic("fp32", next(replica.parameters()).device):  # of the way back, too
+        losses: dict[str, Tensor] = replica(images, targets)
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        clip(replica.parameters(), recipe)
+        optimizer.step()
     return {TOTAL: total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
 
 

@@ -7,11 +7,15 @@ and results come back together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from model.config import Precision
 
 
 def constant(values: Sequence[float], device: torch.device) -> Tensor:
@@ -30,6 +34,39 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Give products in float32 one meaning on a GPU while the block runs, and repeatable algorithms for its convolutions.
+
+    By torch's own defaults its convolutions round their factors to TF32's 10 bits where a 1x1 convolution, as a matrix product,
+    does not.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # made at run time
+    before = [part.fp32_precision for part in products]
+    cudnn = torch.backends.cudnn
+    algorithms = cudnn.benchmark, cudnn.deterministic
+    try:
+        for part in products:
+            part.fp32_precision = wanted
+        cudnn.benchmark, cudnn.deterministic = False, True  # not by trial, whose winner is another one each time
+        yield
+    finally:
+        for part, value in zip(products, before, strict=True):
+            part.fp32_precision = value
+        cudnn.benchmark, cudnn.deterministic = algorithms
+
+
+def resolved(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """`auto` as what it means on this device."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:

@@ -86,7 +86,9 @@ class Detections:
 def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None = None) -> Regions:
     """The first stage alone; features: the detector's maps, where they are there already."""
     maps = network.proposal_maps(canvas.pixels, features)
-    return network.rpn.propose(maps, network.rpn.head(maps), canvas.size, canvas.sizes)
+    count = len(canvas.sizes)  # blank images may follow
+    outputs = [(objectness[:count], deltas[:count]) for objectness, deltas in network.rpn.head(maps)]
+    return network.rpn.propose(maps, outputs, canvas.size, canvas.sizes)
 
 
 def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:

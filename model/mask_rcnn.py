@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.box_head import box_losses
 from model.config import Learn, ModelConfig, Precision, PredictOptions
-from model.devices import sent
+from model.devices import arithmetic, resolved, sent
 from model.errors import ConfigError
 from model.identity import model_id
 from model.inference import Settings, detect, propose, resolve, to_instances
@@ -26,7 +26,7 @@ from model.network import Network
 from model.prepare import DTYPES, fingerprint, prepare
 from model.roi_sampling import Samples, Truth, sample_regions, truth_on_canvas
 from model.rpn import Regions
-from model.transform import Canvas, canvas_size, check_image, make_canvas
+from model.transform import Canvas, canvas_size, check_image, filled_up, make_canvas
 
 DEFAULT_OPTIONS = PredictOptions()
 
@@ -169,12 +169,13 @@ class MaskRCNN(nn.Module):
         for image in images:
             check_image(image)
         settings = resolve(options, self.config)
-        network = self._network_for(options.precision)
+        precision = resolved(options.precision, self.device)
+        network, size = self._network_for(precision), self._batch_size(options)
         results: dict[int, Instances] = {}
-        with torch.inference_mode():
-            for indices in self._batches(images, self._batch_size(options)):
+        with torch.inference_mode(), arithmetic(precision, self.device):
+            for indices in self._batches(images, size):
                 batch = [images[index] for index in indices]
-                results.update(zip(indices, self._predict_batch(network, batch, settings, options.precision), strict=True))
+                results.update(zip(indices, self._predict_batch(network, batch, settings, precision, size), strict=True))
         return [results[index] for index in range(len(images))]
 
     def propose(self, images: Sequence[Tensor]) -> list[NDArray[np.float32]]:
@@ -186,7 +187,7 @@ class MaskRCNN(nn.Module):
         proposals: list[NDArray[np.float32]] = []
         network.rpn.train()  # which is about its counts alone
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), arithmetic("fp32", self.device):
                 for image in images:
                     canvas = self._canvas([image], self.config.min_sizes[-1])
                     boxes = propose(network, canvas).boxes * canvas.ratios.flip(1).repeat(1, 2)
@@ -196,10 +197,13 @@ class MaskRCNN(nn.Module):
         return proposals
 
     def _predict_batch(
-        self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision
+        self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision, places: int
     ) -> list[Instances]:
+        """places: images of a full batch. A GPU's library chooses its algorithms by the number of images, so that fewer would
+        get other last bits: blank ones take the empty places, up to where regions are drawn.
+        """
         canvas = self._canvas(images, self.config.min_sizes[-1])
-        canvas = replace(canvas, pixels=canvas.pixels.to(DTYPES[precision]))
+        canvas = replace(canvas, pixels=filled_up(canvas.pixels, places).to(DTYPES[precision]))
         found = detect(network, canvas, settings)
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
         return to_instances(found, canvas, originals, self._category_ids, self.config, settings.mask_threshold)

@@ -12,7 +12,12 @@ from model.config import Precision
 from model.kernels.winograd import WinogradConv
 from model.layers import ConvNorm, Pointwise
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def prepare(network: nn.Module, precision: Precision) -> nn.Module:
@@ -25,7 +30,7 @@ def prepare(network: nn.Module, precision: Precision) -> nn.Module:
         for name, child in part.named_children():
             if Pointwise.fits(child):
                 setattr(part, name, Pointwise.of(child))
-            elif precision == "fp32" and WinogradConv.fits(child) and child.weight.device.type == "cpu":
+            elif DTYPES[precision] == torch.float32 and WinogradConv.fits(child) and child.weight.device.type == "cpu":
                 setattr(part, name, WinogradConv(child))  # a GPU's library chooses such algorithms itself
     exact = {layer for part in prepared.modules() if isinstance(part, BoxHead) for layer in part.predictors}
     for part in prepared.modules():

@@ -28,9 +28,9 @@ _WEIGHT_BITS = 22  # of Pillow's fixed-point weights for bytes
 class Canvas:
     """A batch for the network.
 
-    pixels: (B, 3, H, W), channels last, normalised, zero outside the images. sizes: float32 (B, 2), height and width of
-    each image on its canvas. ratios: float32 (B, 2), original pixels per canvas pixel, vertical and horizontal;
-    host_ratios: the same on the host.
+    pixels: (B, 3, H, W), channels last, normalised, zero outside the images; blank ones may follow. sizes: float32 (B, 2),
+    height and width of each image on its canvas. ratios: float32 (B, 2), original pixels per canvas pixel, vertical and
+    horizontal; host_ratios: the same on the host.
     """
 
     pixels: Tensor
@@ -105,6 +105,15 @@ def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, de
     ratios = torch.tensor(originals, dtype=torch.float32) / sizes
     sizes_there, ratios_there = sent(torch.stack([sizes, ratios]), device)
     return Canvas(pixels, sizes_there, ratios_there, ratios)
+
+
+def filled_up(pixels: Tensor, places: int) -> Tensor:
+    """A batch of that many canvases: these, then blank ones. pixels: (B, 3, H, W), channels last."""
+    if len(pixels) == places:
+        return pixels
+    batch = pixels.new_zeros(places, *pixels.shape[1:]).contiguous(memory_format=torch.channels_last)
+    batch[: len(pixels)] = pixels
+    return batch
 
 
 def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from jobs import label_plan
 from jobs.cluster import RESERVED_CPUS, Capacity
 from jobs.label_plan import (
     FIRST_LIMITS,
@@ -141,3 +144,23 @@ def test_the_failed_share_decides() -> None:
     check_failures({"missing": 5}, max_failed=1.0)
     with pytest.raises(TooManyFailuresError, match=r"5\.0% of the images failed \(2 decode_error, 3 missing\)"):
         check_failures(statuses, max_failed=0.04)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "cluster", "gpu", "expected"),
+    [
+        ("auto", "auto", False, True, "bf16"),
+        ("auto", "auto", False, False, "fp32"),
+        ("auto", "cpu", False, True, "fp32"),
+        ("auto", "cuda", False, False, "fp32"),  # a card without it
+        ("auto", "cuda", True, False, "bf16"),  # the driver of a cluster needs no GPU
+        ("auto", "auto", True, True, "fp32"),  # whatever the driver's machine has
+        ("auto", "cpu", True, True, "fp32"),
+        ("tf32", "auto", True, True, "tf32"),
+        ("fp32", "cuda", False, True, "fp32"),
+    ],
+)
+def test_the_precision_follows_from_what_was_asked_for_and_from_this_machine(
+    asked: Any, device: Any, cluster: bool, gpu: bool, expected: str
+) -> None:
+    assert label_plan.precision(asked, device, cluster, gpu) == expected
