@@ -1,0 +1,281 @@
+"""Every preset on a pretended GPU: detections and training steps are the CPU's, whatever an image or a target holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import boxes
+from model.config import Learn, ModelConfig, Precision, PredictOptions
+from model.devices import resolved
+from model.instances import Instances, Target
+from model.mask_rcnn import MaskRCNN
+from model.prepare import DTYPES
+from model.presets import PRESETS
+from pipeline.recipe import PAPER, build_optimizer, clip
+from tests.pretend_cuda import Log, pretend_cuda
+
+# The neighbour's models: tests are no package, and are collected by their paths.
+_found = importlib.util.spec_from_file_location("presets_beside", Path(__file__).with_name("test_presets.py"))
+assert _found is not None
+assert _found.loader is not None
+presets = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(presets)
+
+EVERYTHING = "maskkeypointrcnn_resnet50_fpn"
+CLIPPED = PAPER.model_copy(update={"clip_norm": 1.0})
+
+
+def smallest(name: str) -> ModelConfig:
+    """The narrow preset with a block a stage: presets that differ in depth alone are one model here."""
+    config = presets.narrow(name)
+    return config.model_copy(
+        update={"preset": "", "backbone": config.backbone.model_copy(update={"depths": (1, 1, 1, 1)}), "box_hidden": 16}
+    )
+
+
+REPRESENTATIVES = {smallest(name): name for name in sorted(PRESETS, reverse=True)}
+
+
+@pytest.fixture(autouse=True)
+def _one_suppression(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's on both devices: close calls fall otherwise by torchvision's on a CPU, see test_boxes.py."""
+
+    def exactly(found: Tensor, scores: Tensor, groups: Tensor, numbers: Tensor, iou: float) -> Tensor:
+        every = torch.ones_like(numbers, dtype=torch.bool)
+        return boxes._suppress_at_once(found, scores, groups, numbers, iou, every, len(found))
+
+    monkeypatch.setattr(boxes, "_suppress_image_by_image", exactly)
+
+
+def images(picture: Callable[..., Tensor]) -> list[Tensor]:
+    return [picture(64, 64, 1), picture(50, 80, 2)]
+
+
+def find(config: ModelConfig, pictures: list[Tensor], device: str, **options: Any) -> list[Instances]:
+    torch.manual_seed(0)
+    model = MaskRCNN(config).to(device).eval()
+    chosen = {"score_threshold": 0.0, "max_detections": 12, "batch_size": 1} | options
+    return model.predict(pictures, PredictOptions.model_validate(chosen))
+
+
+def assert_same(found: list[Instances], expected: list[Instances], exact_masks: bool = True) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for name in ("size", "boxes", "scores", "labels", "areas", "keypoints"):
+            left, right = getattr(one, name), getattr(other, name)
+            assert (left is None) == (right is None)
+            if left is not None and name not in (() if exact_masks else ("areas", "keypoints")):
+                np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-3, err_msg=name)
+        if exact_masks:
+            assert one.rles == other.rles
+
+
+def step(
+    config: ModelConfig, pictures: list[Tensor], targets: list[Target], device: str, learn: Learn = "joint", fixed: bool = False
+) -> tuple[dict[str, float], list[Tensor]]:
+    """A whole step of training: losses, and the weights after it."""
+    torch.manual_seed(0)
+    model = MaskRCNN(config).to(device).learn(learn, fixed_backbone=fixed).train()
+    optimizer = build_optimizer(model, CLIPPED, 0.01)
+    losses = model(pictures, targets)
+    torch.stack(list(losses.values())).sum().backward()
+    clip(model.parameters(), CLIPPED)
+    optimizer.step()
+    return {name: float(loss.detach()) for name, loss in losses.items()}, [
+        weight.detach().cpu() for weight in model.parameters()
+    ]
+
+
+def assert_trains_alike(config: ModelConfig, pictures: list[Tensor], targets: list[Target], **how: Any) -> Log:
+    expected, weights = step(config, pictures, targets, "cpu", **how)
+    with pretend_cuda() as log:
+        losses, there = step(config, pictures, targets, "cuda", **how)
+    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for one, other in zip(there, weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    return log
+
+
+def nothing(config: ModelConfig) -> Target:
+    """An image without instances."""
+    keypoints = torch.zeros(0, config.num_keypoints, 3)
+    return Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.uint8), keypoints)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES.values())
+def test_every_preset_detects_and_learns_there(name: str, picture: Callable[..., Tensor]) -> None:
+    config, pictures = smallest(name), images(picture)[:1]
+    precisions: list[Precision] = ["fp32", "bf16"] if "resnet50" in name else ["fp32"]
+    for precision in precisions:
+        expected = find(config, pictures, "cpu", precision=precision)
+        with pretend_cuda() as log:
+            found = find(config, pictures, "cuda", precision=precision)
+        assert_same(found, expected)
+        assert sum(log.launches.values()) > 100
+    assert_trains_alike(config, pictures, [presets.target(config)])
+
+
+def test_every_preset_is_one_of_them() -> None:
+    assert {smallest(name) for name in PRESETS} == set(REPRESENTATIVES)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_by_its_own_depth(name: str, picture: Callable[..., Tensor]) -> None:
+    config, pictures = presets.narrow(name), images(picture)
+    expected = find(config, pictures, "cpu")
+    with pretend_cuda():
+        assert_same(find(config, pictures, "cuda"), expected)
+    assert_trains_alike(config, pictures[:1], [presets.target(config)])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Detectron2's pasting and resizing": {
+        "paste": "detectron2",
+        "resize": "pil",
+        "clip_to_image": True,
+        "image_channels": "bgr",
+    },
+    "largest of RoIPool": {"roi_pool": "pool", "roi_pool_mode": "max"},
+    "mean of RoIPool": {"roi_pool": "pool", "roi_pool_mode": "avg"},
+    "RoIWarp, softmax": {"roi_pool": "warp", "mask_output": "softmax", "keypoint_offset": 0.5},
+    "adaptive RoIAlign, one mask for all": {"roi_sampling_ratio": 0, "roi_aligned": True, "mask_output": "agnostic"},
+    "a fully connected mask head": {"mask_head": "mlp", "mask_hidden": (32, 32)},
+    "an RPN of its own": {"rpn_backbone": "own"},
+    "keypoints' probabilities": {"keypoint_score": "probability", "rpn_rank": "logit"},
+    "resized masks": {"mask_resize": 20},
+}
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_every_convention_runs_there(what: str, picture: Callable[..., Tensor]) -> None:
+    config, pictures = smallest(EVERYTHING).model_copy(update=VARIANTS[what]), images(picture)
+    expected = find(config, pictures, "cpu")
+    with pretend_cuda():
+        assert_same(find(config, pictures, "cuda"), expected)
+    assert_trains_alike(config, pictures[:1], [presets.target(config)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_threshold": 1.0},
+        {"tasks": frozenset({"box"})},
+        {"tasks": frozenset({"mask"})},
+        {"tasks": frozenset({"keypoint"})},
+        {"precision": "fp16"},
+        {"max_detections": 1},
+        {"score_threshold": 1.0, "tasks": frozenset({"box"}), "batch_size": 4},
+    ],
+)
+def test_every_option_runs_there(options: dict[str, Any], picture: Callable[..., Tensor]) -> None:
+    config, pictures = smallest(EVERYTHING), images(picture)
+    expected = find(config, pictures, "cpu", **options)
+    with pretend_cuda():
+        assert_same(find(config, pictures, "cuda", **options), expected)
+        assert find(config, [], "cuda", **options) == []
+
+
+def test_proposals_are_the_cpus(picture: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = MaskRCNN(smallest(EVERYTHING)).eval()
+    expected = model.propose(images(picture))
+    with pretend_cuda():
+        for one, other in zip(model.to("cuda").propose(images(picture)), expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_images_without_instances_are_learnt_from_there(picture: Callable[..., Tensor]) -> None:
+    config, pictures = smallest(EVERYTHING), images(picture)
+    assert_trains_alike(config, pictures, [nothing(config), nothing(config)])
+    assert_trains_alike(config, pictures, [nothing(config), presets.target(config)])
+
+
+@pytest.mark.parametrize(("learn", "fixed"), [("rpn", False), ("rpn", True), ("detector", True)])
+def test_each_stage_learns_alone_there(learn: Learn, fixed: bool, picture: Callable[..., Tensor]) -> None:
+    config = smallest(EVERYTHING)
+    assert_trains_alike(config, images(picture)[:1], [presets.target(config)], learn=learn, fixed=fixed)
+
+
+def test_given_proposals_are_learnt_from_there(picture: Callable[..., Tensor]) -> None:
+    config = smallest(EVERYTHING)
+    target = presets.target(config)
+    given = [
+        dataclasses.replace(target, proposals=target.boxes + 3),
+        dataclasses.replace(nothing(config), proposals=torch.zeros(0, 4)),
+    ]
+    assert_trains_alike(config, images(picture), given, learn="detector")
+
+
+def test_a_batch_is_full_whatever_is_in_it(picture: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's library chooses by the number of images, so an image's label would depend on how many share its canvas."""
+    config, alike = smallest(EVERYTHING), [picture(64, 64, seed) for seed in range(5)]
+    seen: list[tuple[int, ...]] = []
+
+    def batches(count: int, size: int) -> list[Instances]:
+        seen.clear()
+        with pretend_cuda():
+            torch.manual_seed(0)
+            model = MaskRCNN(config).to("cuda").eval()
+            forward = type(model.network.backbone).forward
+
+            def watched(backbone: Any, pixels: Tensor) -> Any:
+                seen.append(tuple(pixels.shape))
+                return forward(backbone, pixels)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(model.network.backbone), "forward", watched)
+                return model.predict(alike[:count], PredictOptions(score_threshold=0.0, max_detections=12, batch_size=size))
+
+    alone = batches(1, 4)
+    assert seen == [(4, 3, 64, 64)]
+    together = batches(5, 4)
+    assert seen == [(4, 3, 64, 64)] * 2
+    assert_same(together[:1], alone)
+    assert len(together) == 5
+    assert_same(batches(5, 1), together, exact_masks=False)  # other batches may differ in last bits
+    assert seen == [(1, 3, 64, 64)] * 5
+
+
+def test_single_precision_is_one_thing_there_and_the_callers_settings_come_back(
+    picture: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, seen = smallest("maskrcnn_resnet50_fpn"), []
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+
+    def state() -> tuple[object, ...]:
+        return (*[part.fp32_precision for part in parts], torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+
+    with pretend_cuda(), monkeypatch.context() as patch:
+        before = state()
+        torch.manual_seed(0)
+        model = MaskRCNN(config).to("cuda").eval()
+        backbone = type(model.network.backbone)
+        forward = backbone.forward
+        patch.setattr(
+            backbone, "forward", lambda part, pixels: (seen.append((state(), pixels.dtype)), forward(part, pixels))[1]
+        )
+        precisions: list[Any] = ["fp32", "tf32", "bf16", "auto"]
+        for precision in precisions:
+            model.predict(images(picture)[:1], PredictOptions(precision=precision))
+            assert state() == before
+        model.propose(images(picture)[:1])
+        assert state() == before
+    exact, rounded = ("ieee", "ieee", False, True), ("tf32", "tf32", False, True)
+    single, half = torch.float32, torch.bfloat16
+    assert seen == [(exact, single), (rounded, single), (exact, half), (exact, half), (exact, single)]
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_where_the_card_has_it(bf16: bool, expected: torch.dtype) -> None:
+    with pretend_cuda(bf16=bf16):
+        assert DTYPES[resolved("auto", torch.device("cuda"))] == expected
+        assert resolved("auto", torch.device("cpu")) == "fp32"
