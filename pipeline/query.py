@@ -10,8 +10,9 @@ locked, so `COPY ... TO`, `read_csv` and `ATTACH` fail. Write results with `mask
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -22,6 +23,7 @@ from pipeline.duck import connected
 from pipeline.errors import QueryError
 from pipeline.schema import RUN_COLUMN, TABLE_SCHEMA, Status
 from pipeline.storage import Storage
+from pipeline.storage_errors import os_error_number
 from pipeline.table import open_table
 
 BATCH_ROWS = 10_000
@@ -85,16 +87,20 @@ def _create_views(connection: duckdb.DuckDBPyConnection, dataset: pyarrow.datase
     connection.execute(_DETECTIONS.format(name="current_detections", images="current_images", run=RUN_COLUMN))
 
 
+Errors = Callable[[duckdb.DuckDBPyConnection], AbstractContextManager[None]]
+
+
 class Answer:
     """An answer as record batches, for results larger than memory. QueryError while iterating: the query failed at that row."""
 
-    def __init__(self, reader: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection | None = None) -> None:
+    def __init__(self, reader: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection, errors: Errors) -> None:
         self.schema: pa.Schema = reader.schema
         self._reader = reader
         self._connection = connection
+        self._errors = errors
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        with _query_errors(self._connection):  # its own errors alone: those of who reads the batches are raised elsewhere
+        with self._errors(self._connection):  # its own errors alone: those of who reads the batches are raised elsewhere
             yield from self._reader
 
     def read_all(self) -> pa.Table:
@@ -111,13 +117,14 @@ def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, A
 @contextmanager
 def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[Answer]:
     """The answer as batches; valid inside the block. Errors as in `query`."""
+    errors = partial(_query_errors, storage, table_uri)
     with connect(storage, table_uri) as connection:
-        with _query_errors(connection):
+        with errors(connection):
             check_statement(connection, sql)
             relation = connection.sql(sql, params=dict(parameters or {}))
             if relation is None:
                 raise QueryError(f"the query returns no rows; select from {', '.join(VIEWS)}")
-            answer = Answer(relation.to_arrow_reader(BATCH_ROWS), connection)
+            answer = Answer(relation.to_arrow_reader(BATCH_ROWS), connection, errors)
         yield answer
 
 
@@ -141,15 +148,24 @@ ELSEWHERE = "Write the answer of a SELECT to a file with --output (`masklake que
 
 
 @contextmanager
-def _query_errors(connection: duckdb.DuckDBPyConnection | None) -> Iterator[None]:
+def _query_errors(storage: Storage, table_uri: str, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader hands DuckDB's errors on as Arrow's
+        if _is_of_storage(error):
+            with storage.reading(table_uri):
+                raise OSError(str(error)) from error
         if isinstance(error, duckdb.PermissionException):
             remedy = f"A query reads the table and nothing else. {ELSEWHERE}"
         else:
-            remedy = describe_views(connection.cursor()) if connection is not None else ""
+            remedy = describe_views(connection.cursor())
         raise QueryError(f"{error}\n{remedy}".rstrip()) from error
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether the table's files could not be read, which DuckDB puts into words of its own: no fault of the SQL."""
+    text = str(error)
+    return "reading the Arrow source failed" in text and ("IOError" in text or os_error_number(error) is not None)
 
 
 def describe_views(connection: duckdb.DuckDBPyConnection) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import QueryError, TableError
+from pipeline.errors import AccessDeniedError, InputNotFoundError, QueryError, TableError
 from pipeline.query import VIEWS, connect, query, stream
 from pipeline.storage import Storage
 
@@ -243,3 +243,19 @@ def test_the_views_are_the_documented_ones(tmp_path: Path, write_run: Any, make_
     write_run(str(tmp_path), "night-1", [make_row(0, "a.jpg")])
     for view in VIEWS:
         assert ask(str(tmp_path), f"SELECT count(*) > 0 FROM {view}") == [(True,)]
+
+
+@pytest.mark.slow
+def test_a_store_that_refuses_the_data_is_no_fault_of_the_sql(s3: Any, s3_proxy: Any, write_run: Any, make_row: Any) -> None:
+    write_run(s3.uri("table"), "night-1", [make_row(0, "a.jpg")])
+    s3_proxy.answer(403, "ExpiredToken", "GET", "part-")
+    with pytest.raises(AccessDeniedError, match="table: the session's credentials have expired") as refused:
+        query(Storage(), s3.uri("table"), "SELECT max(uri) FROM images")
+    assert "views" not in str(refused.value)
+
+
+def test_a_data_file_that_is_gone_is_no_fault_of_the_sql(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    next((tmp_path / "table").glob("run=*/*.parquet")).unlink()
+    with pytest.raises(InputNotFoundError, match="table: not found"):
+        query(Storage(), str(tmp_path / "table"), "SELECT max(uri) FROM images")
