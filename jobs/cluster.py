@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.cluster_checks import check_cluster
+from jobs.cluster_watch import watch_cluster
 from model.errors import MaskLakeError
 from pipeline.errors import ClusterTooSmallError, ClusterUnusableError
 
@@ -54,6 +55,7 @@ def connect(address: str | None = None) -> Capacity:
 
     if not ray.is_initialized():
         _start(address or os.environ.get("RAY_ADDRESS") or "local")
+        watch_cluster()
     _quiet()
     total: dict[str, float] = ray.cluster_resources()
     return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), EMBEDDED in total)

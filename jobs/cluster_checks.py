@@ -164,6 +164,16 @@ def _living_nodes(address: str, client: Any) -> Iterable[Any]:
     return [node for node in nodes if node.state == type(node).ALIVE]
 
 
+def reaches(address: str, timeout_s: float = 3.0) -> bool:
+    """Whether something accepts connections at host:port; a busy head does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
 def _listens(path: str) -> bool:
     """Whether a process of this host listens on the socket."""
     with socket.socket(socket.AF_UNIX) as node:

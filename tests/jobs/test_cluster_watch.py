@@ -1,0 +1,34 @@
+"""When a cluster counts as lost, and how a process ends then."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+from jobs.cluster_checks import reaches
+from jobs.cluster_watch import PATIENCE_S, verdict
+
+
+def test_a_cluster_is_lost_with_its_head_or_this_hosts_node() -> None:
+    assert verdict("h:1", 0, True) is None
+    assert verdict("h:1", PATIENCE_S - 1, True) is None
+    assert verdict("h:1", PATIENCE_S, True) == "the head of the Ray cluster at h:1 has been gone for 40 s"
+    assert verdict("h:1", 0, False) == "the Ray cluster at h:1 has lost this host's node"
+
+
+def test_a_head_that_accepts_connections_is_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert reaches(address)
+    assert not reaches(address)
+
+
+def test_the_end_is_a_line_with_the_logs_and_its_own_code() -> None:
+    code = "from jobs.cluster_watch import _end; _end('the head is gone', '/tmp/ray/session/logs')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 45
+    assert done.stderr == (
+        "masklake: error: the head is gone. What was finished is kept; start the same command again. "
+        "Ray's own logs: /tmp/ray/session/logs\n"
+    )
