@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from jobs.shapes import CATEGORIES, generate
 from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
 from jobs.train_worker import (
     Images,
+    State,
     Validation,
     _agreed,
     _check_finite,
     _is_best,
     _Losses,
+    _run_epoch,
     _scored,
     predict_share,
     user_error,
@@ -36,7 +39,10 @@ from model.checkpoint import dumps, load_checkpoint
 from model.errors import CheckpointError, ConfigError, UnknownPresetError
 from pipeline.coco import parse_coco, read_coco
 from pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
+from pipeline.image_check import usable_images
+from pipeline.recipe import build_optimizer, recipe_of
 from pipeline.storage import Storage
+from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
 
 
 def options(**changes: Any) -> TrainOptions:
@@ -212,6 +218,52 @@ def test_an_evaluation_leaves_out_what_it_could_not_read_up_to_the_limit(tmp_pat
     assert len(reasons) == 2
     with pytest.raises(AnnotationError, match=r"2 of the 4 images of .*instances\.json cannot be used"):
         _scored(dataclasses.replace(validation, most_unusable=0.3), unusable)
+
+
+class Alone:
+    """A Ray Train context and a board of one worker."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.say = self
+
+    def get_world_size(self) -> int:
+        return 1
+
+    def get_world_rank(self) -> int:
+        return 0
+
+    def remote(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_an_epoch_has_all_its_steps_though_half_its_images_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tmp_path, 4, 96, seed=2)
+    truth = read_coco(Storage(), str(tmp_path / "instances.json"))
+    for image in truth.images[:2]:
+        path = tmp_path / "images" / image.file_name
+        path.write_bytes(path.read_bytes()[:-200])
+    whole = usable_images(Storage(), truth, str(tmp_path / "images"), most=0.5)
+    assert len(whole.images) == 4  # their headers are fine
+    model = create_model("tiny", categories=truth.categories)
+    spec = SampleSpec(truth.categories, True, model.config.num_keypoints, Augmentation(), seed=0)
+    loader = Loader(training_rows(whole, str(tmp_path / "images"), spec), spec, Storage(), skip_bad=True)
+    alone, recipe = Alone(), recipe_of("tiny")
+    monkeypatch.setattr(ray.train, "get_context", lambda: alone)
+    job = types.SimpleNamespace(recipe=recipe, steps_per_epoch=2, spec=spec, board=alone, course=("joint",), epochs=1)
+    job.images = Images.of(whole, 0.5)
+    state = State(0, model, build_optimizer(model, recipe, 0.0))
+    batches = [loader.load([2 * n, 2 * n + 1], [0, 0]) for n in range(2)]
+    row = _run_epoch(job, state, model, iter(batches))
+    assert len(row["replaced"]) == 2
+    assert row["losses"]["loss"] > 0
+    assert any(line.startswith("2 images could not be used and were replaced: ") for line in alone.lines)
+    job.images = Images.of(whole, 0.3)
+    with pytest.raises(AnnotationError, match=r"of the 4 images of .* cannot be used"):
+        _run_epoch(job, state, model, iter(batches))
+    job.images = Images.of(whole, 0.5)
+    with pytest.raises(TrainingError, match="epoch 1 ended after 1 of 2 steps"):
+        _run_epoch(job, state, model, iter(batches[:1]))
 
 
 def test_losses_average_over_the_steps_since_the_last_look() -> None:
