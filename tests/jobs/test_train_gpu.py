@@ -61,9 +61,13 @@ def samples() -> tuple[list[Tensor], list[Target]]:
 def epoch(device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[Tensor]]:
     """Three steps by the worker's own loop; its row of history, and the weights on the host."""
     monkeypatch.setattr(train_worker, "to_training", lambda batch, spec: samples())
+    monkeypatch.setattr(train_worker, "replaced_in", lambda batch: set())
     recipe = TINY.model_copy(update={"epochs": 1})
     board = SimpleNamespace(say=SimpleNamespace(remote=lambda line: None))
-    job: Any = SimpleNamespace(recipe=recipe, steps_per_epoch=3, spec=None, epochs=1, course=(None,), board=board)
+    images = SimpleNamespace(check=lambda unusable: None)
+    job: Any = SimpleNamespace(
+        recipe=recipe, steps_per_epoch=3, spec=None, epochs=1, course=(None,), board=board, images=images
+    )
     model = new_model().to(device)
     state = State(0, model, build_optimizer(model, recipe, 0.0))
     torch.manual_seed(5)
