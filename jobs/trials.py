@@ -137,7 +137,7 @@ class Alone:
         self._failed_starts += 1
         if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
             raise LabellingError(
-                f"workers end before they have an image: {last_line(error)}; the same command goes on"
+                f"workers end before they have an image in hand: {last_line(error)}; the same command goes on"
             ) from error
 
 
