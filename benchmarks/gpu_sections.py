@@ -18,8 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from model import PRESETS, MaskRCNN, PredictOptions, create_model, load_checkpoi
 from model.boxes import suppress
 from model.coco import PERSON
 from model.config import Precision
+from model.devices import arithmetic
 from model.inference import Detections as Found
 from model.inference import Settings, propose, resolve, select, to_instances
 from model.instances import Instances, Target
@@ -47,7 +47,6 @@ from model.kernels.mask_rle import mask_edges
 from model.prepare import DTYPES
 from model.rle import encode_on_device, pack_edges
 from model.rpn import Regions
-from model.transform import Canvas
 from pipeline.recipe import build_optimizer, clip, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,20 +260,10 @@ def ceilings(bench: Bench) -> Iterator[Row]:
     for name, (run, moved) in runs.items():
         took = kernels.in_bursts({"run": run}, scale.repeats)["run"]
         yield {"what": name, "ms": ms(took), "rate": f"{moved / took.median / 1e9:.0f} GB/s", "spread": f"{took.spread:.0%}"}
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp32", torch.float32, False), ("tf32", torch.float32, True)):
-        with matmul_in_tf32(tf32):
-            yield matrix_product(name, dtype, scale)
-
-
-@contextmanager
-def matmul_in_tf32(wanted: bool) -> Iterator[None]:
-    """Matrix products of float32 in TF32, or in float32 throughout."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if wanted else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    precisions: tuple[Precision, ...] = ("bf16", "fp32", "tf32")
+    for precision in precisions:
+        with arithmetic(precision, torch.device(DEVICE)):
+            yield matrix_product(precision, DTYPES[precision], scale)
 
 
 def matrix_product(name: str, dtype: torch.dtype, scale: Scale) -> Row:
@@ -561,7 +550,7 @@ def one_pass(model: MaskRCNN, pictures: Sequence[Tensor], options: PredictOption
 
     def canvas() -> None:
         made = model._canvas(pictures, config.min_sizes[-1])
-        held["canvas"] = Canvas(made.pixels.to(DTYPES[options.precision]), made.sizes, made.ratios)
+        held["canvas"] = replace(made, pixels=made.pixels.to(DTYPES[options.precision]))
 
     def backbone() -> None:
         held["features"] = network.backbone(held["canvas"].pixels)
@@ -593,7 +582,7 @@ def one_pass(model: MaskRCNN, pictures: Sequence[Tensor], options: PredictOption
         "mask branch": mask_branch,
         "to the host, RLE": host,
     }
-    with torch.inference_mode():
+    with torch.inference_mode(), arithmetic(options.precision, model.device):
         for name, step in steps.items():
             yield name, side_by_side({"step": step}, 1, warm=False)["step"].median
 
@@ -688,11 +677,12 @@ def make_step(bench: Bench, batch: int) -> Callable[[], dict[str, float]]:
     targets = [make_target(model, scale, seed) for seed in range(batch)]
 
     def step() -> dict[str, float]:
-        losses = model(pictures, targets)
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        clip(model.parameters(), recipe)
-        optimizer.step()
+        with arithmetic("fp32", model.device):
+            losses = model(pictures, targets)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            clip(model.parameters(), recipe)
+            optimizer.step()
         return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
 
     return step

@@ -12,7 +12,7 @@ from torch import Tensor
 from model import detectron2_weights, torchvision_weights
 from model.checkpoint import is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
-from model.device import check_device
+from model.devices import check_device
 from model.errors import CheckpointError
 from model.mask_rcnn import MaskRCNN
 from model.other_networks import backbone_name, other_network, residual_network

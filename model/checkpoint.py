@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.device import check_device
+from model.devices import check_device
 from model.errors import CheckpointError, faults
 from model.identity import COUNTER
 from model.mask_rcnn import MaskRCNN

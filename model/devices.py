@@ -1,4 +1,5 @@
-"""What crosses between host and device, so that neither waits for the other more often than it must.
+"""Host and device: what a device asks of its machine, how it computes, and what crosses between the two, so that neither
+waits for the other more often than it must.
 
 A GPU runs behind the host, which only ever hands it work. A plain copy, also of three constants, makes the host wait until
 everything before is done, and the GPU then waits for the host. So constants are kept, small tables go through pinned memory,
@@ -7,15 +8,41 @@ and results come back together.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from model.config import Precision
+from model.errors import ConfigError
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, when this machine can run a model on it.
+
+    Raises ConfigError where it names a CUDA device and torch finds none, or no C compiler is there: Triton builds a small
+    launcher for each kernel when that first runs.
+    """
+    chosen = torch.device(device)
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {chosen}: torch {torch.__version__} finds no CUDA device here; use the device cpu")
+    if c_compiler() is None:
+        raise ConfigError(
+            f"device {chosen}: Triton needs a C compiler to launch kernels and finds none; install gcc, or name one in CC"
+        )
+    return chosen
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take, by its order: CC, gcc, clang."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def constant(values: Sequence[float], device: torch.device) -> Tensor:
@@ -47,9 +74,10 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     wanted = "tf32" if precision == "tf32" else "ieee"
-    products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # made at run time
+    # The recurrent layers' setting goes along, for torch refuses to tell `allow_tf32` while these two differ.
+    cudnn: Any = torch.backends.cudnn  # whose parts are made at run time
+    products = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [part.fp32_precision for part in products]
-    cudnn = torch.backends.cudnn
     algorithms = cudnn.benchmark, cudnn.deterministic
     try:
         for part in products:

@@ -552,7 +552,7 @@ def pretend_cuda(kernels: bool = False, bf16: bool = True) -> Iterator[Log]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouper(log)))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", _profiler()))
-        stack.enter_context(mock.patch("model.device.c_compiler", return_value="cc"))  # nothing is compiled here
+        stack.enter_context(mock.patch("model.devices.c_compiler", return_value="cc"))  # nothing is compiled here
         if kernels:
             from triton.runtime.interpreter import GridExecutor
 

@@ -9,7 +9,7 @@ import torch
 
 from model import create_model
 from model.config import ModelConfig
-from model.device import c_compiler, check_device
+from model.devices import c_compiler, check_device
 from model.errors import ConfigError
 from model.presets import PRESETS
 
