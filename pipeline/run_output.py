@@ -1,8 +1,8 @@
 """What a run has written so far: which files count, which images are missing, and each image exactly once.
 
-A worker writes each block as one file, `part-<first image>-<hash of all of them>.parquet`, in one piece: a file that is there
-is whole, and a block that is labelled again writes the same name. The driver's own files (`driver-*`) are written in one
-piece, too. Nothing else in a run's folder counts.
+A worker writes each block as one file, `part-<first image>-<hash of all of them>.parquet`, in one piece, and a block that is
+labelled again writes the same name. The driver's own files (`driver-*`) are written in one piece, too. Nothing else in a run's
+folder counts, and neither does a file that is damaged: its images are labelled again.
 
 Workers of a killed driver live on for up to half a minute and may finish a block whose images the restarted run has divided
 otherwise. So `settle` looks at every image's number before a commit.
@@ -33,7 +33,7 @@ from pipeline import errors
 from pipeline.errors import InputNotFoundError, LabellingError, StorageError
 from pipeline.patience import patiently
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN, Status
-from pipeline.storage import Storage
+from pipeline.storage import Storage, parse
 from pipeline.storage_errors import describe, translated
 from pipeline.table import DataFile, Table
 
@@ -111,21 +111,39 @@ def _names(storage: Storage, folder: str) -> dict[str, int]:
 
 
 def _image_ids(storage: Storage, uri: str) -> NDArray[np.int64]:
+    """image_ids of a data file. A local file is decoded to its end: a power cut may leave zeros anywhere in it."""
     filesystem, path = storage.arrow(uri)
+    columns = None if parse(uri).is_local else ["image_id"]
     with storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
-        ids: NDArray[np.int64] = file.read(columns=["image_id"])["image_id"].to_numpy()
-        return ids
+        return _decoded(file, columns)
+
+
+def _decoded(file: pq.ParquetFile, columns: list[str] | None) -> NDArray[np.int64]:
+    parts = [batch.column("image_id") for batch in file.iter_batches(columns=columns)]
+    ids: NDArray[np.int64] = pa.chunked_array(parts, pa.int64()).to_numpy()
+    return ids
 
 
 def _image_ids_if_whole(storage: Storage, uri: str) -> NDArray[np.int64] | None:
     """image_ids of a file; None for one that is not whole Parquet, which a power cut may leave: its images count as missing."""
     try:
         return _image_ids(storage, uri)
-    except StorageError as error:
-        if not isinstance(error.__cause__, pa.ArrowInvalid):
+    except StorageError:
+        if not _is_damaged(storage, uri):
             raise
         logger.warning("%s: is damaged and does not count; its images are labelled again", uri)
         return None
+
+
+def _is_damaged(storage: Storage, uri: str) -> bool:
+    """Whether the file's bytes can be had and are not whole Parquet. pyarrow raises OSError for either."""
+    content = storage.read_bytes(uri)
+    try:
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            _decoded(file, None)
+    except (pa.ArrowException, OSError):
+        return True
+    return False
 
 
 def missing(files: Sequence[Finished], images: int) -> NDArray[np.int64]:

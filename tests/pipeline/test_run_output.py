@@ -167,11 +167,76 @@ def test_known_files_are_not_read_again(table: Table, make_row: Any, monkeypatch
     assert len(read) == 1
 
 
-def test_a_block_that_a_power_cut_left_in_part_does_not_count(table: Table, make_row: Any) -> None:
-    whole = run_output.write_block(table, RUN, block(make_row, [0]))
-    torn = run_output.write_block(table, RUN, block(make_row, [1]))
-    table.storage.write_bytes(table.storage.join(table.uri, torn.file.path), b"PAR1 cut off")
-    assert run_output.finished(table, RUN) == [whole]
+def footer_bytes(content: bytes) -> int:
+    return int.from_bytes(content[-8:-4], "little")
+
+
+TORN: dict[str, Any] = {
+    "empty": lambda whole: b"",
+    "only its first bytes": lambda whole: whole[:4],
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "without its last byte": lambda whole: whole[:-1],
+    "zeros": lambda whole: bytes(len(whole)),
+    "zeros in front": lambda whole: bytes(512) + whole[512:],
+    "zeros for the footer": lambda whole: whole[: -8 - footer_bytes(whole)] + bytes(footer_bytes(whole)) + whole[-8:],
+}
+"""What a power cut may leave of a file's content."""
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["ours", "of an earlier version"])
+def test_a_torn_file_does_not_count_and_its_images_are_labelled_again(table: Table, make_row: Any, earlier: bool) -> None:
+    images = 2 * len(TORN) + 1
+    table.begin_run(RunRecord(run_id=RUN, label_id="l", input={"uri": "i"}, images=images, planned_at=datetime.now(UTC)))
+    whole = run_output.write_block(table, RUN, block(make_row, [images - 1]))
+    for number, tear in enumerate(TORN.values()):
+        ids = [2 * number, 2 * number + 1]
+        if earlier:
+            write(table, make_row, f"a_b_{number:06d}", ids)  # with the checkpoint that says that they are done
+            uri = table.storage.join(table.run_folder(RUN), f"a_b_{number:06d}-0.parquet")
+        else:
+            uri = table.storage.join(table.uri, run_output.write_block(table, RUN, block(make_row, ids)).file.path)
+        table.storage.write_bytes(uri, tear(table.storage.read_bytes(uri)))
+    files = run_output.finished(table, RUN)
+    assert [file.file for file in files] == [whole.file]
+    assert run_output.missing(files, images).tolist() == list(range(images - 1))
+    again = run_output.write_block(table, RUN, block(make_row, list(range(images - 1))))
+    settled = run_output.settle(table, RUN, run_output.finished(table, RUN, [whole, again]), images)
+    table.commit_run(RUN, run_output.merge(table, RUN, settled))
+    assert sorted(table.dataset().to_table()["image_id"].to_pylist()) == list(range(images))
+    assert parquet_rows(table) == images, "no torn file is left to disturb who reads the folder itself"
+
+
+def test_zeros_in_the_masks_of_a_local_file_are_found(tmp_path: Path, make_row: Any) -> None:
+    table = open_table(Storage(), str(tmp_path / "t"))
+    uri = table.storage.join(table.uri, run_output.write_block(table, RUN, block(make_row, [0, 1])).file.path)
+    content = table.storage.read_bytes(uri)
+    columns = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0)
+    masks = next(columns.column(i) for i in range(columns.num_columns) if "rle" in columns.column(i).path_in_schema)
+    start, size = masks.dictionary_page_offset or masks.data_page_offset, masks.total_compressed_size
+    table.storage.write_bytes(uri, content[:start] + bytes(size) + content[start + size :])
+    assert run_output.finished(table, RUN) == []
+
+
+def test_an_unreadable_checkpoint_of_an_earlier_version_repeats_no_row(table: Table, make_row: Any) -> None:
+    write(table, make_row, "a_b_000000", [0, 1])
+    write(table, make_row, "a_b_000001", [1, 2])
+    for name in ("a_b_000000", "a_b_000001"):
+        uri = table.storage.join(run_output.checkpoint_uri(table, RUN), f"{name}.parquet")
+        table.storage.write_bytes(uri, table.storage.read_bytes(uri)[:20])
+    files = run_output.finished(table, RUN)
+    assert run_output.missing(files, 3).tolist() == []
+    assert ids_in(table, run_output.settle(table, RUN, files, 3)) == [0, 1, 2]
+
+
+def test_a_store_that_does_not_answer_is_no_damaged_file(table: Table, make_row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_output.write_block(table, RUN, block(make_row, [0]))
+
+    def refuse(storage: Storage, uri: str) -> Any:
+        raise StorageError(f"{uri}: the store is out of order")
+
+    monkeypatch.setattr(run_output, "_image_ids", refuse)
+    with pytest.raises(StorageError, match="out of order"):
+        run_output.finished(table, RUN)
 
 
 def test_small_files_are_merged_before_the_commit(table: Table, make_row: Any) -> None:
