@@ -212,8 +212,7 @@ def _label(run: _Run, say: Say) -> LabelReport:
         settled = run_output.settle(table, plan.run_id, files, plan.images)
         run.lease.check()
         merged = run_output.merge(table, plan.run_id, settled)
-        run.lease.confirm()
-        patiently(lambda: table.commit_run(plan.run_id, merged))
+        patiently(lambda: table.commit_run(plan.run_id, merged, run.lease.confirm))
     summary = patiently(lambda: run_output.summarise(table, plan.run_id))
     return LabelReport(
         table=table.uri,

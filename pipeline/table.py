@@ -18,7 +18,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,18 +289,21 @@ class Table:
         with self.storage.reading(uri):
             return int(pq.read_metadata(path, filesystem=filesystem).num_rows)
 
-    def commit_run(self, run_id: str, files: Sequence[DataFile] | None = None) -> bool:
+    def commit_run(
+        self, run_id: str, files: Sequence[DataFile] | None = None, confirm: Callable[[], None] = lambda: None
+    ) -> bool:
         """Add a run's files to the table in one transaction; False where the log already holds the run.
 
         files: default, every Parquet file in the run's folder. Files without rows are left out. Each attempt commits to the
         version it has read and no other, so the check for the run's presence holds at the moment of the commit. A commit whose
-        reply is lost is looked for in the log and made again only where it is not there.
+        reply is lost is looked for in the log and made again only where it is not there. confirm: called right before each
+        attempt; raises where this process may not write the run any more (`Lease.confirm`).
         """
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
         self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
         actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
-        lost: StorageError | None = None  # the last commit's, of which nobody knows whether it was done
+        lost: StorageError | None = None  # the last attempt's, of which nobody knows whether it was done
         for attempt in range(COMMIT_ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
@@ -309,6 +312,7 @@ class Table:
                 if delta.transaction_version(run_id) is not None:
                     self._finish(run_id)
                     return lost is not None  # a commit whose reply was lost is our own, for a run has one writer
+                confirm()
                 lost = None
                 if self._try_commit(delta, run_id, actions):
                     self._finish(run_id)

@@ -16,7 +16,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from model.errors import ConfigError
-from pipeline.errors import AccessDeniedError, InputNotFoundError, TableError
+from pipeline.errors import AccessDeniedError, InputNotFoundError, LeaseLostError, StorageError, TableError
 from pipeline.schema import SCHEMA_VERSION, TABLE_SCHEMA
 from pipeline.storage import Storage
 from pipeline.table import RunRecord, Table, input_key, open_table
@@ -253,6 +253,37 @@ def test_a_commit_that_is_refused_says_so(s3: Any, s3_proxy: Any, write_run: Any
     with pytest.raises(AccessDeniedError, match=r"access denied .403 Forbidden AccessDenied"):
         table.commit_run("night-1")
     assert s3_proxy.count("PUT", "_delta_log/") == 1
+
+
+@pytest.mark.parametrize("lost_at", [1, 2])
+def test_each_attempt_to_commit_is_confirmed(
+    tmp_path: Path, write_run: Any, make_row: Any, monkeypatch: pytest.MonkeyPatch, lost_at: int
+) -> None:
+    """The store is out of order for the first attempt, and meanwhile the lease is lost, or was before."""
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
+    real, tries = Table._try_commit, []
+
+    def busy_once(self: Table, delta: Any, run_id: str, actions: Any) -> bool:
+        tries.append(run_id)
+        if len(tries) == 1:
+            error = StorageError("the store is overloaded")
+            error.may_pass = True
+            raise error
+        return real(self, delta, run_id, actions)
+
+    confirmed: list[int] = []
+
+    def confirm() -> None:
+        confirmed.append(len(tries))
+        if len(confirmed) == lost_at:
+            raise LeaseLostError("another driver took it over")
+
+    monkeypatch.setattr(Table, "_try_commit", busy_once)
+    with pytest.raises(LeaseLostError):
+        table.commit_run("night-1", confirm=confirm)
+    assert confirmed == list(range(lost_at))
+    assert not table.is_committed("night-1")
+    assert table.commit_run("night-1", confirm=lambda: None)
 
 
 def test_a_log_that_cannot_be_created_says_why(tmp_path: Path, write_run: Any, make_row: Any) -> None:
