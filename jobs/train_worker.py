@@ -566,7 +566,10 @@ def restore(job: TrainingJob, device: torch.device) -> State:
 
 
 def _save(job: TrainingJob, state: State, rank: int) -> None:
-    """Reports the epoch with its checkpoint, then points `latest.json` at it: a kill in between repeats the epoch."""
+    """Reports the epoch with its checkpoint, then points `latest.json` at it: a kill in between repeats the epoch.
+
+    What `latest.json` names must outlast a power cut as it does, and Ray Train does not sync what it copies.
+    """
     metrics = {"epoch": state.epoch, "loss": state.history[-1]["losses"].get(TOTAL)}
     if rank != 0:
         ray.train.report(metrics)
@@ -577,6 +580,8 @@ def _save(job: TrainingJob, state: State, rank: int) -> None:
         torch.save(state.optimizer.state_dict(), Path(folder, OPTIMIZER))
         Path(folder, STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    folder_uri = Storage.join(job.run_uri, name)
+    job.storage.sync(Storage.join(folder_uri, file) for file in (MODEL, OPTIMIZER, STATE))
     _point(job, state.epoch)
 
 

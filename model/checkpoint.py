@@ -6,6 +6,8 @@ Nothing here unpickles: reading an untrusted file runs no code of it.
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,17 +38,23 @@ def dumps(model: MaskRCNN) -> bytes:
 
 
 def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
-    """Write the model to one file, which appears under its name only when it is complete.
+    """Write the model to one file, which appears under its name only when it is complete and on the disk.
 
     Raises CheckpointError where the folder cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own: two processes may write one checkpoint
     try:
-        partial.write_bytes(dumps(model))
-        partial.replace(path)
+        try:
+            with partial.open("xb") as file:
+                file.write(dumps(model))
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
+        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}") from error
 
 
 def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu") -> MaskRCNN:

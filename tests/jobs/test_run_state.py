@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from model.build import create_model
 from model.checkpoint import dumps
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import InputNotFoundError
+from pipeline.storage import Storage
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 
@@ -57,6 +59,31 @@ def test_a_start_that_ends_anywhere_loses_at_most_its_epoch(
     assert trainer.trained == ([1, 1, 2] if kill == "report" else [1, 2]), "what was saved is not trained again"
     assert run(options, quiet) == report.model_copy(update={"resumed_from": 2})
     assert len(trainer.trained) == (3 if kill == "report" else 2)
+
+
+def test_latest_json_names_what_a_power_cut_leaves(
+    data: Path, tmp_path: Path, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a checkpoint is on the disk before the pointer to it is written; so is the result, file by file."""
+    happened: list[str] = []
+    fsync, write = os.fsync, Storage.write_bytes
+
+    def synced(descriptor: int) -> None:
+        happened.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path / "r"))
+        fsync(descriptor)
+
+    def written(storage: Storage, uri: str, content: bytes) -> None:
+        write(storage, uri, content)
+        happened.append(f"wrote {uri.rpartition('/')[2]}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Storage, "write_bytes", written)
+    run(counting_run(data, tmp_path, epochs=1), quiet)
+    before = happened[: happened.index("wrote latest.json")]
+    folder = tmp_path / "r" / "checkpoint_0001"
+    assert {f"checkpoint_0001/{path.name}" for path in folder.iterdir()} <= set(before)
+    assert "checkpoint_0001" in before, "the files' names"
+    assert before[-1] == ".", "the name of the folder itself"
 
 
 def test_an_error_of_the_evaluator_loses_no_training(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +177,43 @@ def test_a_configuration_of_another_version_is_refused(model: MaskRCNN, tmp_path
     save_file(dict(model.network.state_dict()), path, metadata={"format": "masklake/1", "config": json.dumps(config)})
     with pytest.raises(CheckpointError, match="invented_option"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_a_saved_file_has_the_umasks_permissions_and_is_on_the_disk_before_its_name(
+    model: MaskRCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    path, named = tmp_path / "model.safetensors", []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        named.append(path.exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    before = os.umask(umask)
+    try:
+        save_checkpoint(model, path)
+    finally:
+        os.umask(before)
+    assert named == [False]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(
+    model: MaskRCNN, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: No space left on device"):
+        save_checkpoint(model, saved)
+    assert saved.read_bytes() == old
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_folder_that_does_not_exist_cannot_be_saved_to(model: MaskRCNN, tmp_path: Path) -> None:
