@@ -32,7 +32,7 @@ from model.errors import MaskLakeError
 from pipeline.conditional import ConditionalObject, RefusedError, bare_tags
 from pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
 from pipeline.storage import Storage, parse
-from pipeline.storage_errors import translated
+from pipeline.storage_errors import describe, translated
 
 if TYPE_CHECKING:  # it exists in obstore's stubs alone
     from obstore import UpdateVersion
@@ -189,11 +189,13 @@ class FileLease(Lease):
 
     def release(self) -> None:
         """Drop the lock. The file stays: removing it would let two waiting drivers lock two different files."""
-        if not self._file.closed:
-            try:
+        if self._file.closed:
+            return
+        try:
+            with self._file:
                 self._write(b"")
-            finally:
-                self._file.close()
+        except OSError as error:  # closed all the same, and whoever comes next goes by the lock, not by the file's content
+            logger.warning("%s: still names this process, which gave the lease back (%s)", self.uri, describe(error))
 
 
 class ObjectLease(Lease):

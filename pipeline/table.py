@@ -1,7 +1,7 @@
 """The table: a Delta Lake of Parquet files with one row an image, committed one run at a time (design, section 3.2).
 
     <table>/_delta_log/                   one transaction a run
-    <table>/run=<run_id>/*.parquet        data; only Delta's own checkpoints share the suffix
+    <table>/run=<run_id>/*.parquet        data; nothing else has the suffix
     <table>/_masklake/table.json          schema version
     <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
     <table>/_masklake/<run_id>/           manifest, lease, run record
@@ -29,7 +29,7 @@ import deltalake
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,6 +46,9 @@ from pipeline.suffixes import IMAGE_SUFFIXES
 logger = logging.getLogger(__name__)
 
 COMMIT_ATTEMPTS = 20
+# A checkpoint of the log is a Parquet file in the table: whoever reads `**/*.parquet` would count its rows as images.
+# Without checkpoints no entry of the log may ever be cleaned up.
+_NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -344,6 +347,7 @@ class Table:
                     _delta_schema(),
                     partition_by=[RUN_COLUMN],
                     commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(run_id, 1)]),
+                    post_commithook_properties=_NO_CHECKPOINT,
                 )
         except _CommitConflictError:
             return False
@@ -362,6 +366,7 @@ class Table:
                     mode="ignore",  # another writer may have created it since
                     partition_by=[RUN_COLUMN],
                     name="masklake",
+                    configuration={"delta.checkpointInterval": str(2**31 - 1)},  # for other writers
                     storage_options=self.storage.delta_options(self.uri),
                     commit_properties=CommitProperties(max_commit_retries=0),
                 )

@@ -245,6 +245,22 @@ def test_a_gateway_that_compares_tags_with_their_quotes(s3: Any, s3_proxy: Any) 
                 Lease.acquire(Storage(), s3.uri("table"), "night-1")
 
 
+def test_a_lock_whose_file_cannot_be_emptied_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the run has committed stays committed: the lock decides, not the content."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    lease = Lease.acquire(Storage(), str(tmp_path), "night-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.FileLease, "_write", broken)
+        lease.release()
+    assert "night-1/lease: still names this process" in caplog.text
+    Lease.acquire(Storage(), str(tmp_path), "night-1").release()
+
+
 def test_a_lock_that_could_not_be_written_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -45,6 +45,39 @@ def test_the_log_is_plain_delta(tmp_path: Path, write_run: Any, make_row: Any) -
     assert set(other["run"].to_pylist()) == {"night-1"}
 
 
+def copy_commits(log: Path, first: int, last: int) -> None:
+    """Copies of commit 1 under other runs' names: a log as long as that many runs make it."""
+    commit = (log / f"{1:020}.json").read_text()
+    for version in range(first, last + 1):
+        (log / f"{version:020}.json").write_text(commit.replace("night-1", f"copy-{version}"))
+
+
+@pytest.mark.parametrize("interval", [2**31 - 1, 100], ids=["ours", "an earlier version's"])
+def test_a_long_log_puts_no_parquet_beside_the_data(tmp_path: Path, write_run: Any, make_row: Any, interval: int) -> None:
+    """By Delta's default version 99 brings a checkpoint, which `**/*.parquet` would count."""
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    log = Path(table.uri, "_delta_log")
+    created = log / f"{0:020}.json"
+    created.write_text(created.read_text().replace(str(2**31 - 1), str(interval)))
+    assert DeltaTable(table.uri).metadata().configuration == {"delta.checkpointInterval": str(interval)}
+    copy_commits(log, 2, 97)
+    for number in range(98, 103):
+        write_run(table.uri, f"night-{number}", [make_row(0, f"{number}.jpg")])
+    assert table.version() == 102
+    assert sorted(path.parent.name for path in Path(table.uri).rglob("*.parquet")) == sorted(
+        ["run=night-1", *(f"run=night-{number}" for number in range(98, 103))]
+    )
+
+
+def test_other_writers_of_the_log_write_no_checkpoint_either(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    copy_commits(Path(table.uri, "_delta_log"), 2, 97)
+    for _ in range(3):
+        DeltaTable(table.uri).alter.set_table_properties({"delta.appendOnly": "false"})
+    assert table.version() == 100
+    assert [path.parent.name for path in Path(table.uri).rglob("*.parquet")] == ["run=night-1"]
+
+
 def test_an_uncommitted_run_is_invisible(place: str, write_run: Any, make_row: Any) -> None:
     table = write_run(place, "night-1", [make_row(0, "a.jpg")])
     write_run(place, "night-2", [make_row(0, "b.jpg")], commit=False)
