@@ -17,7 +17,7 @@ from model.errors import ConfigError
 from pipeline.coco import CocoDataset, read_coco
 from pipeline.errors import InputNotFoundError
 from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
-from pipeline.matching import COLUMNS, ImageNames, TableDetections, check_sizes, collect
+from pipeline.matching import COLUMNS, ImageNames, TableDetections, check_keypoints, check_sizes, collect
 from pipeline.query import query, stream
 from pipeline.schema import LIKELY_SCORE
 from pipeline.storage import Storage
@@ -33,6 +33,7 @@ class EvaluateReport(BaseModel):
     images: int = Field(description="Of the truth, all of which count.")
     labelled: int = Field(description="Of these, images with an ok row in the table.")
     failed: int = Field(description="Of these, images whose row says that they could not be labelled.")
+    failures: dict[str, int] = Field(description="The failed images by status.")
     missing: int = Field(description="Of these, images without a row.")
     strangers: int = Field(description="Images of the table that the truth does not list: ignored.")
     ambiguous: int = Field(description="Of these, images whose name alone fits several of the truth.")
@@ -40,6 +41,7 @@ class EvaluateReport(BaseModel):
     detections: int = Field(description="Of the table in these images, weak ones included: average precision needs them.")
     detections_likely: int = Field(description="Of these, of score >= 0.5.")
     dropped: dict[str, int] = Field(description="What the truth's reader left out, by reason.")
+    incomplete: dict[str, int] = Field(description="Instances of the truth without one task's truth, by what they lack.")
     notes: list[str]
     scores: dict[IouType, dict[str, Any]]
     not_scored: dict[IouType, str] = Field(description="Kinds that one side lacks, and which.")
@@ -85,6 +87,7 @@ def run(
         )
     check_sizes(found, data)
     check_categories(table, data, found)
+    check_keypoints(found, data)
     scores = coco_metrics(data, found.rows, max_dets=max_dets)
     report = EvaluateReport(
         table=table,
@@ -92,6 +95,7 @@ def run(
         images=len(data.images),
         labelled=found.labelled,
         failed=found.failed,
+        failures=dict(found.failures),
         missing=len(data.images) - found.labelled - found.failed,
         strangers=found.strangers,
         ambiguous=len(matches.ambiguous),
@@ -99,10 +103,13 @@ def run(
         detections=len(found.rows),
         detections_likely=sum(row["score"] >= LIKELY_SCORE for row in found.rows),
         dropped=dict(data.dropped),
+        incomplete=data.incomplete(),
         notes=[
             *_notes({c.id: c.name for c in data.categories}, found.names),
             *_partial(found.rows, scores),
             *_ambiguous(matches.ambiguous),
+            *_failures(found),
+            *_incomplete(data),
         ],
         scores={kind: vars(score) for kind, score in scores.items()},
         not_scored=not_scored(data, found.rows, scores),
@@ -170,6 +177,21 @@ def _ambiguous(uris: Sequence[str]) -> list[str]:
     return [
         f"{len(uris):,} images of the table, such as {uris[0]}, fit several of the truth by their name alone and do not count; "
         "name the folder of the truth's images with --images"
+    ]
+
+
+def _failures(found: TableDetections) -> list[str]:
+    """Why images of the truth have no detections; the table knows, the scores do not show it."""
+    if not found.failed:
+        return []
+    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(found.failures.items()))
+    return [f"images that failed count as images without detections: {counts}; such as {found.first_failure}"]
+
+
+def _incomplete(truth: CocoDataset) -> list[str]:
+    return [
+        f"{count:,} instances of the truth {reason} are left out of that task's scores and count in the others"
+        for reason, count in truth.incomplete().items()
     ]
 
 

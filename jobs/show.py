@@ -21,6 +21,7 @@ from pipeline.query import connect
 from pipeline.schema import LIKELY_SCORE, Status
 from pipeline.storage import Storage, canonical, relative_to
 from pipeline.storage_errors import describe as describe_error
+from pipeline.stored_values import check_instance
 
 NAMED = 3
 """Images that a message names."""
@@ -52,7 +53,8 @@ def run(
     folder that the images are in now; default: where they were labelled. The suffix of `output` says its format.
 
     InputNotFoundError: the table has no such image (near names are given), several, it was not labelled, or it is gone from
-    storage. ConfigError: an output that cannot be. StorageError: the image is another one by now.
+    storage. ConfigError: an output that cannot be. StorageError: the image is another one by now. TableError: the row's numbers
+    cannot be drawn.
     """
     form = _check_picture(output)
     check_output(output, table)
@@ -63,6 +65,8 @@ def run(
             "SELECT * FROM current_detections WHERE uri = $uri AND run = $run AND image_id = $image_id",
             {name: found[name] for name in ("uri", "run", "image_id")},
         )
+    for number, row in enumerate(instances):
+        check_instance(f"{found['uri']}: instance {number} of its row", row, row["rle"], row["keypoints"], found)
     place = found["uri"] if images is None else _moved(storage, found["uri"], images)
     if canonical(output) == canonical(place):
         raise ConfigError(f"{output}: is the image itself; name another file for the picture")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from model.config import INT32
 from model.rle import unpack_counts
+from pipeline.decode import MOST_PIXELS
 from pipeline.errors import AnnotationError
 
 Segmentation: TypeAlias = list[list[float]] | dict[str, Any] | None
@@ -26,8 +27,6 @@ INT64 = (-(2**63), 2**63 - 1)
 """Range of an image's id: a column of that type carries it."""
 EXACT = 2**53
 """Whole numbers written as floats (7.0) are taken up to here: above it a float has lost digits."""
-MOST_PIXELS = 2**32 - 1
-"""Of an image: run lengths are 32-bit numbers."""
 REACH = 1.0
 """Image sides by which a coordinate may lie outside its image, as outlines of objects do that its border cuts off."""
 MOST_AREA = 1e10

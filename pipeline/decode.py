@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.config import INT32
 from pipeline.schema import Status
 
 # fmt: off
@@ -44,6 +45,8 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
+MOST_PIXELS = 2**32 - 1
+"""Of an image: its masks' run lengths are 32-bit numbers."""
 _ERROR_LENGTH = 300  # characters of a foreign message that a row keeps
 
 
@@ -52,9 +55,9 @@ class DecodeLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_bytes: int = Field(default=256 * 2**20, gt=0, description="Largest compressed file, bytes.")
-    max_pixels: int = Field(default=100_000_000, gt=1, description="Largest width x height, pixels.")
-    max_side: int = Field(default=65_535, gt=0, description="Longest side, pixels (the most a JPEG can state).")
+    max_bytes: int = Field(default=256 * 2**20, gt=0, le=2**40, description="Largest compressed file, bytes.")
+    max_pixels: int = Field(default=100_000_000, gt=1, le=MOST_PIXELS, description="Largest width x height, pixels.")
+    max_side: int = Field(default=65_535, gt=0, le=INT32[1], description="Longest side, pixels (the most a JPEG can state).")
 
 
 @dataclass(frozen=True)

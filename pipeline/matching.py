@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -14,25 +15,33 @@ from model.errors import ConfigError
 from pipeline.coco import CocoDataset
 from pipeline.schema import Status
 from pipeline.storage import relative_to
+from pipeline.stored_values import check_row
 
 
 @dataclass
 class TableDetections:
     """COCO result rows of the images that the truth lists, and what the table says of the others.
 
-    labelled, failed: images of the truth with an `ok` row, or another. strangers: images of the table that the truth does not
-    list. names: the table's category names by id. sizes: width and height of the labelled images, by id.
+    labelled, failed: images of the truth with an `ok` row, or another. failures: these by status. first_failure: the URI and
+    error of one. strangers: images of the table that the truth does not list. names: the table's category names by id. sizes:
+    width and height of the labelled images, by id.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     labelled: int = 0
-    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    first_failure: str | None = None
     strangers: int = 0
     names: dict[int, str] = field(default_factory=dict)
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def failed(self) -> int:
+        """Images of the truth whose row says that they could not be labelled."""
+        return self.failures.total()
 
-COLUMNS = ("uri", "status", "height", "width", "instances", "rles", "keypoints")
+
+COLUMNS = ("uri", "status", "error", "height", "width", "instances", "rles", "keypoints")
 """What `collect` needs of a table."""
 
 
@@ -123,7 +132,10 @@ def common_folder(uris: Iterable[str]) -> str:
 
 
 def collect(batches: Iterable[pa.RecordBatch], image_ids: Mapping[str, int]) -> TableDetections:
-    """The detections of a table's rows (`COLUMNS`), each with the id of its image in the truth. image_ids: by URI."""
+    """The detections of a table's rows (`COLUMNS`), each with the id of its image in the truth. image_ids: by URI.
+
+    Raises TableError for a row whose numbers cannot be scored (`pipeline.stored_values`).
+    """
     found = TableDetections()
     for batch in batches:
         for row in batch.to_pylist():
@@ -131,12 +143,14 @@ def collect(batches: Iterable[pa.RecordBatch], image_ids: Mapping[str, int]) -> 
             if image_id is None:
                 found.strangers += 1
             elif row["status"] != Status.OK:
-                found.failed += 1
+                found.failures[str(row["status"])] += 1
+                found.first_failure = found.first_failure or f"{row['uri']} ({row['error']})"
             else:
+                check_row(row)
                 found.labelled += 1
                 found.sizes[image_id] = row["width"], row["height"]
                 found.rows.extend(_results(row, image_id))
-                found.names |= {instance["category_id"]: instance["category"] for instance in row["instances"]}
+                found.names |= {i["category_id"]: i["category"] or str(i["category_id"]) for i in row["instances"]}
     return found
 
 
@@ -150,9 +164,9 @@ def _results(row: Mapping[str, Any], image_id: int) -> list[dict[str, Any]]:
             "score": instance["score"],
             "bbox": [box["x1"], box["y1"], box["x2"] - box["x1"], box["y2"] - box["y1"]],
         }
-        if n < len(row["rles"]) and row["rles"][n] is not None:  # null where no masks were asked for
+        if row["rles"] and row["rles"][n] is not None:  # null where no masks were asked for
             result["segmentation"] = {"size": [row["height"], row["width"]], "counts": row["rles"][n]}
-        if n < len(row["keypoints"]) and row["keypoints"][n]:
+        if row["keypoints"] and row["keypoints"][n]:
             result["keypoints"] = _flat(row["keypoints"][n])
         results.append(result)
     return results
@@ -170,4 +184,16 @@ def check_sizes(found: TableDetections, truth: CocoDataset) -> None:
             raise ConfigError(
                 f"image {image.id} ({image.file_name}) of {truth.source} is {image.width} x {image.height} pixels; it was "
                 f"labelled as {labelled[0]} x {labelled[1]}. The table is of other images."
+            )
+
+
+def check_keypoints(found: TableDetections, truth: CocoDataset) -> None:
+    """Raises ConfigError when a category's instances have another number of keypoints than the truth's category."""
+    counts = {category.id: len(category.keypoints) for category in truth.categories if category.keypoints}
+    for row in found.rows:
+        points, expected = len(row.get("keypoints", ())) // 3, counts.get(row["category_id"])
+        if points and expected is not None and points != expected:
+            raise ConfigError(
+                f"category {row['category_id']} ({found.names[row['category_id']]}) has {points} keypoints in the table and "
+                f"{expected} in {truth.source}: give the truth the categories that the model was trained with."
             )

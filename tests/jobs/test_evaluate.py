@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from jobs import evaluate
 from jobs.cli import app
 from jobs.shapes import generate
 from model.errors import ConfigError
+from model.rle import pack_counts
 from pipeline.coco import parse_coco, read_coco, to_rle
 from pipeline.errors import AnnotationError, InputNotFoundError, TableError
 from pipeline.evaluation import coco_metrics, mean_iou
@@ -113,6 +115,87 @@ def test_images_that_failed_or_are_absent_count_as_empty(shapes: Path, tmp_path:
     text = evaluate.describe(report)
     assert "7 labelled, 2 failed, 3 not in the table (these two count as images without detections)" in text
     assert re.search(r"mask +<= 100 +\d+\.\d +\d+\.\d +\d+\.\d", text)
+
+
+def test_it_is_said_why_images_failed_and_what_the_truth_lacks(shapes: Path, tmp_path: Path) -> None:
+    document = json.loads(shapes.read_text())
+    for row in document["annotations"][:3]:
+        row["segmentation"] = []
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(document))
+    rows = labelled(truth, "/photos", failed=3)
+    rows[2]["status"] = "too_large"
+    for row in rows[3:]:  # outlines are not what is asked here
+        row |= {"rles": [], "keypoints": []}
+    write_table(str(tmp_path / "table"), rows)
+    report = evaluate.run(Storage(), str(tmp_path / "table"), str(truth))
+    assert report.failures == {"decode_error": 2, "too_large": 1}
+    assert report.incomplete["without an outline"] == 3
+    text = evaluate.describe(report)
+    assert "note: images that failed count as images without detections: 2 decode_error, 1 too_large; such as /photos/" in text
+    assert (
+        "note: 3 instances of the truth without an outline are left out of that task's scores and count in the others" in text
+    )
+
+
+def damage(row: dict[str, Any], what: str, value: Any) -> None:
+    """Puts a wrong value into a row's first instance, or into the row itself."""
+    if what == "rle":
+        row["rles"][0] = value
+    elif what == "point":
+        row["keypoints"][0] = [{"x": value, "y": 1.0, "score": 1.0}]
+    elif what in ("score", "category_id"):
+        row["instances"][0][what] = value
+    elif what == "x2":
+        row["instances"][0]["box"]["x2"] = value
+    else:
+        row[what] = value
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "said"),
+    [
+        ("rle", b"garbage\xff\x00", "a mask whose counts are no run lengths"),
+        ("rle", b"", "a mask whose runs do not add up to its 96 x 96 pixels"),
+        ("rle", to_rle([[1, 1, 5, 1, 5, 5]], 48, 48)["counts"], "a mask whose runs do not add up to its 96 x 96 pixels"),
+        ("rle", pack_counts(np.array([5, -3, 9214]), np.array([3]))[0], "a mask whose runs do not add up"),
+        ("rle", pack_counts(np.array([2**40, 2**40]), np.array([2]))[0], "a mask whose runs do not add up"),
+        ("rles", [b""] * 99, "instances and 99 rles"),
+        ("width", None, "its image the size None x 96"),
+        ("height", -96, "its image the size 96 x -96"),
+        ("score", math.nan, "has the score nan"),
+        ("score", None, "has the score None"),
+        ("score", 7.0, "has the score 7.0; a score is 0 to 1"),
+        ("category_id", None, "has no category"),
+        ("x2", math.inf, "has the box"),
+        ("x2", -50.0, "has the box"),
+        ("point", math.nan, "has the keypoint"),
+        ("instances", None, "has no list of instances"),
+        ("instances", [None], "is null"),
+    ],
+)
+def test_numbers_that_cannot_be_scored_are_a_table_error_that_names_the_image(
+    shapes: Path, tmp_path: Path, what: str, value: Any, said: str
+) -> None:
+    rows = labelled(shapes, "/photos")
+    row = next(row for row in rows if row["instances"])
+    if what == "instances":
+        row |= {"rles": [], "keypoints": []}
+    damage(row, what, value)
+    write_table(str(tmp_path / "table"), rows)
+    with pytest.raises(TableError) as error:
+        evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
+    assert said in str(error.value)
+    assert str(error.value).startswith(row["uri"])
+
+
+def test_keypoints_of_another_category_are_refused_by_name(shapes: Path, tmp_path: Path) -> None:
+    rows = labelled(shapes, "/photos")
+    for row in rows:
+        row["keypoints"] = [[*points, *points[:1]] for points in row["keypoints"]]
+    write_table(str(tmp_path / "table"), rows)
+    with pytest.raises(ConfigError, match=r"category \d+ \(\w+\) has \d keypoints in the table and \d in .*json"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
 
 
 def test_one_run_can_be_scored(shapes: Path, tmp_path: Path) -> None:

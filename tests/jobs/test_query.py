@@ -22,6 +22,7 @@ from jobs.answers import Format
 from jobs.cli import app, main
 from jobs.query import show as show_answer
 from model.errors import ConfigError
+from model.rle import pack_counts
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE
 from pipeline.storage import Storage
@@ -30,7 +31,9 @@ from pipeline.table import open_table
 ORIENTATION = 0x0112
 
 
-def label(folder: str, names: list[str], status: str = "ok", scores: Sequence[float] = (0.9,)) -> str:
+def label(
+    folder: str, names: list[str], status: str = "ok", scores: Sequence[float] = (0.9,), rles: Sequence[bytes] = ()
+) -> str:
     """A committed table that says each image holds a cat a score in its middle; the images are 60 x 40 pixels, upright."""
     storage = Storage()
     table = open_table(storage, storage.join(folder, "table"))
@@ -45,7 +48,7 @@ def label(folder: str, names: list[str], status: str = "ok", scores: Sequence[fl
         rows[-1] |= {
             "instances": [{"category_id": 1, "category": "cat", "score": score, "box": box} for score in scores],
             "bytes": len(jpeg()),
-            "rles": [],
+            "rles": list(rles),
             "keypoints": [],
         }
     sink = pa.BufferOutputStream()
@@ -235,6 +238,15 @@ def test_show_draws_the_likely_instances_and_says_what_it_hides(tmp_path: Path, 
     report = json.loads(out)
     assert (report["instances"], report["hidden"], report["min_score"], report["changed"]) == (4, 0, 0.0, False)
     assert (tmp_path / "x.png").read_bytes() != (tmp_path / "y.png").read_bytes()
+
+
+@pytest.mark.parametrize("rle", [b"\xff", b"", b"`" * 11, pack_counts(np.array([5, 2**40]), np.array([2]))[0]])
+def test_show_refuses_a_mask_that_is_not_its_images(tmp_path: Path, masklake: Any, rle: bytes) -> None:
+    table = label(str(tmp_path), ["x.jpg"], rles=[rle])
+    code, out, err = masklake("show", table, "x.jpg", "-o", f"{tmp_path}/x.png")
+    assert (code, out) == (30, "")
+    assert f"{tmp_path}/x.jpg: instance 0 of its row has a mask whose" in err
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_show_takes_a_unique_ending_of_the_path(place: str, masklake: Any) -> None:

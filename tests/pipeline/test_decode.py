@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
+from pydantic import ValidationError
 
 from pipeline.decode import DecodeLimits, decode, read_header
 from pipeline.schema import Status
@@ -220,3 +221,9 @@ def test_a_giant_valid_jpeg_is_refused_by_its_header() -> None:
     refused = decode(giant)
     assert refused.status is Status.TOO_LARGE
     assert "100010000 pixels" in (refused.error or "")
+
+
+@pytest.mark.parametrize("limit", ["max_bytes", "max_pixels", "max_side"])
+def test_limits_beyond_what_a_row_can_hold_are_refused(limit: str) -> None:
+    with pytest.raises(ValidationError, match=limit):
+        DecodeLimits(**{limit: 2**63})
