@@ -6,11 +6,12 @@ with 143.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -39,6 +40,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 def print_json(report: BaseModel) -> None:
     """One JSON document on stdout: what scripts read. NaN and infinity, which JSON has not, are null."""
     sys.stdout.write(report.model_dump_json(indent=2) + "\n")
+
+
+def check_finite(number: float | None) -> float | None:
+    """An option's number as it is; a range alone lets NaN pass, which no comparison holds for."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
+
+
+def share_option(text: str) -> Any:
+    """An option that is a share, a score or an overlap: 0 to 1."""
+    return typer.Option(help=text, min=0, max=1, callback=check_finite)
 
 
 def show_version(wanted: bool) -> None:
@@ -70,7 +83,11 @@ def convert(
     preset: Annotated[str, typer.Option(help="The architecture the weights are of, such as maskrcnn_resnet50_fpn.")],
     norm_eps: Annotated[
         float | None,
-        typer.Option(min=0, help="Epsilon of the norms; default: 0 for torchvision's own COCO_V1 files, 1e-5 for all others."),
+        typer.Option(
+            min=0,
+            callback=check_finite,
+            help="Epsilon of the norms; default: 0 for torchvision's own COCO_V1 files, 1e-5 for all others.",
+        ),
     ] = None,
     categories: Annotated[
         str | None,
@@ -147,9 +164,7 @@ def show(
     table: Annotated[str, typer.Argument(help="The table, a local path or s3://.")],
     uri: Annotated[str, typer.Argument(help="An image of the table: its URI, or a unique ending of it, such as sub/a.jpg.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The picture to write, local or s3://: *.png, .jpg or .webp.")],
-    min_score: Annotated[
-        float, typer.Option(help="Leave out instances below this score; 0 draws all that are stored.", min=0, max=1)
-    ] = 0.5,
+    min_score: Annotated[float, share_option("Leave out instances below this score; 0 draws all that are stored.")] = 0.5,
     images: Annotated[
         str | None, typer.Option(help="Folder that the images are in now; default: where they were labelled.")
     ] = None,
@@ -180,23 +195,21 @@ def label(
         Literal["auto", "fp32", "tf32", "bf16", "fp16"],
         typer.Option(help="Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32."),
     ] = "auto",
-    score_threshold: Annotated[
-        float | None, typer.Option(help="Least score that is stored; default: the model's (0.05).")
+    score_threshold: Annotated[float | None, share_option("Least score that is stored; default: the model's (0.05).")] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(help="Most instances per image; default: the model's.", min=1, max=1000)
     ] = None,
-    max_detections: Annotated[int | None, typer.Option(help="Most instances per image; default: the model's.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks with commas between: box,mask,keypoint; default: all of the model.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that go through the network together.", min=1)] = 4,
     tick: Annotated[str | None, typer.Option(help="The run's id, for schedulers: a tick is labelled once.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try again what failed for good.")] = False,
-    max_failed: Annotated[
-        float, typer.Option(help="Share of failed images up to which the exit code is 0.", min=0, max=1)
-    ] = 0.05,
+    max_failed: Annotated[float, share_option("Share of failed images up to which the exit code is 0.")] = 0.05,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Model replicas; default: one per GPU, else one per core.", min=1)] = None,
     max_pixels: Annotated[
-        int, typer.Option(help="Largest width x height; larger images become too_large.", min=2)
+        int, typer.Option(help="Largest width x height; larger images become too_large.", min=2, max=2**32 - 1)
     ] = 100_000_000,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     endpoint: Endpoint = None,
@@ -266,7 +279,9 @@ def train(
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Default: GPUs where there are any.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images; default: the recipe's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step and worker; default: the recipe's.", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default: the recipe's.", min=0, callback=check_finite)
+    ] = None,
     crop: Annotated[int | None, typer.Option(help="Train on random windows of this many pixels a side.", min=32)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Epochs between evaluations; 0: after the last.", min=0)] = None,
     keep: Annotated[Literal["last", "best"] | None, typer.Option(help="The epoch whose model is exported.")] = None,
@@ -275,7 +290,10 @@ def train(
     ] = None,
     max_unusable: Annotated[
         float | None,
-        typer.Option(help="Share of images, and of instances, that may be left out; default: 0.05.", min=0, max=1),
+        share_option(
+            "Share of images, and of instances, that may be left out; default: 0.05. Without it or --allow-missing no image is "
+            "left out."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice; default: 0.", min=0)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
@@ -334,7 +352,8 @@ def propose(
         bool, typer.Option("--allow-missing", help="Leave out images that are absent or cannot be used.")
     ] = False,
     max_unusable: Annotated[
-        float | None, typer.Option(help="Share of images that may be left out; default: 0.05.", min=0, max=1)
+        float | None,
+        share_option("Share of images that may be left out; default: 0.05. Without it or --allow-missing none is left out."),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Model replicas; default: one per GPU, else one per core.", min=1)] = None,
@@ -379,7 +398,7 @@ def evaluate(
     max_dets: Annotated[
         list[int] | None, typer.Option(help="Detections per image that count; repeat for several. Default: 1, 10, 100.", min=1)
     ] = None,
-    iou_score: Annotated[float, typer.Option(help="Least score of a detection in the mean IoU.", min=0, max=1)] = 0.5,
+    iou_score: Annotated[float, share_option("Least score of a detection in the mean IoU.")] = 0.5,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the report as JSON here.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,

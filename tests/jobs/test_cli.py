@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import typer
 from pydantic import BaseModel
 from typer.main import get_command
 
@@ -117,6 +118,15 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"scores": {"ap": None, "by_max_dets": {"100": None}}}
 
 
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_no_command_takes_a_number_that_is_not_finite(command: str) -> None:
+    for parameter in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+        if parameter.type_descriptor.annotation in (float, float | None):
+            assert parameter.callback is not None, f"{command} {parameter.opts}"
+            with pytest.raises(typer.BadParameter, match="not a finite number"):
+                parameter.callback(None, parameter, math.nan)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -130,6 +140,10 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
         (["label", "a", "t"], "missing option '--weights': A"),
         (["show", "t", "a.jpg", "b.jpg", "-o", "x.png"], "one image at a time. See masklake show --help\n"),
         (["train", "--epochs", "many"], "train: invalid value for '--epochs'"),
+        (["label", "a", "t", "--weights", "w", "--max-failed", "nan"], "invalid value for '--max-failed'"),
+        (["convert", "a", "b", "--preset", "tiny", "--norm-eps", "inf"], "'--norm-eps': inf is not a finite number"),
+        (["evaluate", "t", "--truth", "x", "--iou-score", "-0.1"], "invalid value for '--iou-score'"),
+        (["label", "a", "t", "--weights", "w", "--max-pixels", "1" * 20], "invalid value for '--max-pixels'"),
         (["quer"], "masklake: error: no such command 'quer'. Did you mean 'query'? See masklake --help\n"),
     ],
 )
