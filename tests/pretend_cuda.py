@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 CUDA = torch.device("cuda", 0)
 T = torch.Tensor
@@ -164,15 +165,31 @@ class Log:
                     refs.setdefault(x.untyped_storage()._cdata, StorageWeakRef(x.untyped_storage()))
 
 
+def tree_leaves(tree: Any) -> list[Any]:
+    """What lies in tuples, lists and dictionaries. Each operator asks several times; torch's own takes a third of a test."""
+    if isinstance(tree, tuple | list):
+        return [leaf for part in tree for leaf in tree_leaves(part)]
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in tree_leaves(part)]
+    return [tree]
+
+
 def where() -> str:
     """The innermost line of the project that runs, of tests where none of it does."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS:
-            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+        if path := _of_the_project(frame.f_code.co_filename):
+            return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere:0"
+
+
+@lru_cache(maxsize=None)
+def _of_the_project(filename: str) -> str:
+    """The path from the root, or nothing for what is not the project's: asked for at every operator, hence kept."""
+    path = Path(filename)
+    inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS
+    return str(path.relative_to(ROOT)) if inside else ""
 
 
 class _Dispatch(TorchDispatchMode):

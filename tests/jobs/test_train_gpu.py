@@ -19,6 +19,7 @@ from jobs.train_worker import State, replica_of
 from model import Category, Target, create_model
 from model.checkpoint import dumps, load_checkpoint
 from model.mask_rcnn import MaskRCNN
+from model.presets import PRESETS
 from pipeline.recipe import TINY, build_optimizer
 from tests.pretend_cuda import pretend_cuda
 
@@ -46,7 +47,9 @@ def two_workers(worker: SimpleNamespace) -> Iterator[None]:
 
 def new_model() -> MaskRCNN:
     torch.manual_seed(0)
-    return create_model("tiny", categories=[Category(id=3, name="disk")]).train()
+    disk = (Category(id=3, name="disk"),)
+    narrow = {"fpn_channels": 16, "box_hidden": 16, "mask_channels": (16,), "rpn_post_nms_train": 50, "roi_samples": 16}
+    return create_model(PRESETS["tiny"].model_copy(update={"keypoint": False, "categories": disk} | narrow)).train()
 
 
 def samples() -> tuple[list[Tensor], list[Target]]:
@@ -59,19 +62,19 @@ def samples() -> tuple[list[Tensor], list[Target]]:
 
 
 def epoch(device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[Tensor]]:
-    """Three steps by the worker's own loop; its row of history, and the weights on the host."""
+    """Two steps by the worker's own loop; its row of history, and the weights on the host."""
     monkeypatch.setattr(train_worker, "to_training", lambda batch, spec: samples())
     monkeypatch.setattr(train_worker, "replaced_in", lambda batch: set())
     recipe = TINY.model_copy(update={"epochs": 1})
     board = SimpleNamespace(say=SimpleNamespace(remote=lambda line: None))
     images = SimpleNamespace(check=lambda unusable: None)
     job: Any = SimpleNamespace(
-        recipe=recipe, steps_per_epoch=3, spec=None, epochs=1, course=(None,), board=board, images=images
+        recipe=recipe, steps_per_epoch=2, spec=None, epochs=1, course=(None,), board=board, images=images
     )
     model = new_model().to(device)
     state = State(0, model, build_optimizer(model, recipe, 0.0))
     torch.manual_seed(5)
-    row = train_worker._run_epoch(job, state, replica_of(model), iter([object()] * 3))
+    row = train_worker._run_epoch(job, state, replica_of(model), iter([object()] * 2))
     return row, [weight.detach().cpu() for weight in model.parameters()]
 
 
