@@ -51,9 +51,11 @@ def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: flo
     missing = {number for number, (_, reason) in found.items() if reason == MISSING}
     if len(missing) == len(dataset.images) or len(missing) > most * len(dataset.images):
         names = ", ".join(found[number][0] for number in list(missing)[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        others = [f"{name}: {reason}" for number, (name, reason) in found.items() if number not in missing]
+        also = f" {len(others)} more cannot be used: {named(others)}." if others else ""
         raise AnnotationError(
             f"{len(missing)} of the {len(dataset.images)} images of {dataset.source} are not in {folder}: {names}. Check the "
-            f"image folder{'' if len(missing) == len(dataset.images) else f', or {remedy(most)}'}."
+            f"image folder{'' if len(missing) == len(dataset.images) else f', or {remedy(most)}'}.{also}"
         )
     check_unusable([f"{name}: {reason}" for name, reason in found.values()], len(dataset.images), most, dataset.source)
     left = without_images(dataset, missing, MISSING_FILE)

@@ -69,6 +69,12 @@ def test_missing_files_are_an_error_or_left_out(tmp_path: Path) -> None:
         usable_images(Storage(), data_of(3), str(tmp_path / "elsewhere"), most=1)
 
 
+def test_missing_files_do_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
+    write(tmp_path, _0=jpeg(40, 30), _1=jpeg(99, 30), _2=b"garbage")
+    with pytest.raises(AnnotationError, match=r"are not in .*: 3\.jpg\. .* 2 more cannot be used: 1\.jpg: .*; 2\.jpg: "):
+        usable_images(Storage(), data_of(4), str(tmp_path))
+
+
 def test_none_that_can_be_used_is_an_error_whatever_may_be_left_out(tmp_path: Path) -> None:
     write(tmp_path, _0=b"x", _1=b"y")
     with pytest.raises(AnnotationError, match=r"2 of the 2 images .* cannot be used.*Mend or remove them\.$"):
