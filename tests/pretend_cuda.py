@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,7 +184,7 @@ def where() -> str:
     return "elsewhere:0"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _of_the_project(filename: str) -> str:
     """The path from the root, or nothing for what is not the project's: asked for at every operator, hence kept."""
     path = Path(filename)
