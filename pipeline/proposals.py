@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -37,9 +38,25 @@ def read_proposals(storage: Storage, uri: str) -> pa.Table:
     with translated(uri), filesystem.open_input_file(path) as file:
         try:
             table = pq.read_table(file)
-            return table.select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
+            rows = table.select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
             raise AnnotationError(f"{uri} holds no proposals ({error}). Give a file of `masklake propose`.") from error
+    _check_boxes(rows, uri)
+    return rows
+
+
+def _check_boxes(rows: pa.Table, uri: str) -> None:
+    """Raises AnnotationError unless each row has boxes of four finite numbers."""
+    boxes = rows["boxes"].combine_chunks()
+    wrong = boxes.is_null().to_numpy(zero_copy_only=False) | (boxes.value_lengths().fill_null(0).to_numpy() % 4 != 0)
+    finite = np.isfinite(boxes.flatten().to_numpy(zero_copy_only=False))  # null is NaN here
+    wrong[boxes.value_parent_indices().to_numpy()[~finite]] = True
+    if wrong.any():
+        name = rows["file_name"][int(np.flatnonzero(wrong)[0])].as_py()
+        raise AnnotationError(
+            f"{uri}: {wrong.sum()} of its {len(wrong)} images have proposals that are no boxes of four finite numbers, such as "
+            f"{name}. Run `masklake propose` again."
+        )
 
 
 def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> pa.ChunkedArray:

@@ -93,3 +93,18 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         training_rows(dataset(), str(tmp_path), spec(), proposals=stored().slice(0, 2))
     with pytest.raises(AnnotationError, match=r"0\.png: its proposals are of an image of another size"):
         training_rows(dataset(), str(tmp_path), spec(), proposals=stored(width=47))
+
+
+@pytest.mark.parametrize("boxes", [None, [1, 2, 3], [1, 2, 3, float("nan")], [1, 2, None, 4], [0, 0, float("inf"), 1]])
+def test_boxes_that_are_none_are_refused_by_image(tmp_path: Path, boxes: list[float] | None) -> None:
+    rows = [*stored().to_pylist(), {"file_name": "x.png", "width": 48, "height": 24, "boxes": boxes}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA), tmp_path / "p.parquet")
+    with pytest.raises(AnnotationError, match=r"1 of its 4 images .* no boxes of four finite numbers, such as x\.png"):
+        read_proposals(Storage(), str(tmp_path / "p.parquet"))
+
+
+def test_images_without_any_proposal_are_taken(tmp_path: Path) -> None:
+    rows = [{"file_name": "x.png", "width": 48, "height": 24, "boxes": []}]
+    for table in (pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA), PROPOSAL_SCHEMA.empty_table()):
+        pq.write_table(table, tmp_path / "p.parquet")
+        assert read_proposals(Storage(), str(tmp_path / "p.parquet")).equals(table)
