@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -54,9 +54,10 @@ class Trials:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A worker's actor and the id of its node (None until it has proved itself)."""
+    """A worker's actor. node: its node's id, None until it has proved itself. known: nodes that lived when it was started."""
 
     actor: Any
+    known: frozenset[str]
     node: str | None = None
 
 
@@ -98,7 +99,7 @@ class Alone:
             self._calls[worker.actor.alone.remote(self._rows[image])] = (worker, image)
         starting = len(self._calls) - self._in_hand()
         for _ in range(min(self._most - len(self._calls), len(self._trials) - starting)):
-            worker = _Worker(self._start())
+            worker = _Worker(self._start(), known=_living_nodes())
             self._calls[worker.actor.prove.remote()] = (worker, None)
 
     def _answered(self) -> list[Any]:
@@ -125,16 +126,18 @@ class Alone:
             raise LabellingError(f"a worker cannot label: {last_line(error)}; the same command goes on") from error
         self._failed_starts = 0
         if image is None:
-            self._idle.append(_Worker(worker.actor, node=answer))
+            self._idle.append(replace(worker, node=answer))
         else:
             self._idle.append(worker)
             self._written += reported(answer)
 
     def _ended(self, worker: _Worker, image: int | None, error: Exception) -> None:
+        living = _living_nodes()
         if image is not None:
-            self._trials.died(image, with_node=worker.node not in _living_nodes())
+            self._trials.died(image, with_node=worker.node not in living)
             return
-        self._failed_starts += 1
+        # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
+        self._failed_starts += worker.known <= living
         if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
             raise LabellingError(
                 f"workers end before they have an image in hand: {last_line(error)}; the same command goes on"
@@ -147,10 +150,10 @@ def _end(worker: _Worker) -> None:
     ray.kill(worker.actor)
 
 
-def _living_nodes() -> set[str]:
+def _living_nodes() -> frozenset[str]:
     import ray
 
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def _free(resources: dict[str, float]) -> str:

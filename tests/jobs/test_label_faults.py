@@ -128,7 +128,7 @@ def test_what_cannot_be_written_or_read_is_no_image_s_fault(
     assert returned == exit_code, err
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
-    assert last.startswith(f"masklake: {s3.uri('table')}")
+    assert last.startswith(f"masklake: error: {s3.uri('table')}"), last
     assert code in last
     assert not open_table(Storage(), s3.uri("table")).files(), "nothing is committed"
 

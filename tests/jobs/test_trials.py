@@ -100,10 +100,10 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return living
 
 
-def tried(start: Callable[[], Actor], images: int = 4) -> tuple[list[int], list[int]]:
+def tried(start: Callable[[], Actor], images: int = 4, workers: int = 2) -> tuple[list[int], list[int]]:
     """Images that were labelled, and those that are crashed."""
     rows = pa.Table.from_pylist([{"image_id": image, "uri": f"u{image}"} for image in range(images)], schema=MANIFEST_SCHEMA)
-    blocks, crashed = Alone(start, rows, workers=2, say=pytest.fail).run()
+    blocks, crashed = Alone(start, rows, workers, say=pytest.fail).run()
     return sorted(image for block in blocks for image in block.image_ids.tolist()), crashed
 
 
@@ -124,6 +124,23 @@ def test_deaths_with_a_node_blame_nobody(no_cluster: set[str]) -> None:
 def test_what_cannot_be_written_is_raised_as_it_was(no_cluster: set[str]) -> None:
     with pytest.raises(StorageError, match="no space left"):
         tried(lambda: Actor(set(), error=StorageError("t/part-0: no space left on the disk")))
+
+
+def test_a_node_that_dies_with_all_that_start_there_ends_no_run(no_cluster: set[str]) -> None:
+    """Eight GPUs on the lost node: eight starts fail at once, each after the node was known to live."""
+    no_cluster.add("lost")
+    started = 0
+
+    def start() -> Actor:
+        nonlocal started
+        started += 1
+        return Actor(set(), prove=die) if started <= 8 else Actor(set())
+
+    def die() -> str:
+        no_cluster.discard("lost")
+        raise ray.exceptions.ActorDiedError
+
+    assert tried(start, images=8, workers=8) == (list(range(8)), [])
 
 
 def test_workers_that_end_before_they_have_an_image_stop_the_run(no_cluster: set[str]) -> None:
