@@ -440,16 +440,16 @@ def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: Mas
     row: dict[str, Any]
     if phase.learn == "rpn":
         row = {"recall": proposal_recall(validation.truth, answers)}
-        named = row["recall"]
+        headline = row["recall"]
     else:
         scores = coco_metrics(validation.truth, answers, max_dets=validation.max_dets)
-        named = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
-        row = {"ap": named, "scores": {kind: vars(score) for kind, score in scores.items()}}
+        headline = {name: value for kind, score in scores.items() for name, value in named_ap(kind, score).items()}
+        row = {"ap": headline, "scores": {kind: vars(score) for kind, score in scores.items()}}
     if left_out:
         row["not_scored"] = left_out
         job.board.say.remote(f"{len(left_out)} images could not be used and are not scored: {named(left_out)}")
     images = len(validation.truth.images)
-    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(named)}")
+    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(headline)}")
     return row
 
 
