@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.devices import sent
+
 
 @dataclass(frozen=True)
 class BitMasks:
@@ -42,7 +44,7 @@ class BitMasks:
 
     def to(self, device: torch.device) -> BitMasks:
         """The same on another device."""
-        return BitMasks(self.bits.to(device), self.height, self.known.to(device))
+        return BitMasks(sent(self.bits, device), self.height, sent(self.known, device))
 
     def unpack(self) -> Tensor:
         """uint8 (G, H, W) of 0 and 1."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,14 +48,13 @@ class BoxHead(nn.Module):
 
 
 def box_losses(
-    logits: Tensor, deltas: Tensor, labels: Tensor, boxes: Tensor, goals: Tensor, config: ModelConfig
+    logits: Tensor, deltas: Tensor, labels: Tensor, positive: Tensor, boxes: Tensor, goals: Tensor, config: ModelConfig
 ) -> dict[str, Tensor]:
     """Cross-entropy over the classes, smooth L1 over the positives' own class (section 3: L_cls + L_box).
 
-    logits (R, classes), deltas (R, classes, 4); labels int64 (R,), 0 for background; boxes float32 (R, 4) the regions;
-    goals float32 (R, 4) their ground truth, ignored for background.
+    logits (R, classes), deltas (R, classes, 4); labels int64 (R,), 0 for background; positive: rows of the
+    others, int64; boxes float32 (R, 4) the regions; goals float32 (R, 4) their ground truth, ignored for background.
     """
-    positive = torch.where(labels > 0)[0]
     targets = encode_boxes(goals[positive], boxes[positive], config.box_delta_weights)
     moves = deltas[positive, labels[positive]].float()
     box_loss = functional.smooth_l1_loss(moves, targets, beta=config.smooth_l1_beta, reduction="sum")

@@ -49,7 +49,7 @@ def keypoint_targets(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tenso
 
 def keypoint_loss(logits: Tensor, pixels: Tensor, valid: Tensor) -> Tensor:
     """Mean cross-entropy over the S*S pixels of each valid keypoint; logits (R, K, S, S), the others (R, K)."""
-    chosen = logits.flatten(2)[valid]
-    if not len(chosen):
+    rows = torch.where(valid)  # once: the host waits for its length
+    if not len(rows[0]):
         return logits.sum() * 0  # zero, and still a function of the parameters
-    return functional.cross_entropy(chosen, pixels[valid])
+    return functional.cross_entropy(logits.flatten(2)[rows], pixels[rows])

@@ -13,6 +13,7 @@ from torch.nn import functional
 from model.backbone import map_channels, region_channels
 from model.bit_masks import BitMasks
 from model.config import ModelConfig
+from model.devices import sent
 from model.kernels.roi_align import roi_align
 from model.layers import ConvNorm, head_norm, init_relu_conv
 
@@ -155,17 +156,19 @@ def make_mask_head(config: ModelConfig) -> MaskHead:
 def mask_targets(masks: BitMasks, boxes: Tensor, index: Tensor, side: int) -> Tensor:
     """The intersection of each region and its ground truth mask, as RoIAlign of the mask (section 3.1).
 
-    masks: (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks.
+    masks: (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks, on the host.
     Returns float32 (R, side, side) in 0..1.
     """
     used, place = torch.unique(index, return_inverse=True)
+    device = boxes.device
     at_once = max(1, PIXELS_AT_ONCE // max(1, masks.shape[1] * masks.shape[2]))
     if len(used) <= at_once:
-        return _align(masks[used], boxes, place, side)
+        return _align(masks[sent(used, device)], boxes, sent(place, device), side)
     targets = boxes.new_zeros(len(boxes), side, side)
     for first in range(0, len(used), at_once):
-        rows = torch.where((place >= first) & (place < first + at_once))[0]
-        targets[rows] = _align(masks[used[first : first + at_once]], boxes[rows], place[rows] - first, side)
+        here = torch.where((place >= first) & (place < first + at_once))[0]
+        rows, some = sent(here, device), masks[sent(used[first : first + at_once], device)]
+        targets[rows] = _align(some, boxes[rows], sent(place[here] - first, device), side)
     return targets
 
 

@@ -44,6 +44,7 @@ class MaskRCNN(nn.Module):
         self.network = Network(config)
         self._class_of = {category.id: index for index, category in enumerate(config.categories, start=1)}
         self._category_ids = np.array([0, *(category.id for category in config.categories)], dtype=np.int64)
+        self._has_keypoints = torch.tensor([False, *(bool(category.keypoints) for category in config.categories)])
         self._prepared: dict[Precision, tuple[object, Network]] = {}
         self._trainable = frozenset(name for name, weight in self.network.named_parameters() if weight.requires_grad)
         self._learning: Learn = "joint"
@@ -126,12 +127,15 @@ class MaskRCNN(nn.Module):
         samples = sample_regions(proposals, truths, config)
         box_input = network.box_input(features, samples.regions)
         logits, deltas = network.box_head(box_input)
-        losses = box_losses(logits, deltas, samples.labels, samples.regions.boxes, samples.goals, config)
+        positive = samples.rows(samples.classes > 0)
+        losses = box_losses(logits, deltas, samples.labels, positive, samples.regions.boxes, samples.goals, config)
         if "mask" in config.tasks:
-            shared = box_input[samples.outlined] if config.features == "c4" else None  # both go on from the fifth stage
+            shared = (
+                box_input[samples.rows(samples.outlined)] if config.features == "c4" else None
+            )  # both go on from the fifth stage
             losses["mask"] = self._mask_loss(features, shared, samples.chosen(samples.outlined), truths)
         if "keypoint" in config.tasks:
-            with_keypoints = samples.chosen(network.keypoint_counts[samples.labels] > 0)
+            with_keypoints = samples.chosen(self._has_keypoints[samples.classes])
             losses["keypoint"] = config.keypoint_loss_weight * self._keypoint_loss(features, with_keypoints, truths)
         return losses
 
@@ -143,17 +147,17 @@ class MaskRCNN(nn.Module):
         regions = self.network.mask_input(features, samples.regions) if shared is None else shared
         targets = [regions.new_zeros(0, head.side, head.side, dtype=torch.float32)]
         for image, truth in enumerate(truths):
-            rows = samples.regions.images == image
+            here = samples.images == image
             if truth.masks is not None and len(truth.masks):
-                boxes = samples.regions.boxes[rows] * truth.ratio.repeat(2)
-                targets.append(mask_targets(truth.masks, boxes, samples.index[rows], head.side))
+                boxes = samples.regions.boxes[samples.rows(here)] * truth.ratio.repeat(2)
+                targets.append(mask_targets(truth.masks, boxes, samples.index[here], head.side))
         return head.loss(regions, samples.labels, torch.cat(targets))
 
     def _keypoint_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
         """Cross-entropy of the one-hot heat maps over the positive regions whose class has keypoints."""
         logits = self.network.keypoint_head(self.network.keypoint_input(features, samples.regions))
         truth = [
-            truth.keypoints[samples.index[samples.regions.images == image]]
+            truth.keypoints[sent(samples.index[samples.images == image], logits.device)]
             for image, truth in enumerate(truths)
             if truth.keypoints is not None
         ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.bit_masks import BitMasks
 from model.config import ModelConfig
+from model.devices import sent, to_host
 from model.errors import ConfigError
 from model.instances import Target
 from model.rpn import Regions
@@ -39,26 +40,28 @@ def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, config: ModelConf
 
     Raises ConfigError for a label that is no category of the model, and for targets without what a branch learns from.
     """
-    return [_on_canvas(target, ratio.flip(0), config, class_of) for target, ratio in zip(targets, canvas.ratios, strict=True)]
+    ratios = zip(canvas.host_ratios.flip(1), canvas.ratios.flip(1), strict=True)
+    return [_on_canvas(target, *ratio, config, class_of) for target, ratio in zip(targets, ratios, strict=True)]
 
 
-def _on_canvas(target: Target, ratio: Tensor, config: ModelConfig, class_of: Mapping[int, int]) -> Truth:
-    device = ratio.device
+def _on_canvas(target: Target, ratio: Tensor, there: Tensor, config: ModelConfig, class_of: Mapping[int, int]) -> Truth:
+    """ratio: on the host, where instances are chosen; there: the same on the device, to which they are sent."""
+    device = there.device
     _check(target, config, class_of)
-    boxes = target.boxes.to(device, torch.float32).reshape(-1, 4) / ratio.repeat(2)
+    boxes = target.boxes.cpu().float().reshape(-1, 4) / ratio.repeat(2)
     real = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    classes = torch.tensor([class_of[label] for label in target.labels.tolist()], dtype=torch.int64, device=device)
+    classes = torch.tensor([class_of[label] for label in target.labels.tolist()], dtype=torch.int64)
     masks = keypoints = proposals = None
     if target.proposals is not None:
-        proposals = target.proposals.to(device, torch.float32).reshape(-1, 4) / ratio.repeat(2)
+        proposals = sent(target.proposals.cpu().float().reshape(-1, 4) / ratio.repeat(2), device)
     if "mask" in config.tasks and target.masks is not None:
         packed = target.masks if isinstance(target.masks, BitMasks) else BitMasks.pack(target.masks)
-        masks = packed.to(device)[real]
+        masks = packed.to(real.device)[real].to(device)
     if "keypoint" in config.tasks and target.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:1])])
         shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
-        keypoints = ((target.keypoints.to(device, torch.float32) + shift) / scale)[real]
-    return Truth(boxes[real], classes[real], masks, keypoints, ratio, proposals)
+        keypoints = sent(((target.keypoints.cpu().float() + shift) / scale)[real], device)
+    return Truth(sent(boxes[real], device), sent(classes[real], device), masks, keypoints, there, proposals)
 
 
 def _check(target: Target, config: ModelConfig, class_of: Mapping[int, int]) -> None:
@@ -80,48 +83,59 @@ class Samples:
     """Regions in the second stage's losses: positives and negatives 1:3.
 
     regions: R of them; labels int64 (R,), 0 for background; goals float32 (R, 4): the matched ground truth box (any where
-    background); index int64 (R,): the matched instance within its own image, -1 for background; outlined bool (R,): the matched
-    instance has a mask to learn from.
+    background).
+    On the host: images int64 (R,) of the regions; classes int64 (R,), the labels; index int64 (R,): the matched instance within
+    its own image, -1 for background; outlined bool (R,): the matched instance has a mask to learn from.
     """
 
     regions: Regions
     labels: Tensor
     goals: Tensor
+    images: Tensor
+    classes: Tensor
     index: Tensor
     outlined: Tensor
 
+    def rows(self, mask: Tensor) -> Tensor:
+        """Where `mask`, bool (R,) on the host, is true: int64 on the device."""
+        return sent(torch.where(mask)[0], self.labels.device)
+
     def chosen(self, mask: Tensor) -> Samples:
-        """Those of `mask`, bool (R,)."""
-        rows = torch.where(mask)[0]
+        """Those of `mask`, bool (R,) on the host."""
+        rows = self.rows(mask)
         regions = Regions(self.regions.boxes[rows], self.regions.images[rows])
-        return Samples(regions, self.labels[rows], self.goals[rows], self.index[rows], self.outlined[rows])
+        host = (self.images[mask], self.classes[mask], self.index[mask], self.outlined[mask])
+        return Samples(regions, self.labels[rows], self.goals[rows], *host)
 
 
 def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelConfig) -> Samples:
     """Draw `roi_samples` regions an image from proposals and ground truth; foreground from IoU 0.5 on."""
-    boxes, images, labels, goals, indices, outlined = [], [], [], [], [], []
-    for image, truth in enumerate(truths):
-        candidates = torch.cat([proposals.boxes[proposals.images == image], truth.boxes])
-        iou = config.roi_foreground_iou
-        matched = match(truth.boxes, candidates, iou, iou, keep_best=False)
-        drawn = torch.cat(sample(matched, config.roi_samples, config.roi_positive_fraction))
-        index = matched[drawn]
-        foreground = index >= 0
-        label, goal = torch.zeros_like(index), candidates[drawn].clone()
-        label[foreground] = truth.classes[index[foreground]]
-        goal[foreground] = truth.boxes[index[foreground]]
-        boxes.append(candidates[drawn])
-        images.append(torch.full_like(index, image))
-        labels.append(label)
-        goals.append(goal)
-        indices.append(index)
-        outlined.append(_outlined(truth, index))
-    regions = Regions(torch.cat(boxes), torch.cat(images))
-    return Samples(regions, torch.cat(labels), torch.cat(goals), torch.cat(indices), torch.cat(outlined))
+    candidates = [
+        torch.cat([boxes, truth.boxes]) for boxes, truth in zip(_by_image(proposals, len(truths)), truths, strict=True)
+    ]
+    iou = config.roi_foreground_iou
+    matches = [match(truth.boxes, boxes, iou, iou, keep_best=False) for truth, boxes in zip(truths, candidates, strict=True)]
+    drawn = [torch.cat(pair) for pair in sample(matches, config.roi_samples, config.roi_positive_fraction)]
+    indices = [matched[rows] for matched, rows in zip(matches, drawn, strict=True)]
+    images = torch.arange(len(truths)).repeat_interleave(torch.tensor([len(rows) for rows in drawn]))
+    boxes = torch.cat([boxes[rows] for boxes, rows in zip(candidates, drawn, strict=True)])
+    labels, goals, outlined = (
+        torch.cat([part[index + 1] for part, index in zip(parts, indices, strict=True)])
+        for parts in zip(*[_with_background(truth) for truth in truths], strict=True)
+    )
+    classes, index, known = to_host(labels, torch.cat(indices), outlined)
+    return Samples(Regions(boxes, sent(images, boxes.device)), labels, goals, images, classes, index, known)
 
 
-def _outlined(truth: Truth, index: Tensor) -> Tensor:
-    """bool (R,): whether the instances of `index`, int64 (R,), have masks; False for background."""
-    if truth.masks is None or not len(truth.masks):
-        return torch.zeros_like(index, dtype=torch.bool)
-    return (index >= 0) & truth.masks.known[index.clamp(min=0)]
+def _by_image(proposals: Regions, count: int) -> tuple[Tensor, ...]:
+    """The boxes of each image."""
+    numbers = torch.arange(count, device=proposals.images.device)
+    return proposals.boxes.split((proposals.images == numbers[:, None]).sum(dim=1).tolist())
+
+
+def _with_background(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
+    """Class, box, and whether there is a mask, of the background (row 0) and of each instance."""
+    known = torch.zeros_like(truth.classes, dtype=torch.bool) if truth.masks is None else truth.masks.known
+    parts = (truth.classes, truth.boxes, known)
+    classes, boxes, known = (torch.cat([part.new_zeros(1, *part.shape[1:]), part]) for part in parts)
+    return classes, boxes, known

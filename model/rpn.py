@@ -136,9 +136,11 @@ class RegionProposalNetwork(nn.Module):
         objectness = torch.cat([o for o, _ in outputs], dim=1).float()
         deltas = torch.cat([d for _, d in outputs], dim=1).float()
         logits, labels, moves, goals = [], [], [], []
-        for image, boxes in enumerate(truth):
-            matched = match(boxes, anchors, config.rpn_foreground_iou, config.rpn_background_iou, keep_best=True)
-            positive, negative = sample(matched, config.rpn_samples, config.rpn_positive_fraction)
+        matches = [
+            match(boxes, anchors, config.rpn_foreground_iou, config.rpn_background_iou, keep_best=True) for boxes in truth
+        ]
+        samples = sample(matches, config.rpn_samples, config.rpn_positive_fraction)
+        for image, (boxes, matched, (positive, negative)) in enumerate(zip(truth, matches, samples, strict=True)):
             drawn = torch.cat([positive, negative])
             logits.append(objectness[image, drawn])
             labels.append((matched[drawn] >= 0).float())

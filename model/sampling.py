@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,20 +30,28 @@ def match(truth: Tensor, boxes: Tensor, foreground: float, background: float, ke
     if keep_best:
         highest = overlap.amax(dim=1, keepdim=True)
         chosen = ((overlap == highest) & (highest > 0)).any(dim=0)
-        matched[chosen] = index[chosen]
+        matched = torch.where(chosen, index, matched)
     return matched
 
 
-def sample(matched: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Draw at random up to `count` boxes, at most `positive_fraction` of them foreground, the rest background.
+def sample(matched: Sequence[Tensor], count: int, positive_fraction: float) -> list[tuple[Tensor, Tensor]]:
+    """Draw at random up to `count` boxes of each image, at most `positive_fraction` of them foreground, the rest background.
 
-    matched: int64 (N,) of `match`. Returns the indices of the foreground and of the background that were drawn.
+    matched: for each image int64 (N,) of `match`. Returns for each the indices of the foreground and of the background that
+    were drawn. A GPU's host waits twice, for however many images.
     """
-    foreground = torch.where(matched >= 0)[0]
-    background = torch.where(matched == BACKGROUND)[0]
-    positives = min(len(foreground), int(count * positive_fraction))
-    negatives = min(len(background), count - positives)
-    return _draw(foreground, positives), _draw(background, negatives)
+    together = torch.cat(list(matched))
+    kinds = torch.stack([together >= 0, together == BACKGROUND])
+    sizes = [len(one) for one in matched]
+    counts = torch.stack([part.sum(dim=1) for part in kinds.split(sizes, dim=1)], dim=1).tolist()
+    places = torch.where(kinds)[1].split(counts[0] + counts[1])  # the foreground of each image, then the background of each
+    drawn, start = [], 0
+    for size, foreground, background in zip(sizes, places[: len(sizes)], places[len(sizes) :], strict=True):
+        positives = min(len(foreground), int(count * positive_fraction))
+        negatives = min(len(background), count - positives)
+        drawn.append((_draw(foreground - start, positives), _draw(background - start, negatives)))
+        start += size
+    return drawn
 
 
 def _draw(indices: Tensor, count: int) -> Tensor:

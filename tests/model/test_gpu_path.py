@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,42 @@ def test_every_option_runs_there(picture: Callable[..., Tensor]) -> None:
         for options, there in zip(chosen, expected, strict=True):
             assert_same(model.predict(pictures, options), there)
             assert model.predict([], options) == []
+
+
+def waits(log: Log) -> Counter[tuple[str, str]]:
+    """How often the host waited, by what and in which file."""
+    return sum((Counter({(what, at.rpartition(":")[0]): n}) for (what, at), n in log.syncs.items()), Counter())
+
+
+def test_how_often_the_host_waits(picture: Callable[..., Tensor]) -> None:
+    """For a batch of two images, and for a step of them: a GPU stands still each time, so none is added unnoticed."""
+    config, pictures = smallest(EVERYTHING), [picture(64, 64, seed) for seed in (1, 2)]
+    targets = [presets.target(config)] * 2
+    with pretend_cuda() as log:
+        torch.manual_seed(0)
+        model = MaskRCNN(config).to("cuda").train()
+        for _ in range(2):  # constants are sent at the first
+            log.clear()
+            torch.stack(list(model(pictures, targets).values())).sum().backward()
+        assert waits(log) == {
+            ("nms", "model/torchvision_ops.py"): 1,
+            ("boolean index", "model/boxes.py"): 1,
+            ("tolist", "model/sampling.py"): 2,  # of anchors and of regions
+            ("nonzero", "model/sampling.py"): 2,
+            ("tolist", "model/roi_sampling.py"): 1,
+            ("to the host", "model/devices.py"): 1,
+            ("nonzero", "model/keypoint_head.py"): 1,
+        }, log.report()
+        model.eval()
+        for _ in range(2):
+            log.clear()
+            model.predict(pictures, PredictOptions(score_threshold=0.0, max_detections=12, batch_size=2))
+        assert waits(log) == {
+            ("nms", "model/torchvision_ops.py"): 2,  # of proposals and of detections
+            ("boolean index", "model/boxes.py"): 2,
+            ("nonzero", "model/inference.py"): 2,  # scores above the threshold, classes with keypoints
+            ("to the host", "model/devices.py"): 1,
+        }, log.report()
 
 
 def test_proposals_are_the_cpus(picture: Callable[..., Tensor]) -> None:

@@ -30,7 +30,7 @@ def test_without_truth_everything_is_background() -> None:
 
 def test_a_sample_holds_at_most_its_share_of_foreground_and_no_ignored() -> None:
     matched = torch.tensor([3] * 50 + [BACKGROUND] * 100 + [IGNORED] * 50)
-    positive, negative = sample(matched, 40, 0.25)
+    positive, negative = sample([matched], 40, 0.25)[0]
     assert len(positive) == 10
     assert len(negative) == 30
     assert (matched[positive] == 3).all()
@@ -38,5 +38,5 @@ def test_a_sample_holds_at_most_its_share_of_foreground_and_no_ignored() -> None
 
 
 def test_missing_foreground_is_filled_with_background() -> None:
-    positive, negative = sample(torch.tensor([0] + [BACKGROUND] * 100), 40, 0.25)
+    positive, negative = sample([torch.tensor([0] + [BACKGROUND] * 100)], 40, 0.25)[0]
     assert (len(positive), len(negative)) == (1, 39)
