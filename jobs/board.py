@@ -76,6 +76,8 @@ class Listener:
     def __init__(self, board: Any, show: Callable[[str], None]) -> None:
         self._board = board
         self._show = show
+        self.heard = 0
+        """Lines so far."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="board", daemon=True)
 
@@ -97,6 +99,7 @@ class Listener:
                 continue  # it may come back elsewhere; if not, there is nothing to show
             except ray.exceptions.RayError:
                 return  # the cluster went away: the main thread has the reason
+            self.heard += len(lines)
             for line in lines:
                 self._show(line)
 

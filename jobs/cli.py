@@ -378,7 +378,7 @@ def propose(
         storage=StorageOptions(endpoint_url=endpoint),
     )
     with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
-        report = command.run(options)
+        report = command.run(options, say=lambda line: typer.echo(line, err=True))
     if as_json:
         print_json(report)
     else:

@@ -28,6 +28,7 @@ from jobs.counts import counted_instances
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from jobs.trials import DEATHS, Alone
+from jobs.waiting import said_while_waiting
 from jobs.weights import read_model
 from model import MaskRCNN, PredictOptions, load_checkpoint
 from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
@@ -243,7 +244,7 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
         if number:
             say(f"{len(missing)} images were lost with their workers; they run again, {step.rows} at a time")
-        written = _stream(run, workers, step, missing)
+        written = _stream(run, workers, step, missing, say)
         files = _finished(run, [*files, *written])
         missing = run_output.missing(files, plan.images)
         if not len(missing):
@@ -274,12 +275,16 @@ def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
 # -- Ray ---------------------------------------------------------------------------------------------------------------
 
 
-def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int64]) -> list[Finished]:
+def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int64], say: Say) -> list[Finished]:
     """One pass of Ray Data over the missing images, a part of the manifest at a time; the blocks that were written."""
     import ray
 
     files: list[Finished] = []
-    with _watched(run, workers, len(missing)) as counter, ray.data.DataContext.current(_context(step)):
+    with (
+        _watched(run, workers, len(missing)) as counter,
+        said_while_waiting(workers.needs, lambda: bool(ray.get(counter.begun.remote(), timeout=5)), say),
+        ray.data.DataContext.current(_context(step)),
+    ):
         for part in run_output.manifest_rows(run.table, run.plan.run_id, missing, label_plan.PART_ROWS):
             reports = _dataset(run, workers, step, part, counter).iter_batches(batch_size=None, batch_format="pyarrow")
             with closing(iter(reports)) as answers:  # after a failure the workers stop at once

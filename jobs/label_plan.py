@@ -48,6 +48,12 @@ class WorkerPlan:
     concurrency: int
     decode_threads: int
 
+    @property
+    def needs(self) -> str:
+        """What a worker asks of the cluster, as a clause for people."""
+        gpus = f" and {self.gpus_each} GPU" if self.gpus_each else ""
+        return f"a worker needs {self.cpus_each} CPU{'s' if self.cpus_each > 1 else ''}{gpus}"
+
 
 @dataclass(frozen=True)
 class Round:

@@ -22,6 +22,7 @@ class Counter:
         self._done = 0
         self._failed = 0
         self._starts = 0
+        self._begun = False
 
     def add(self, images: int, failed: int) -> None:
         """Count ``images`` more, of which ``failed`` did not end ok."""
@@ -31,6 +32,7 @@ class Counter:
     def starting(self) -> None:
         """A worker's process begins to load its model."""
         self._starts += 1
+        self._begun = True
 
     def ready(self) -> None:
         """... and has loaded it."""
@@ -39,6 +41,10 @@ class Counter:
     def starts(self) -> int:
         """Starts of workers since one last completed."""
         return self._starts
+
+    def begun(self) -> bool:
+        """Whether any worker has started: the cluster had room for it."""
+        return self._begun
 
     def get(self) -> tuple[int, int]:
         """(finished, failed) so far. A block that ran twice counts twice: a bar's truth, not a report's."""

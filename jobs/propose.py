@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.cluster import connect, data_context, last_line
 from jobs.label import load_model
 from jobs.label_plan import Device, WorkerPlan, plan_workers
+from jobs.waiting import said_while_waiting
 from model.errors import ConfigError
 from pipeline.coco import CocoDataset, image_folder, read_coco
 from pipeline.errors import LabellingError
 from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
 from pipeline.storage import Storage, StorageOptions, relative_to
+
+log = logging.getLogger(__name__)
 
 BLOCK_IMAGES = 16
 """Images a worker is given at once: enough to hide a request's latency."""
@@ -57,8 +62,11 @@ class ProposeReport(BaseModel):
     proposals: int
 
 
-def run(options: ProposeOptions) -> ProposeReport:
-    """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use."""
+def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> ProposeReport:
+    """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use.
+
+    ``say`` hears what is waited for.
+    """
     storage = Storage(options.storage)
     _check_output(storage, options.output)
     folder = image_folder(options.images, options.coco)
@@ -72,7 +80,7 @@ def run(options: ProposeOptions) -> ProposeReport:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "proposals.parquet")
         with pq.ParquetWriter(path, PROPOSAL_SCHEMA, compression="zstd") as writer:
-            for block in _blocks(storage, _rows(data, folder), checkpoint, workers):
+            for block in _blocks(storage, _rows(data, folder), checkpoint, workers, say):
                 usable = block.filter(block["error"].is_null()).select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
                 failed += [f"{row['file_name']}: {row['error']}" for row in block.to_pylist() if row["error"]]
                 check_unusable(failed, listed, most, options.coco, left_out)
@@ -96,8 +104,11 @@ def _rows(data: CocoDataset, folder: str) -> pa.Table:
     return pa.table({"file_name": names, "uri": [relative_to(folder, name) for name in names]})
 
 
-def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: WorkerPlan) -> Iterator[pa.Table]:
+def _blocks(
+    storage: Storage, rows: pa.Table, checkpoint: bytes, workers: WorkerPlan, say: Callable[[str], None]
+) -> Iterator[pa.Table]:
     """The workers' answers, in any order."""
+    begun = threading.Event()
     arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
     with ray.data.DataContext.current(data_context()):
         blocks = ray.data.from_arrow(rows).repartition(target_num_rows_per_block=BLOCK_IMAGES)
@@ -111,6 +122,9 @@ def _blocks(storage: Storage, rows: pa.Table, checkpoint: bytes, workers: Worker
             num_gpus=workers.gpus_each or None,
         )
         try:
-            yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
+            with said_while_waiting(workers.needs, begun.is_set, say):
+                for answer in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    begun.set()
+                    yield answer
         except ray.exceptions.RayError as error:
             raise LabellingError(f"the proposals were not made: {last_line(error)}; nothing was written") from error

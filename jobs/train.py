@@ -27,6 +27,7 @@ from jobs.cluster import Capacity, connect, cores, interruptible, last_line
 from jobs.latest import read_latest
 from jobs.run_record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
 from jobs.train_worker import CURVES, METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
+from jobs.waiting import said_while_waiting
 from model.build import create_model, holds_classifier
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
@@ -472,14 +473,22 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     trainer = _trainer(plan, job, ray.put(Loader(plan.rows, plan.spec, storage, options.most_unusable > 0)))
     start = time.monotonic()
     error: BaseException | None = None
-    with Listener(board, say):
+    with Listener(board, say) as listener:
         try:
-            with interruptible():
+            # The first line says that the workers are up, the second that images came, for which loading needs its CPU.
+            with said_while_waiting(_needs(plan), lambda: listener.heard > 1, say), interruptible():
                 trainer.fit()
         except ray.train.TrainingFailedError as failure:
             error = failure
     _judge(failure_on(board), error, storage, plan)
     say(f"trained in {time.monotonic() - start:.0f} s")
+
+
+def _needs(plan: _Plan) -> str:
+    """What the run asks of the cluster, as a clause for people."""
+    gpu = " and a GPU" if plan.gpu else ""
+    each = " each" if plan.options.workers > 1 else ""
+    return f"{plan.options.workers} worker{'s need' if each else ' needs'} 1 CPU{gpu}{each}, loading 1 CPU more"
 
 
 def _describe_epochs(course: tuple[Phase, ...], recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""A training driver that is killed, and one that Ctrl-C ends: the same command goes on after the last complete epoch."""
+"""A training driver that is killed, one that Ctrl-C ends, and one whose board is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from jobs import train
+from jobs.board import Board
 from jobs.shapes import generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -44,3 +47,35 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
     assert f"epoch {survived}/500, step " not in err
     assert err.endswith("masklake: interrupted. The same command goes on after the last complete epoch.\n")
     assert "Traceback" not in err
+
+
+def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tmp_path / "data", 4, 96, seed=1)
+    boards: list[Any] = []
+    lines: list[str] = []
+
+    def started() -> Any:
+        boards.append(ray.remote(num_cpus=0)(Board).remote())  # as it ends with its node: it does not come back
+        return boards[-1]
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("the workers are up"):
+            ray.kill(boards[0])
+
+    monkeypatch.setattr(train, "start_board", started)
+    options = train.TrainOptions(
+        train=str(tmp_path / "data" / "instances.json"),
+        output=str(tmp_path / "runs"),
+        name="lost",
+        recipe={"epochs": 2, "batch_size": 2},
+    )
+    try:
+        report = train.run(options, say)
+    finally:
+        ray.shutdown()
+    assert report.epochs == 2
+    assert Path(report.curves).stat().st_size
+    assert Path(report.checkpoint).stat().st_size
+    after = lines[next(number for number, line in enumerate(lines) if line.startswith("the workers are up")) + 1 :]
+    assert not [line for line in after if "step" in line], "the board was lost before the first step"

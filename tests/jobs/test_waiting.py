@@ -1,0 +1,111 @@
+"""What is said while other jobs hold a cluster's CPUs: when, what, and until when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import ray
+
+from jobs import waiting
+from jobs.cluster import EMBEDDED
+from jobs.label_plan import WorkerPlan
+from jobs.progress import Counter
+from jobs.waiting import is_due, notice, said_while_waiting
+
+
+def test_the_first_notice_comes_after_20_s_and_then_one_a_minute() -> None:
+    assert not is_due(19.9, None)
+    assert is_due(20, None)
+    assert not is_due(79.9, 20)
+    assert is_due(80, 20)
+
+
+def test_a_notice_says_what_is_needed_and_what_is_free() -> None:
+    total = {"CPU": 3.0, "memory": 1e9, "node:127.0.0.1": 1.0}
+    line = notice("a worker needs 1 CPU", 20.4, {"memory": 1e9}, total)
+    assert line.startswith("waiting for the cluster for 20 s: a worker needs 1 CPU; free now: 0 of 3 CPUs.")
+    assert "; free now: 0.5 of 3 CPUs, 1 of 2 GPUs. " in notice("", 0, {"CPU": 0.5, "GPU": 1.0}, {**total, "GPU": 2.0})
+
+
+class Cluster:
+    """A cluster that another job holds; time passes by 2 s with each look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.total: dict[str, float] = {"CPU": 3.0}
+        self.looks = 0
+        self.queued = True
+        monkeypatch.setattr(ray, "cluster_resources", lambda: self.total)
+        monkeypatch.setattr(ray, "available_resources", dict)
+        monkeypatch.setattr(waiting, "_queued", lambda: self.queued)
+        monkeypatch.setattr(waiting, "POLL_S", 0)
+        monkeypatch.setattr(waiting.time, "monotonic", lambda: 2.0 * self.looks)
+
+    def said_until(self, last: int, each: Callable[[int], None] = lambda look: None) -> list[str]:
+        """The lines until the run has begun at the look ``last``; ``each`` sees every look before."""
+        lines: list[str] = []
+        done = threading.Event()
+
+        def begun() -> bool:
+            self.looks += 1
+            each(self.looks)
+            if self.looks >= last:
+                done.set()
+            return done.is_set()
+
+        with said_while_waiting("a worker needs 1 CPU", begun, lines.append):
+            if EMBEDDED not in self.total:
+                assert done.wait(30)
+        return lines
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def test_it_is_said_until_the_first_worker_has_begun(held: Cluster) -> None:
+    lines = held.said_until(45)  # 90 s
+    assert [line.split(": ")[0] for line in lines] == [
+        "waiting for the cluster for 20 s",
+        "waiting for the cluster for 80 s",
+    ]
+
+
+def test_workers_that_load_their_model_are_not_waited_for(held: Cluster) -> None:
+    held.queued = False
+    assert held.said_until(100) == []
+
+
+def test_a_counter_that_does_not_answer_ends_nothing(held: Cluster) -> None:
+    def lost(look: int) -> None:
+        if look < 20:
+            raise ray.exceptions.GetTimeoutError
+
+    assert len(held.said_until(30, lost)) == 1
+
+
+def test_on_an_embedded_cluster_there_is_no_other_job(held: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    held.total = {"CPU": 4.0, EMBEDDED: 1.0}
+    started: list[Any] = []
+    monkeypatch.setattr(waiting.threading, "Thread", lambda **_: started.append(None))
+    assert held.said_until(1) == []
+    assert not started
+
+
+def test_a_run_has_begun_with_its_first_worker_even_if_that_is_ready_or_dead_by_now() -> None:
+    counter = Counter()
+    assert not counter.begun()
+    counter.starting()
+    counter.ready()
+    assert counter.starts() == 0
+    assert counter.begun()
+
+
+def test_what_a_labeller_needs_is_said() -> None:
+    plan = WorkerPlan(workers=2, cpus_each=1, gpus_each=0, device="cpu", concurrency=1, decode_threads=1)
+    assert plan.needs == "a worker needs 1 CPU"
+    assert replace(plan, cpus_each=2, gpus_each=1).needs == "a worker needs 2 CPUs and 1 GPU"
