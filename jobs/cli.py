@@ -438,6 +438,7 @@ def main() -> None:
     stopping.install()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where its failure still has an exit code
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer's own answer to it is 1
             _end_without_reader()
@@ -451,9 +452,10 @@ def main() -> None:
             sys.exit(stopping.say())
         if isinstance(error, USAGE_ERROR):
             _end(2, usage_line(error))
-        if not isinstance(error, MaskLakeError):
+        known = error if isinstance(error, MaskLakeError) else _refused_by_the_machine(error)
+        if known is None:
             raise
-        _end(error.exit_code, str(error))
+        _end(known.exit_code, str(known))
     if code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
         code = stopping.say()
     sys.exit(code)
@@ -465,10 +467,25 @@ def _end(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
+def _refused_by_the_machine(error: Exception) -> MaskLakeError | None:
+    """The last net: a permission, a path or a full disk that no command looked at by itself is the user's to mend, too."""
+    from pipeline.storage_errors import of_the_machine
+
+    known = of_the_machine(error)
+    if known is not None:
+        _drop_output()
+    return known
+
+
 def _end_without_reader() -> NoReturn:
     """Who reads our output has seen enough (`| head`); nothing can be written any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     sys.exit(141)
+
+
+def _drop_output() -> None:
+    """What is still held back of stdout could not be written at exit either, and would end in a second error there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def comes_from_interrupt(error: BaseException | None) -> bool:

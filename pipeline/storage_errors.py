@@ -273,6 +273,9 @@ _LOCAL_MEANINGS: dict[int, Meaning] = {
     errno.EMFILE: Meaning(
         StorageError, "too many open files", "raise the limit (`ulimit -n`) and start the same command again"
     ),
+    errno.EFBIG: Meaning(
+        StorageError, "the file is larger than allowed", "raise the limit (`ulimit -f`), or give another path"
+    ),
     errno.ENOLCK: Meaning(StorageError, "the file system has no locks", "put the table on another file system"),
 }
 
@@ -281,6 +284,26 @@ def _translate_local(number: int, uri: str) -> MaskLakeError:
     unknown = Meaning(StorageError, os.strerror(number), "check the path and the disk, or give another path")
     known = _LOCAL_MEANINGS.get(number, unknown)
     return known.kind(f"{uri}: {known.happened}; {known.remedy}")
+
+
+_NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+"""What the machine refuses whatever is asked of it; `write` and `tempfile` raise them without a file's name."""
+
+
+def of_the_machine(error: BaseException) -> MaskLakeError | None:
+    """What an OSError that nobody translated says of this machine's files; None where it may be a fault of our own.
+
+    Such an error has a number and a file's name, or the number of a disk that is full, read-only or failing.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if isinstance(error.filename, (str, bytes)):
+        return _translate_local(error.errno, os.fsdecode(error.filename))
+    if error.errno in _NAMELESS:
+        return _translate_local(error.errno, "standard output or a temporary file (TMPDIR)")
+    if error.strerror and error.strerror.startswith("No usable temporary directory"):
+        return StorageError(f"{error.strerror}; free some space, or set TMPDIR to a folder that can be written")
+    return None
 
 
 def describe(error: BaseException) -> str:

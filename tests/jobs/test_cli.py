@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +96,48 @@ def test_each_command_says_what_a_stop_leaves() -> None:
 def test_an_interrupt_that_an_error_replaces_is_that_error() -> None:
     done = run("another-reason", code=INTERRUPTED_INSIDE)
     assert (done.returncode, done.stderr) == (77, "masklake: error: the lease\n")
+
+
+STRAY = """
+from jobs import cli
+
+@cli.app.command("query")
+def named():
+    open({path!r})
+
+@cli.app.command("show")
+def nameless():
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+cli.main()
+"""
+
+
+def test_an_error_of_the_file_system_that_no_command_foresaw_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("query", code=STRAY.format(path=str(tmp_path / "file" / "below")))
+    assert (done.returncode, done.stdout) == (20, "")
+    assert done.stderr == (
+        f"masklake: error: {tmp_path}/file/below: is a file where a folder is needed, or lies below one; check the path\n"
+    )
+
+
+def test_an_error_that_may_be_a_fault_of_ours_keeps_its_traceback() -> None:
+    done = run("show", code=STRAY.format(path=""))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_an_output_that_is_full_is_a_line() -> None:
+    code = "from jobs.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 24
+    assert done.stderr == (
+        "masklake: error: standard output or a temporary file (TMPDIR): no space left on the disk; "
+        "free some space and start the same command again\n"
+    )
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

@@ -16,7 +16,7 @@ from model.errors import MaskLakeError
 from pipeline import run_output
 from pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from pipeline.storage import Storage
-from pipeline.storage_errors import describe, fault, translate
+from pipeline.storage_errors import describe, fault, of_the_machine, translate
 from pipeline.table import Table
 
 SECRET = "AKIASECRET"
@@ -155,3 +155,35 @@ def test_a_refusal_without_its_reason_is_asked_for_it(
     s3_proxy.answer(403, code, "HEAD", "driver-1")
     with pytest.raises(kind, match=said):
         storage.stat(s3.uri("table/run=r/driver-1.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, "denied", "/a/b"), (AccessDeniedError, "/a/b: permission denied")),
+        (OSError(errno.ENOSPC, "full", b"/a/b"), (StorageError, "/a/b: no space left")),
+        (OSError(errno.ENOSPC, "full"), (StorageError, "standard output or a temporary file (TMPDIR): no space left")),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            (StorageError, "No usable temporary directory found in ['/tmp']; free some space, or set TMPDIR"),
+        ),
+    ],
+)
+def test_an_error_of_the_machine_is_told(error: OSError, expected: tuple[type[Exception], str]) -> None:
+    told = of_the_machine(error)
+    assert type(told) is expected[0]
+    assert str(told).startswith(expected[1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("without a number"),
+        OSError(errno.EBADF, "a closed file"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        OSError(errno.EBADF, "bad", 7),  # a descriptor's number is no name
+        KeyError("bug"),
+    ],
+)
+def test_what_may_be_a_fault_of_ours_is_not_told_as_the_machine_s(error: Exception) -> None:
+    assert of_the_machine(error) is None
