@@ -27,6 +27,7 @@ from jobs.train_worker import (
     Validation,
     _agreed,
     _check_finite,
+    _evaluate,
     _is_best,
     _Losses,
     _run_epoch,
@@ -258,7 +259,12 @@ def test_an_epoch_has_all_its_steps_though_half_its_images_are_broken(tmp_path: 
     assert len(row["replaced"]) == 2
     assert row["losses"]["loss"] > 0
     assert any(line.startswith("2 images could not be used and were replaced: ") for line in alone.lines)
+    job.storage = Storage()
+    validation = Validation(whole, str(tmp_path / "images"), (100,), 0.5)
+    assert len(_evaluate(job, validation, types.SimpleNamespace(learn="joint"), model, 0, 1)["not_scored"]) == 2
+    assert any(line.startswith("2 images could not be used and are not scored: ") for line in alone.lines)
     job.images = Images.of(whole, 0.3)
+    model.train()
     with pytest.raises(AnnotationError, match=r"of the 4 images of .* cannot be used"):
         _run_epoch(job, state, model, iter(batches))
     job.images = Images.of(whole, 0.5)
