@@ -8,11 +8,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from pipeline.storage import Storage
 from pipeline.table import open_table
+from tests.s3_proxy import Rule
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -137,3 +139,38 @@ def test_what_cannot_be_written_or_read_is_no_image_s_fault(
     assert returned == 0, err
     assert "continues" in err
     assert rows_of(s3.uri("table")) == [(str(path), "ok") for path in sorted(folder.iterdir())]
+
+
+class FirstPuts(Rule):
+    """Drops the reply of each object's first PUT, whatever its name."""
+
+    def __init__(self) -> None:
+        super().__init__("PUT", "", forwards=True)
+        self.objects: set[str] = set()
+
+    def meets(self, method: str, target: str) -> bool:
+        """Whether it is one that nobody has asked for yet."""
+        first = method == self.method and target not in self.objects
+        if first:
+            self.objects.add(target)
+            self.hits += 1
+        return first
+
+
+@pytest.mark.faults
+def test_the_reply_of_every_object_s_first_put_is_lost(
+    s3: Any, s3_proxy: Any, tiny_checkpoint: Path, pictures: Callable[..., Path], start: Callable[..., Any]
+) -> None:
+    """Description, manifest, leases, records, blocks and log are each there when the client thinks that they are not."""
+    folder = pictures(70)
+    rule = FirstPuts()
+    s3_proxy.rules.append(rule)
+    command = ("label", folder, s3.uri("table"), "--weights", tiny_checkpoint, "--workers", 1, "--json")
+    code, out, err = start(*command).finish()
+    assert code == 0, err
+    for name in ("/lease", "images.manifest", "run.json", "table.json", "/part-", "_delta_log/"):
+        assert any(name in unquote(target) for target in rule.objects), name
+    assert json.loads(out)["statuses"]["ok"] == 70
+    assert rows_of(s3.uri("table")) == [(str(path), "ok") for path in sorted(folder.iterdir())]
+    code, out, err = start(*command).finish()
+    assert (code, json.loads(out)["run_id"]) == (0, None), err
