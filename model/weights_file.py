@@ -22,6 +22,7 @@ from torch import Tensor
 from model.checkpoint import has_safetensors_header, listed
 from model.detectron2_weights import is_pickle, read_pickle
 from model.errors import CheckpointError
+from model.plain_text import is_text
 
 NESTED = (
     *("model", "state_dict", "model_state_dict", "model_state", "weights", "network", "net", "module", "params"),
@@ -93,7 +94,7 @@ def what_it_is(data: bytes) -> str | None:
         return _kind_of_zip(data)
     if re.match(rb"\x08[\x01-\x20](\x12|\x1a|\x22|\x3a)", data):  # field 1, the version; then producer, domain or graph
         return "an ONNX model: convert the weights that it was exported from"
-    return "text" if _is_text(data[:4096]) else None
+    return "text" if is_text(data[:4096]) else None
 
 
 def _kind_of_zip(data: bytes) -> str | None:
@@ -111,16 +112,6 @@ def _kind_of_zip(data: bytes) -> str | None:
     if any(name.endswith(".npy") for name in names):
         return "an archive of NumPy arrays (.npz)"
     return f"a zip archive without a state dict ({listed(sorted(names))}): unpack it first"
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # not just a character that the end of `head` cuts
-            return False
-        text = head[: error.start].decode()
-    return all(character.isprintable() or character.isspace() for character in text)
 
 
 def _read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:

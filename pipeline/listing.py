@@ -19,21 +19,34 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ConfigError
+from model.plain_text import is_text
 from pipeline.errors import InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.lists import Named, list_kind, read_list
 from pipeline.literal_keys import MAX_KEY_BYTES, is_plain
 from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, folder_uri, parent, parse, relative_to
-from pipeline.suffixes import IMAGE_REGEX
+from pipeline.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from pipeline.walk import is_utf8
 
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_PACKED = (".zst", ".zstd", ".lz4", ".lzma", ".lzo", ".br", ".sz", ".z")
 _SHEETS = (".xlsx", ".xls", ".ods")
+_HEAD_BYTES = 4096
+_TEXT_IMAGE = re.compile(rb"P[123]\s")  # PBM, PGM and PPM may be written in digits
 _OTHER_SYSTEMS = "@eaDir|__MACOSX|#recycle|#snapshot|@Recycle|@Recently-Snapshot|\\$RECYCLE\\.BIN|System Volume Information"
 _HIDDEN = rf"(?:^|/)(?:\.(?:[^./]|\.[^/])|(?:{_OTHER_SYSTEMS})/)"
 """RE2 on a path below the input's folder: a part that begins with a dot (`._x.jpg`, `.thumbnails/`; not `.` and `..`), and the
 folders in which macOS, Windows, Synology and QNAP keep thumbnails and waste."""
+
+
+def nothing_found(storage: Storage, uri: str) -> str:
+    """What an input without an image has to be told: where it is right, its path is not what to check."""
+    if is_glob(uri) and not storage.exists(uri):
+        return "matches no image; check the pattern"
+    if list_kind(uri) is not None and not uri.endswith("/") and storage.is_file(uri):
+        return "is a list that names no image; write one a row"
+    return "holds no image; check the path"
 
 
 class InputSpec(BaseModel):
@@ -112,7 +125,10 @@ def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator
         raise ConfigError(f"{spec.uri}: is an archive; unpack it, and give the folder")
     if spec.uri.lower().endswith(_SHEETS):
         raise ConfigError(f"{spec.uri}: is a spreadsheet; save it as CSV")
+    if spec.uri.lower().endswith(_PACKED):
+        raise ConfigError(f"{spec.uri}: is compressed in a way that lists cannot be; unpack it, or use .gz, .bz2 or .xz")
     if list_kind(spec.uri) is None:
+        _check_no_text(storage, spec.uri)
         yield storage.stat_many([spec.uri])
         return
     base = parent(spec.uri)
@@ -124,6 +140,16 @@ def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator
                 left_out.add(faults[uri], row.name)
         readable = [(uri, row) for uri, row in named if uri not in faults]
         yield _with_etags(storage, [uri for uri, _ in readable], [row for _, row in readable])
+
+
+def _check_no_text(storage: Storage, uri: str) -> None:
+    """Raises ConfigError for text that is not called an image: it may be a list, which its name does not show."""
+    if uri.lower().endswith((*IMAGE_SUFFIXES, *OTHER_SUFFIXES)):
+        return
+    with storage.open_input(uri) as source:
+        head = source.read(_HEAD_BYTES)
+    if head and is_text(head) and not _TEXT_IMAGE.match(head):
+        raise ConfigError(f"{uri}: is text and no image; if it is a list, name it .txt (a name a line), .csv or .jsonl")
 
 
 # -- folders and patterns ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Lists of images in the forms that people have: Parquet, CSV, text, JSON lines and JSON arrays, compressed or not.
 
 A list gives names, and perhaps the version (`etag`) and size (`bytes`) of each; what the names mean is `pipeline.listing`'s
-business. Text is UTF-8 or, with its mark, UTF-16.
+business. Text is UTF-8 or, with its mark, UTF-16 or UTF-32.
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ _OPENERS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
     (b"BZh", bz2.open),
     (b"\xfd7zXZ", lzma.open),
+)
+_WIDE = (
+    (b"\xff\xfe\0\0", "utf-32"),  # before UTF-16, whose mark it begins with
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
 )
 _HEAD_BYTES = 1 << 16
 _COCO = re.compile(r'"(images|annotations|categories|licenses|info)"\s*:')
@@ -117,6 +123,8 @@ def _list_errors(uri: str, kind: str) -> Iterator[None]:
 
 def _column(uri: str, wanted: str | None, names: Sequence[str]) -> str:
     """The column that names the images."""
+    if not names:
+        raise ConfigError(f"{uri}: has no columns, so it names no images")
     usual = [name for name in names if name.strip().casefold() == "uri"]
     chosen = wanted or (usual[0] if usual else names[0] if len(names) == 1 else None)
     if chosen is None or chosen not in names:
@@ -185,10 +193,10 @@ def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bytes]]:
 def _lines(storage: Storage, uri: str, newline: str) -> Iterator[tuple[io.TextIOWrapper, str]]:
     """The list as text, and the first of it. Bytes that are not UTF-8 become lone surrogates, as in Python's file names."""
     with _opened(storage, uri) as (stream, head):
-        wide = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+        wide = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), None)
         if b"\0" in head and not wide:
             raise ConfigError(f"{uri}: holds zero bytes, so it is no text; save it as UTF-8")
-        encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+        encoding, errors = (wide, "strict") if wide else ("utf-8-sig", "surrogateescape")
         if newline == "\n" and not wide and b"\n" not in head and b"\r" in head:
             newline = "\r"
         with io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline) as lines:
@@ -212,6 +220,7 @@ def _read_text(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut
 
 
 def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut) -> Iterator[Named]:
+    """Spaces around a field are no part of it, as in its header: people write `1, a.jpg`."""
     csv.field_size_limit(_FIELD_LIMIT)
     with _lines(storage, uri, newline="") as (lines, head):
         separator = re.match(r"sep=(.)\r?\n", head)  # how Excel says it
@@ -219,15 +228,15 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
             lines.readline()
             head = head[separator.end() :]
         delimiter = separator.group(1) if separator else _delimiter(uri, head, wanted)
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         first = _first_row(rows)
         if not first:
             return
         names = [name.strip() for name in first]
-        headless = not (wanted in names or "uri" in map(str.casefold, names)) and any(map(looks_like_image, first))
+        headless = not (wanted in names or "uri" in map(str.casefold, names)) and _names_an_image(first)
         if headless:
             names = [str(number) for number in range(1, len(first) + 1)]
-            wanted = wanted or _only_image(uri, first)
+            wanted = wanted or ("1" if len(first) == 1 else _only_image(uri, first))
         places = {name: names.index(name) for name in ("etag", "bytes") if names.count(name) == 1}
         column = names.index(_column(uri, wanted, names))
         for row in [first] * headless:
@@ -248,9 +257,15 @@ def _first_row(rows: Iterable[list[str]]) -> list[str]:
     return next((row for row in rows if row and not re.match(r"#(\s|#|$)", row[0])), [])
 
 
+def _names_an_image(row: Sequence[str]) -> bool:
+    """Whether a first row is no header. Alone, a path or a number is a name, too: no column is called `photos/000` or `000`."""
+    alone = len(row) == 1 and ("/" in row[0] or row[0].strip().isdecimal())
+    return alone or any(map(looks_like_image, row))
+
+
 def _csv_row(row: Sequence[str], column: int, places: Mapping[str, int]) -> Named:
     etag, size = places.get("etag"), places.get("bytes")
-    return Named(row[column], None if etag is None else _etag(row[etag]), None if size is None else _size(row[size]))
+    return Named(row[column].strip(" "), None if etag is None else _etag(row[etag]), None if size is None else _size(row[size]))
 
 
 def _delimiter(uri: str, head: str, wanted: str | None) -> str:
@@ -258,7 +273,7 @@ def _delimiter(uri: str, head: str, wanted: str | None) -> str:
     order = ",;\t|" if _suffix(uri) == ".csv" else "\t,;|"
 
     def fit(sign: str) -> tuple[bool, int]:
-        rows = csv.reader(io.StringIO(head, newline=""), delimiter=sign)
+        rows = csv.reader(io.StringIO(head, newline=""), delimiter=sign, skipinitialspace=True)
         names = [name.strip() for name in _first_row(rows)]
         return (wanted or "uri") in names, len(names)
 
@@ -285,11 +300,13 @@ def _read_json(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut
             values = ((number, _json(uri, number, line)) for number, line in enumerate(lines, 1) if line.strip())
         column: str | None = None
         for number, value in values:
-            if isinstance(value, dict):
+            if value == {}:
+                yield Named("")
+            elif isinstance(value, dict):
                 column = column or _json_column(uri, wanted, value)
-                yield _json_row(uri, number, value.get(column), value)
+                yield _json_row(uri, number, column, value)
             else:
-                yield _json_row(uri, number, value, {})
+                yield _json_name(uri, number, value)
 
 
 def _json(uri: str, number: int, text: str) -> Any:
@@ -314,7 +331,23 @@ def _refuse_coco(uri: str, error: Exception | None) -> NoReturn:
     ) from error
 
 
-def _json_row(uri: str, number: int, name: object, value: Mapping[str, Any]) -> Named:
+def _json_row(uri: str, number: int, column: str, value: Mapping[str, Any]) -> Named:
+    name = value.get(column)
     if name is not None and not isinstance(name, str):
-        raise ConfigError(f"{uri}: entry {number} is {json.dumps(name)[:60]} and no name; choose another key with --column")
+        raise ConfigError(
+            f"{uri}: entry {number} has {_short(name)} as {column!r} and no name; choose the key of the names with --column"
+        )
     return Named(name or "", _etag(value.get("etag")), _size(value.get("bytes")))
+
+
+def _json_name(uri: str, number: int, value: object) -> Named:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(
+            f"{uri}: entry {number} is {_short(value)} and no name; write each entry as a string, or as an object with a key "
+            "that names the image"
+        )
+    return Named(value or "")
+
+
+def _short(value: object) -> str:
+    return json.dumps(value)[:60]

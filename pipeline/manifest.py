@@ -26,7 +26,7 @@ from pipeline.duck import connected
 from pipeline.errors import EmptyInputError
 from pipeline.lease import Lease
 from pipeline.left_out import LeftOut
-from pipeline.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs
+from pipeline.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs, nothing_found
 from pipeline.schema import FINAL_STATUSES, MANIFEST_SCHEMA, RUN_COLUMN, Status
 from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, canonical, parse
 from pipeline.table import RunRecord, Table, input_key, valid_run_id
@@ -81,7 +81,8 @@ def plan_run(
         _spill(list_inputs(storage, spec, left_out), listing)
         listed = pq.read_metadata(listing).num_rows
         if not listed:
-            raise EmptyInputError(f"{spec.uri}: holds no image; check the path{f' ({left_out})' if str(left_out) else ''}")
+            said = nothing_found(storage, spec.uri)
+            raise EmptyInputError(f"{spec.uri}: {said}{f' ({left_out})' if str(left_out) else ''}")
         frozen = Path(folder, "manifest.parquet")
         version = table.version()
         images = plan_manifest(table, listing, frozen, label_id, retry_failed)

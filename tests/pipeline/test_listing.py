@@ -20,7 +20,7 @@ from model.errors import ConfigError
 from pipeline.decode import FORMATS
 from pipeline.errors import InputNotFoundError
 from pipeline.left_out import LeftOut
-from pipeline.listing import InputSpec, glob_regex, list_inputs
+from pipeline.listing import InputSpec, glob_regex, list_inputs, nothing_found
 from pipeline.storage import Storage
 from pipeline.suffixes import IMAGE_SUFFIXES, OTHER_SUFFIXES
 
@@ -230,6 +230,9 @@ LISTS: dict[str, bytes] = {
     "bars.csv": b"label|file\r\n1|a.jpg\r\n2|b.jpg\r\n",
     "excel.csv": b"sep=;\r\nlabel;file\r\n1;a.jpg\r\n2;b.jpg\r\n",
     "utf16.csv": "label,file\r\n1,a.jpg\r\n2,b.jpg\r\n".encode("utf-16"),
+    "utf32.csv": "label,file\r\n1,a.jpg\r\n2,b.jpg\r\n".encode("utf-32"),
+    "spaces.csv": b'label, file\n1, a.jpg\n2, "b.jpg"\n',
+    "columns.csv": b"file  , label\na.jpg , 1\nb.jpg , 2\n",
     "bom.csv": "\ufefffile\na.jpg\n\nb.jpg\n".encode(),
     "quoted.csv": b'"label","file"\n"one, two","a.jpg"\n"three\nfour","b.jpg"\n',
     "comments.csv": b"# made by me, by hand\n#\n\nlabel,file\n1,a.jpg\n2,b.jpg\n",
@@ -252,6 +255,9 @@ NAMELESS: dict[str, bytes] = {
     "headless.csv": b"a.jpg,1\nb.jpg,2\n",
     "headless.tsv": b"1\ta.jpg\n2\tb.jpg\n",
     "one.csv": b"a.jpg\nb.jpg\n",
+    "spaces_headless.csv": b"1, a.jpg\n2, b.jpg\n",
+    "utf32be.txt": b"\0\0\xfe\xff" + "a.jpg\nb.jpg".encode("utf-32-be"),
+    "empty_objects.jsonl": b'{}\n{"file": "a.jpg"}\n{}\n{"file": "b.jpg"}\n',
     "Uri.csv": b" URI ,label\na.jpg,1\nb.jpg,2\n",
     "names.json": b'["a.jpg", "b.jpg"]',
     "names.jsonl": b'"a.jpg"\n"b.jpg"\n',
@@ -263,6 +269,35 @@ def test_a_list_in_any_form(tmp_path: Path, name: str) -> None:
     fill(str(tmp_path), ["a.jpg", "b.jpg"])
     (tmp_path / name).write_bytes((LISTS | NAMELESS)[name])
     assert read(str(tmp_path / name), "file" if name in LISTS else None)[0] == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
+
+
+@pytest.mark.parametrize(("names", "rows"), [(["sub/000", "sub/001"], b"sub/000\nsub/001\n"), (["000", "001"], b"000\n001\n")])
+def test_a_list_without_a_header_and_without_suffixes_loses_no_name(tmp_path: Path, names: list[str], rows: bytes) -> None:
+    fill(str(tmp_path), names)
+    (tmp_path / "list.csv").write_bytes(rows)
+    assert read(str(tmp_path / "list.csv"))[0] == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_an_image_without_a_suffix_is_one_image_and_a_list_without_one_is_refused(tmp_path: Path) -> None:
+    for name, content in {
+        "scan": b"\x89PNG\r\n\x1a\n\0\0",
+        "digits": b"P3\n1 1\n255\n0 0 0\n",
+        "list": b"a.jpg\nb.jpg\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert read(f"{tmp_path}/scan")[0] == [f"{tmp_path}/scan"]
+    assert read(f"{tmp_path}/digits")[0] == [f"{tmp_path}/digits"]
+    with pytest.raises(ConfigError, match=r"/list: is text and no image; if it is a list, name it \.txt"):
+        read(f"{tmp_path}/list")
+
+
+def test_what_an_input_without_an_image_is_told_names_what_to_check(tmp_path: Path) -> None:
+    (tmp_path / "header.csv").write_bytes(b"uri\n")
+    storage = Storage()
+    assert read(f"{tmp_path}/header.csv")[0] == []
+    assert nothing_found(storage, f"{tmp_path}/header.csv") == "is a list that names no image; write one a row"
+    assert nothing_found(storage, f"{tmp_path}/[") == "matches no image; check the pattern"
+    assert nothing_found(storage, str(tmp_path)) == "holds no image; check the path"
 
 
 def test_comments_and_blank_lines_are_counted(tmp_path: Path) -> None:
@@ -310,7 +345,9 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("coco.json", b'{"images": [{"id": 1}], "annotations": []}', "COCO.*folder of its images"),
         ("pretty.json", b'{\n "info": {},\n "images": []\n}', "COCO.*folder of its images"),
         ("list.jsonl", b'"a.jpg"\nb.jpg\n', "line 2 is no JSON"),
-        ("list.json", b"[1, 2]", "entry 1 is 1 and no name"),
+        ("list.json", b"[1, 2]", "entry 1 is 1 and no name; write each entry as a string, or as an object"),
+        ("nested.json", b'[["a.jpg"]]', r'entry 1 is \["a\.jpg"\] and no name; write each entry'),
+        ("number.json", b'[{"n": 1}]', "entry 1 has 1 as 'n' and no name; choose the key of the names with --column"),
         ("key.json", b'[{"file": "a.jpg", "n": 1}]', r"several columns.*--column: file, n"),
         ("ragged.csv", b"uri,label\na.jpg,1\nb, c.jpg,2\n", "line 3 has 3 fields and the first has 2.*quotes"),
         ("open.csv", b'file\n"a.jpg\nb.jpg\n', "cannot be read as a csv list"),
@@ -319,6 +356,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100)[:-9], "cannot be read as a text list"),
         ("not.csv.gz", b"\x1f\x8bno gzip", "cannot be read as a csv list"),
         ("photos.xlsx", b"PK", "is a spreadsheet; save it as CSV"),
+        ("list.csv.zst", b"\x28\xb5\x2f\xfd", r"is compressed in a way that lists cannot be.*\.gz, \.bz2 or \.xz"),
         ("photos.zip", b"PK", "is an archive; unpack it"),
     ],
 )  # fmt: skip
