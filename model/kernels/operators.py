@@ -13,6 +13,9 @@ import torch
 
 NAMESPACE = "masklake"
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""The function behind each operator, by the operator's name, for who wants to run it below torch's dispatcher."""
+
 
 def register(
     run: Callable[..., Any],
@@ -31,6 +34,7 @@ def register(
     def refuse(ctx: Any, *grads: Any) -> None:  # gradients and the edges of masks: learning ends there
         raise NotImplementedError(f"{name} cannot be differentiated")
 
+    IMPLEMENTATIONS[name] = run
     schema = torch.library.infer_schema(run, mutates_args=())
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", _uncompiled(run))
