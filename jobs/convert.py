@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from jobs.output import check_not_read, same_place
 from model import create_model
 from model.checkpoint import dumps
 from model.config import Category
 from model.errors import ConfigError
 from pipeline.coco import parse_coco
-from pipeline.storage import Storage, canonical
+from pipeline.storage import Storage
 
 
 class ConvertReport(BaseModel):
@@ -43,9 +44,10 @@ def run(
     categories: a file that names what the weights were trained on (`read_categories`). None: the preset's.
 
     Raises UnknownPresetError, CheckpointError (not weights of this architecture), ConfigError (a target that is not named
-    .safetensors, cannot be written, or is the source) and the storage's errors.
+    .safetensors, cannot be written, or is a file that this reads) and the storage's errors.
     """
     _check_target(source, target)
+    check_not_read(target, {"the file of --categories": categories})
     if norm_eps is not None and not math.isfinite(norm_eps):
         raise ConfigError(f"--norm-eps {norm_eps} is not a finite number")
     model = create_model(
@@ -99,7 +101,7 @@ def _check_target(source: str, target: str) -> None:
     """Raises ConfigError, before the weights are read, for a target that cannot be written. Folders that lack are made."""
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
-    if canonical(target) == canonical(source):
+    if same_place(target, source):
         raise ConfigError(f"cannot write {target} over its own source: name another file")
     if "://" in target:
         return

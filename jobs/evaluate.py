@@ -62,10 +62,11 @@ def run(
     """Scores the table's current rows, or those of one labelling run; writes the report as JSON to `output`.
 
     images: the folder that the truth's file names are in; without it they are matched by the end of the table's URIs.
-    Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError.
+    Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError (an output
+    that is the truth, among others).
     """
     if output is not None:
-        check_output(output, table)
+        check_output(output, table, {"the file of --truth": truth})
     data = read_coco(storage, truth)
     parameters = None if labelling_run is None else {"run": labelling_run}
     source = "current_images" if labelling_run is None else "images WHERE run = $run"

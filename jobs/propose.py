@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.cluster import connect, data_context, last_line
 from jobs.label import load_model
 from jobs.label_plan import Device, WorkerPlan, plan_workers
+from jobs.output import check_not_read
 from jobs.waiting import said_while_waiting
 from model.errors import ConfigError
 from pipeline.coco import CocoDataset, image_folder, read_coco
 from pipeline.errors import LabellingError
 from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
-from pipeline.storage import Storage, StorageOptions, relative_to
+from pipeline.storage import Storage, StorageOptions, canonical, relative_to
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,11 @@ def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> Propo
     ``say`` hears what is waited for.
     """
     storage = Storage(options.storage)
-    _check_output(storage, options.output)
+    _check_output(storage, options)
     folder = image_folder(options.images, options.coco)
     whole, most = read_coco(storage, options.coco), unusable_share(options.allow_missing, options.max_unusable)
+    if canonical(options.output) in {canonical(relative_to(folder, image.file_name)) for image in whole.images}:
+        raise ConfigError(f"{options.output}: is one of the images, which this would overwrite; name another file")
     data = usable_images(storage, whole, folder, most)
     listed, left_out = listed_and_left_out(data)
     checkpoint, model = load_model(storage, options.weights)
@@ -91,10 +94,12 @@ def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> Propo
     return ProposeReport(output=options.output, model_id=model.model_id, images=images, proposals=proposals)
 
 
-def _check_output(storage: Storage, output: str) -> None:
+def _check_output(storage: Storage, options: ProposeOptions) -> None:
     """Raises where the file could not be written in the end: ConfigError for its name, the storage's errors for its place."""
+    output = options.output
     if not output.endswith(".parquet"):
         raise ConfigError(f"cannot write {output}: a file of proposals is named *.parquet")
+    check_not_read(output, {"the COCO file": options.coco, "the file of --weights": options.weights})
     storage.write_bytes(f"{output}.probe", b"")
     storage.delete(f"{output}.probe")
 

@@ -202,6 +202,7 @@ def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     """Trains, or finishes, the run of that name. See the module's errors in `docs/training.md`."""
     storage = Storage(options.storage)
+    _check_sources(options)
     recipe = _validated(Recipe, {**recipe_of(options.preset).model_dump(), **options.recipe}, "recipe")
     latest = read_latest(storage, options.run_uri)
     done = latest["epoch"] if latest else 0
@@ -233,6 +234,17 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     plan = _Plan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done, data)
     _fit(plan, storage, say)
     return _report(storage, options, done)
+
+
+def _check_sources(options: TrainOptions) -> None:
+    """Raises ConfigError for an input in the run's own folder, whose files the run writes and replaces."""
+    sources = {"--train": options.train, "--val": options.val, "--weights": options.weights, "--proposals": options.proposals}
+    for option, source in sources.items():
+        if source is not None and f"{canonical(source)}/".startswith(f"{options.run_uri}/"):
+            raise ConfigError(
+                f"{source}: the file of {option} lies in the folder of the run '{options.name}', which the run writes; "
+                "choose another --name or --output, or move the file"
+            )
 
 
 def _silent(line: str) -> None:

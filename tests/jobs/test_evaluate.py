@@ -244,6 +244,14 @@ def test_bad_input_is_named(shapes: Path, tmp_path: Path) -> None:
         evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "turned.json"))
 
 
+def test_a_report_does_not_overwrite_its_truth(shapes: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "e1.json"
+    truth.write_bytes(shapes.read_bytes())
+    with pytest.raises(ConfigError, match=r"e1\.json: is the file of --truth, which this would overwrite"):
+        evaluate.run(Storage(), str(tmp_path / "table"), str(truth), output=str(truth))
+    assert truth.read_bytes() == shapes.read_bytes()
+
+
 def names_of(*file_names: str, folder: str | None = None) -> ImageNames:
     images = [{"id": n, "file_name": name, "width": 9, "height": 9} for n, name in enumerate(file_names)]
     return ImageNames(parse_coco({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "t"), folder)
