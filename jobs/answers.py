@@ -254,7 +254,7 @@ def _write_parquet(answer: Batches, path: Path) -> int:
             for batch in answer:
                 writer.write_batch(batch.rename_columns(schema.names))
                 count += batch.num_rows
-    except pa.ArrowNotImplementedError as error:  # intervals, unions
+    except pa.ArrowNotImplementedError as error:  # unions
         raise QueryError(f"Parquet has no such type ({error}); select the column ::VARCHAR, or write CSV or JSON") from error
     return count
 

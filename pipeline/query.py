@@ -18,6 +18,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset
+from duckdb.sqltypes import DuckDBPyType
 
 from pipeline.duck import connected
 from pipeline.errors import QueryError
@@ -124,8 +125,50 @@ def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, 
             relation = connection.sql(sql, params=dict(parameters or {}))
             if relation is None:
                 raise QueryError(f"the query returns no rows; select from {', '.join(VIEWS)}")
+            relation = with_exact_values(relation)
             answer = Answer(relation.to_arrow_reader(BATCH_ROWS), connection, errors)
         yield answer
+
+
+_AS_TEXT = frozenset({"uhugeint", "bignum", "time with time zone", "time_ns", "interval", "bit", "variant", "geometry"})
+"""DuckDB's types that Arrow or Python has not: UHUGEINT would be signed, TIMETZ lose its zone, BIT and BIGNUM be raw bytes."""
+
+_NESTED = frozenset({"struct", "tuple", "list", "array", "map", "union"})
+
+
+def with_exact_values(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """The relation with DuckDB's own text, as of `::VARCHAR`, for the values that would not survive the way through Arrow."""
+    kinds = [exact_type(kind) for kind in relation.types]
+    if kinds == [str(kind) for kind in relation.types]:
+        return relation
+    columns = [
+        f"CAST(#{number} AS {kind}) AS {_quoted(name)}"
+        for number, (name, kind) in enumerate(zip(relation.columns, kinds, strict=True), start=1)
+    ]
+    return relation.project(", ".join(columns))
+
+
+def exact_type(kind: DuckDBPyType) -> str:
+    """The type in SQL with VARCHAR in place of each of `_AS_TEXT`, also within nested types; without any, the type itself."""
+    if kind.id in _AS_TEXT:
+        return "VARCHAR"
+    if kind.id not in _NESTED:
+        return str(kind)
+    members = [(name, member) for name, member in kind.children if isinstance(member, DuckDBPyType)]
+    exact = [exact_type(member) for _, member in members]
+    if kind.id == "union":  # a member's value loses its type on the way, so one that is not plain cannot be told
+        return "VARCHAR" if any(member.id in _AS_TEXT | _NESTED for _, member in members) else str(kind)
+    if exact == [str(member) for _, member in members]:
+        return str(kind)
+    if kind.id == "struct":
+        return f"STRUCT({', '.join(f'{_quoted(name)} {text}' for (name, _), text in zip(members, exact, strict=True))})"
+    if kind.id == "array":
+        return f"{exact[0]}[{dict(kind.children)['size']}]"
+    return f"{exact[0]}[]" if kind.id == "list" else f"{kind.id.upper()}({', '.join(exact)})"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 _READING = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})

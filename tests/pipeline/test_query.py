@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 
 from pipeline.errors import AccessDeniedError, InputNotFoundError, QueryError, TableError
-from pipeline.query import VIEWS, connect, query, stream
+from pipeline.query import VIEWS, connect, query, stream, with_exact_values
 from pipeline.storage import Storage
 
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
@@ -259,3 +261,30 @@ def test_a_data_file_that_is_gone_is_no_fault_of_the_sql(tmp_path: Path, write_r
     next((tmp_path / "table").glob("run=*/*.parquet")).unlink()
     with pytest.raises(InputNotFoundError, match="table: not found"):
         query(Storage(), str(tmp_path / "table"), "SELECT max(uri) FROM images")
+
+
+@pytest.mark.parametrize(
+    ("sql", "value"),
+    [
+        ("340282366920938463463374607431768211455::UHUGEINT", "340282366920938463463374607431768211455"),
+        ("12345678901234567890123456789012345678901234::BIGNUM", "12345678901234567890123456789012345678901234"),
+        ("'12:00:00+02'::TIMETZ", "12:00:00+02"),
+        ("'12:00:00.000000001'::TIME_NS", "12:00:00.000000001"),
+        ("'0101'::BIT", "0101"),
+        ("INTERVAL '1 year 3 days 4 hours'", "1 year 3 days 04:00:00"),
+        ("NULL::INTERVAL", None),
+        ("[[INTERVAL 1 DAY], []]", [["1 day"], []]),
+        ("[INTERVAL 1 DAY]::INTERVAL[1]", ["1 day"]),
+        ("""{'a "b"': INTERVAL 1 DAY, 'B c': 2::UHUGEINT, 'd': 3}""", {'a "b"': "1 day", "B c": "2", "d": 3}),
+        ("MAP {INTERVAL 1 DAY: [INTERVAL 1 MONTH]}", [("1 day", ["1 month"])]),
+        ("union_value(a := INTERVAL 1 DAY)", "1 day"),
+        ("union_value(a := 2)", 2),
+        ("170141183460469231731687303715884105727::HUGEINT", Decimal("170141183460469231731687303715884105727")),
+    ],
+)
+def test_values_that_arrow_or_python_has_not_are_duckdbs_text(sql: str, value: Any) -> None:
+    with duckdb.connect() as connection:
+        answer = with_exact_values(connection.sql(f'SELECT 1 AS n, {sql} AS n, $x AS "a b" ORDER BY 1', params={"x": 7}))
+        table = answer.to_arrow_table()
+    assert [column.to_pylist() for column in table.columns] == [[1], [value], [7]]
+    assert table.schema.names[-1] == "a b"
