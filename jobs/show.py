@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.output import check_output
+from jobs.output import check_output, real_place, same_place
 from model.errors import ConfigError
 from pipeline.decode import decode
 from pipeline.draw import draw_instances
@@ -59,6 +59,7 @@ def run(
     form = _check_picture(output)
     check_output(output, table)
     with connect(storage, table) as connection:
+        _check_no_image(connection, storage, output, images)
         found = _labelled(_find(connection, uri, images))
         instances = _rows(
             connection,
@@ -68,7 +69,7 @@ def run(
     for number, row in enumerate(instances):
         check_instance(f"{found['uri']}: instance {number} of its row", row, row["rle"], row["keypoints"], found)
     place = found["uri"] if images is None else _moved(storage, found["uri"], images)
-    if canonical(output) == canonical(place):
+    if same_place(output, place):
         raise ConfigError(f"{output}: is the image itself; name another file for the picture")
     content = _content(storage, place)
     drawn = [row for row in instances if row["score"] >= min_score]
@@ -107,6 +108,30 @@ def _check_picture(output: str) -> str:
     return form
 
 
+def _check_no_image(connection: duckdb.DuckDBPyConnection, storage: Storage, output: str, images: str | None) -> None:
+    """Raises ConfigError where `output` is an image of the table, or a file that is one in the folder `images`."""
+    names = {canonical(output), real_place(output)}
+    conditions = {"uri = $name": names}
+    if images is not None and storage.is_file(output):
+        pairs = ((name, _below(name, folder)) for name in names for folder in (images, real_place(images)))
+        conditions["ends_with(uri, '/' || $name)"] = {below for name, below in pairs if below != name}
+    for condition, values in conditions.items():
+        for name in filter(_is_utf8, values):
+            sql = f"SELECT uri FROM current_images WHERE {condition} LIMIT 1"  # noqa: S608 - constants of this function
+            if found := _rows(connection, sql, {"name": name}):
+                image = found[0]["uri"]
+                raise ConfigError(f"{output}: is where the table's image {image} lies; name another file for the picture")
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a table can hold the name: its text is UTF-8, a file's name on Linux may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         return connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
@@ -117,12 +142,17 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str,
 def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -> dict[str, Any]:
     """The image's current row: named as in the table, as a path from here, or by a unique ending of its path."""
     columns = "SELECT uri, run, image_id, width, height, bytes, status, error FROM current_images"
+    if not _is_utf8(uri):
+        raise InputNotFoundError(f"{ascii(uri)[1:-1]}: is not in the table, which holds no name that is not UTF-8")
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):
             return found[0]
     name = _below(uri, images).removeprefix("./").strip("/")
-    for ending in (f"/{name}", name):  # whole parts of the path first, then a name's own end: 139.jpg for 000000000139.jpg
-        found = _rows(connection, f"{columns} WHERE ends_with(uri, $ending) ORDER BY uri LIMIT 100", {"ending": ending})
+    exact, composed = "ends_with(uri, $ending)", "ends_with(nfc_normalize(uri), nfc_normalize($ending))"
+    # Whole parts of the path first, then a name's own end: 139.jpg for 000000000139.jpg. Then in Unicode's composed form: macOS
+    # writes an umlaut as two characters, which look like the one that a keyboard gives.
+    for ending, condition in ((f"/{name}", exact), (name, exact), (f"/{name}", composed), (name, composed)):
+        found = _rows(connection, f"{columns} WHERE {condition} ORDER BY uri LIMIT 100", {"ending": ending})
         if len(found) == 1:
             return found[0]
         if found:
@@ -151,6 +181,10 @@ def _below(uri: str, images: str | None) -> str:
 
 def _moved(storage: Storage, uri: str, images: str) -> str:
     """Where the image is in the folder `images`: the longest ending of its path that is there."""
+    if not storage.exists(images):
+        raise InputNotFoundError(f"{images}: there is no such folder; check --images")
+    if storage.is_file(images):
+        raise InputNotFoundError(f"{images}: is a file; name a folder with --images")
     parts = uri.split("/")
     for start in range(1, len(parts)):
         place = relative_to(images, "/".join(parts[start:])) if parts[start] else ""

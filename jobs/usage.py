@@ -42,6 +42,11 @@ def _message(error: Any) -> str:
 def _hint(command: str | None, error: Any) -> str:
     if "unexpected extra" in str(error.format_message()):
         return EXTRA_ARGUMENTS.get(command or "", "")
-    if type(error).__name__ == "NoSuchOption" and command == "query" and not str(error.option_name).startswith("--"):
-        return QUOTE_SQL  # a minus in SQL without quotes
+    if type(error).__name__ == "NoSuchOption" and command == "query" and _is_of_sql(str(error.option_name)):
+        return QUOTE_SQL
     return ""
+
+
+def _is_of_sql(option: str) -> bool:
+    """Whether what looks like an option is a minus in SQL without quotes, or SQL that begins with a comment."""
+    return not option.startswith("--") or any(character.isspace() for character in option)

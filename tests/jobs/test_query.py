@@ -277,9 +277,51 @@ def test_show_finds_images_that_moved(tmp_path: Path, masklake: Any) -> None:
     for name in ("sub/x.jpg", str(tmp_path / "new/sub/x.jpg"), str(tmp_path / "old/photos/sub/x.jpg")):
         code, _, err = masklake("show", table, name, "-o", output, "--images", str(tmp_path / "new"))
         assert (code, err) == (0, "")
-    code, _, err = masklake("show", table, "sub/x.jpg", "-o", output, "--images", str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        ("empty", "holds no file named as the end of"),
+        ("none", "there is no such folder"),
+        ("x.png", "is a"),
+    ):
+        code, _, err = masklake("show", table, "sub/x.jpg", "-o", str(tmp_path / "y.png"), "--images", str(tmp_path / folder))
+        assert code == InputNotFoundError.exit_code
+        assert f"{tmp_path / folder}: {message}" in err
+
+
+def test_show_overwrites_no_image_of_the_table(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path / "old"), ["photos/a.jpg", "photos/b.jpg"])
+    other = tmp_path / "old/photos/b.jpg"
+    (tmp_path / "link").symlink_to(tmp_path / "old/photos")
+    for output in (str(other), f"{tmp_path}/link/b.jpg"):
+        code, _, err = masklake("show", table, "a.jpg", "-o", output)
+        assert (code, other.read_bytes()) == (12, jpeg())
+        assert f"{output}: is where the table's image {other} lies" in err
+    (tmp_path / "old/photos").rename(tmp_path / "new")
+    code, _, err = masklake("show", table, "a.jpg", "-o", f"{tmp_path}/new/b.jpg", "--images", f"{tmp_path}/new")
+    assert (code, (tmp_path / "new/b.jpg").read_bytes()) == (12, jpeg())
+    assert masklake("show", table, "a.jpg", "-o", f"{tmp_path}/new/c.jpg", "--images", f"{tmp_path}/new")[0] == 0
+
+
+def test_show_finds_a_name_in_either_form_of_unicode(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["caf\u00e9.jpg", "u\u0308ber.jpg"])
+    for name, stored in (("cafe\u0301.jpg", "caf\u00e9.jpg"), ("\u00fcber.jpg", "u\u0308ber.jpg")):
+        code, out, _ = masklake("show", table, name, "-o", str(tmp_path / "x.png"), "--json")
+        assert (code, json.loads(out)["uri"]) == (0, f"{tmp_path}/{stored}")
+
+
+def test_show_of_a_name_that_is_no_utf8_says_that_the_table_has_it_not(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["a.jpg"])
+    code, _, err = masklake("show", table, "\udce9.jpg", "-o", str(tmp_path / "x.png"))
     assert code == InputNotFoundError.exit_code
-    assert "holds no file named as the end of" in err
+    assert "is not in the table" in err
+
+
+def test_sql_that_begins_with_a_comment_is_told_from_an_option(tmp_path: Path, masklake: Any) -> None:
+    table = label(str(tmp_path), ["a.jpg"])
+    code, _, err = masklake("query", table, "-- x")
+    assert (code, "SQL is one argument" in err) == (2, True)
+    code, _, err = masklake("query", table, "--formt")
+    assert (code, "SQL is one argument" in err) == (2, False)
 
 
 def test_show_notes_that_the_file_changed(tmp_path: Path, masklake: Any) -> None:
