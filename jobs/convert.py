@@ -15,7 +15,10 @@ from model.checkpoint import dumps
 from model.config import Category
 from model.errors import ConfigError
 from pipeline.coco import parse_coco
+from pipeline.coco_values import quoted
 from pipeline.storage import Storage
+
+_FORMS = "give a COCO JSON file, a JSON list of names in the order of the classes, or a text file with one name a line"
 
 
 class ConvertReport(BaseModel):
@@ -80,11 +83,20 @@ def read_categories(storage: Storage, uri: str) -> tuple[Category, ...]:
     text = storage.read_bytes(uri)
     try:
         document = json.loads(text)
-    except ValueError:
-        document = _lines(text, uri)
-    rows = document.get("categories") if isinstance(document, dict) else document
-    if not isinstance(rows, list) or not rows:
-        raise ConfigError(f"--categories {uri} names no categories: give a COCO JSON file, or a text file with one name a line")
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict | list):
+        document = _lines(text, uri)  # one name alone may be JSON, too: `5`, `true`
+    if isinstance(document, dict) and not isinstance(document.get("categories"), list):
+        raise ConfigError(f"--categories {uri} is a JSON object without a list 'categories': {_FORMS}")
+    rows = document["categories"] if isinstance(document, dict) else document
+    if not rows:
+        raise ConfigError(f"--categories {uri} names no categories: {_FORMS}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, str | dict):
+            raise ConfigError(
+                f"--categories {uri}: categories[{number}] is {quoted(row)}, neither a name nor an object with one"
+            )
     rows = [{"id": number, "name": row} if isinstance(row, str) else row for number, row in enumerate(rows, start=1)]
     categories = parse_coco({"images": [], "annotations": [], "categories": rows}, uri).categories
     return tuple(sorted(categories, key=lambda category: category.id))

@@ -55,8 +55,9 @@ def create_model(
     config = preset(preset_or_config) if isinstance(preset_or_config, str) else preset_or_config
     name = " ".join(filter(None, ("weights", weights_name if isinstance(weights, bytes) else str(weights))))
     state: Mapping[str, Tensor] | None = None
+    recorded: str | None = None
     if weights is not None:
-        source, state = _read(weights, config, name)
+        source, state, recorded = _read(weights, config, name)
         config = source if by_name else config
     if categories is not None:
         config = config.changed(categories=tuple(categories))
@@ -69,7 +70,7 @@ def create_model(
             )
         if reset_predictors:
             state = _with_fresh_layers(model, state)
-        load_state(model.network, state, name)
+        load_state(model.network, state, name, recorded)
     return model.to(device).eval()
 
 
@@ -104,21 +105,21 @@ def holds_classifier(weights: str | Path | bytes, weights_name: str | None = Non
     return torchvision_weights.is_classifier(read_state(data, f"weights {weights_name or ''}".strip()))
 
 
-def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """The weights under our names, and `config` as their source would have it."""
+def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor], str | None]:
+    """`config` as the weights' source would have it, the weights under our names, and the preset that our own file records."""
     if isinstance(weights, str) and is_weight_name(weights):
         state, eps = torchvision_weights.fetch(weights)
-        return _with_eps(config, eps), _renamed(state, config, name)
+        return _with_eps(config, eps), _renamed(state, config, name), None
     data = read_bytes(weights)
     if is_ours(data):
         source, state = parse(data, name)
-        return source if source.preset == config.preset else config, state
+        return source if source.preset == config.preset else config, state, source.preset
     state = read_state(data, name)
     if (other := other_network(state)) is not None:
         raise CheckpointError(f"{name} holds {other}, which is no network that MaskLake can take: docs/models.md lists those")
     if detectron2_weights.is_theirs(state):
-        return detectron2_weights.conventions(config), detectron2_weights.rename(state, config)
-    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), _renamed(state, config, name)
+        return detectron2_weights.conventions(config), detectron2_weights.rename(state, config), None
+    return _with_eps(config, torchvision_weights.norm_eps_of_file(data)), _renamed(state, config, name), None
 
 
 def _renamed(state: Mapping[str, Tensor], config: ModelConfig, name: str) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ from model.network import Network
 FORMAT = "masklake/1"
 LISTED = 20  # of the keys that do not fit, in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.")
+"""The layers whose shape the number of classes decides."""
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
@@ -135,25 +137,29 @@ def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict
     return {ours: state[key] for ours, key in theirs.items()}
 
 
-def load_state(network: Network, state: Mapping[str, Tensor], name: str) -> None:
+def load_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
     """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit.
 
+    recorded: the preset that our own checkpoint of these weights names, which explains best why they do not fit another.
     Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
     """
     own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
-    _check_classes(network.config, own, state, name)
+    wrong = [key for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]
     complaints = {
         "it lacks": sorted(own.keys() - state.keys()),
         "the model has no": sorted(state.keys() - own.keys()),
-        "of another shape are": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in sorted(own.keys() & state.keys())
-            if own[key].shape != state[key].shape
-        ],
+        "of another shape are": [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
     }
-    if found := [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]:
-        raise CheckpointError(f"{name} is of another architecture than model {network.config.preset!r}: {'; '.join(found)}")
+    found = [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]
+    another = recorded not in (None, network.config.preset)
+    if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(_BY_CLASS) for key in wrong):
+        _check_classes(network.config, own, state, name)
+    if found:
+        origin = f"a MaskLake checkpoint of preset {recorded!r} (use --preset {recorded}), " if another else ""
+        raise CheckpointError(
+            f"{name} is {origin}of another architecture than model {network.config.preset!r}: {'; '.join(found)}"
+        )
     if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
         raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
     network.load_state_dict(state, strict=False)
@@ -168,11 +174,16 @@ def _is_weight(tensor: Tensor) -> bool:
 def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     key = "box_head.cls_score.bias"
     if key in state and state[key].dim() == 1 and state[key].shape != own[key].shape:
+        begin = "begin new last layers (masklake train --reset-predictors; reset_predictors=True)"
+        if len(state[key]) < 2:
+            raise CheckpointError(
+                f"{name} has no class but the background ({key} is of shape {tuple(state[key].shape)}), so it finds nothing: "
+                f"{begin}"
+            )
         raise CheckpointError(
             f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
             f"({len(config.categories)} categories): name the {len(state[key]) - 1} that it was trained on (masklake convert "
-            "--categories FILE; categories= of create_model), or begin new last layers (masklake train --reset-predictors; "
-            "reset_predictors=True)"
+            f"--categories FILE; categories= of create_model), or {begin}"
         )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
@@ -17,7 +18,14 @@ from torch import Tensor
 
 from model.checkpoint import renamed
 from model.errors import CheckpointError
+from model.presets import PRESETS
 from model.weights_file import read_state
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+_RESIDUAL = re.compile(r"(Wide_)?ResNe(t|Xt)\d")
+"""Classifiers of torchvision's whose weights may begin a backbone."""
 
 _ZERO_EPS_FILES = ("258fb6c6", "bf2d0c1e", "fc266e95")
 """SHA-256 prefixes of the COCO_V1 files (box, mask, keypoint), for which torchvision's builders set the norm's eps to 0."""
@@ -99,18 +107,36 @@ def norm_eps_of_file(data: bytes) -> float:
     return 0.0 if hashlib.sha256(data).hexdigest().startswith(_ZERO_EPS_FILES) else 1e-5
 
 
+def _named(weight_name: str) -> WeightsEnum:
+    """torchvision's entry of these weights. Raises CheckpointError for what it does not have or no model here can take."""
+    from torchvision.models import get_weight  # here, because importing the package takes longer than importing torch
+
+    said = f"torchvision has no weights called {weight_name!r}"
+    model = weight_name.partition("_Weights.")[0]
+    try:
+        known = type(get_weight(f"{model}_Weights.DEFAULT"))
+    except (ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{said}: it has no model of that name; check its spelling, capitals included") from error
+    try:
+        weights: WeightsEnum = get_weight(weight_name)
+    except (ValueError, AttributeError, KeyError) as error:
+        names = ", ".join(f"{model}_Weights.{name}" for name in known.__members__)
+        raise CheckpointError(f"{said}; of this model it has {names}") from error
+    if model.lower() not in PRESETS and not _RESIDUAL.match(model):
+        raise CheckpointError(
+            f"{weight_name} are weights of a network that MaskLake cannot take: docs/models.md lists those that it can"
+        )
+    return weights
+
+
 def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
     """Download weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; with their norm's eps.
 
     Kept where torch.hub keeps them. What lies there is read like any other file: torchvision itself would unpickle it.
-    Raises CheckpointError where the name does not exist, the download fails or the file holds other than tensors.
+    Raises CheckpointError where the name does not exist or is of no network that MaskLake can take (before any download), the
+    download fails or the file holds other than tensors.
     """
-    from torchvision.models import get_weight  # here, because importing the package takes longer than importing torch
-
-    try:
-        weights = get_weight(weight_name)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"torchvision has no weights called {weight_name!r}: {error}") from error
+    weights = _named(weight_name)
     kept = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(weights.url).path).name)
     try:
         if not kept.exists():

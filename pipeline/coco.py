@@ -323,7 +323,8 @@ def _check_units(found: Sequence[tuple[CocoImage, CocoAnnotation]], source: str)
     sizes = np.array([(image.width, image.height) for image, _ in found], np.float64).reshape(-1, 2)
     drawn = (boxes[:, 2:] > 0).all(axis=1)
     boxes, sizes = boxes[drawn], sizes[drawn]
-    far = boxes[:, :2] + boxes[:, 2:]
+    with np.errstate(over="ignore"):  # infinitely far is beyond every image
+        far = boxes[:, :2] + boxes[:, 2:]
     shares = (boxes[:, :2] >= 0).all(axis=1) & (far <= 1.001).all(axis=1) & (sizes > 2).all(axis=1)
     if shares.sum() * 2 > len(boxes):
         raise AnnotationError(

@@ -93,9 +93,15 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _object(row: Any, place: Place) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise AnnotationError(f"{place} is {quoted(row)} and not an object.")
+    return row
+
+
 def whole(row: Any, key: str, place: Place, limits: tuple[int, int] = INT64) -> int:
     """The whole number `row[key]` within `limits`; 7.0 is 7. Raises AnnotationError for text, true and everything else."""
-    value = row.get(key) if isinstance(row, dict) else None
+    value = _object(row, place).get(key)
     number = value if type(value) is int else None
     if type(value) is float and value.is_integer() and abs(value) <= EXACT:
         number = int(value)
@@ -109,7 +115,7 @@ def whole(row: Any, key: str, place: Place, limits: tuple[int, int] = INT64) -> 
 
 def image_of(row: Any, place: Place) -> CocoImage:
     """A checked row of `images`."""
-    name = row.get("file_name") if isinstance(row, dict) else None
+    name = _object(row, place).get("file_name")
     if not isinstance(name, str) or not name or not is_text(name):
         raise AnnotationError(f"{place} has no file_name that a file can have: {quoted(name)}.")
     image = CocoImage(whole(row, "id", place), name, whole(row, "width", place, INT32), whole(row, "height", place, INT32))

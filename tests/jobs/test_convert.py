@@ -143,11 +143,33 @@ def test_other_categories_are_named_by_a_file(tmp_path: Path, name: str) -> None
         assert (first.id, second.id) == (1, 2)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"categories": []}', b"\xff\xfe\x00", b"3"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"categories": []}'])
 def test_a_file_that_names_no_categories_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"--categories \S*classes\.txt"):
+    with pytest.raises(ConfigError, match=r"--categories \S*classes\.txt names no categories: give a COCO JSON file"):
         read_categories(Storage(), str(tmp_path / "classes.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "is neither JSON nor text"),
+        (b"{}", "is a JSON object without a list 'categories': give"),
+        (b'{"0": "cat", "1": "dog"}', "is a JSON object without a list 'categories': give"),
+        (b'["cat", 5]', r"categories\[1\] is 5, neither a name nor an object with one"),
+        (b'{"categories": [["cat"]]}', r"categories\[0\] is \['cat'\], neither a name"),
+    ],
+)
+def test_a_file_of_categories_in_another_form_is_told_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"--categories \S*classes\.txt:? {said}"):
+        read_categories(Storage(), str(tmp_path / "classes.txt"))
+
+
+@pytest.mark.parametrize("name", ["5", "true", "NaN"])
+def test_one_name_alone_is_a_name_also_where_it_is_json(tmp_path: Path, name: str) -> None:
+    (tmp_path / "classes.txt").write_text(f"{name}\n")
+    assert [category.name for category in read_categories(Storage(), str(tmp_path / "classes.txt"))] == [name]
 
 
 def test_wrapped_weights_of_other_categories_become_a_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from model.checkpoint import dumps, load_checkpoint, load_state, save_checkpoint
 from model.config import Category, ModelConfig
 from model.errors import CheckpointError, UnknownPresetError
 from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS
+from model.presets import PRESETS, preset
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,37 @@ def test_another_number_of_classes_is_named_with_the_remedy(saved: Path) -> None
     categories = [Category(id=1, name="nucleus")]
     with pytest.raises(CheckpointError, match=r"4 classes with the background.* has 2 \(1 categories\).*reset_predictors"):
         create_model("tiny", weights=saved, categories=categories)
+
+
+def test_another_preset_than_the_recorded_one_is_the_first_cause_that_is_named(tmp_path: Path) -> None:
+    small = preset("tiny").changed(categories=(Category(id=1, name="nucleus"),))
+    data = dumps(create_model(small))
+    other = preset("tiny").model_copy(update={"preset": "other"})
+    with pytest.raises(
+        CheckpointError, match=r"of preset 'tiny' \(use --preset tiny\), of another architecture than model 'other'"
+    ):
+        create_model(other, weights=data)
+    with pytest.raises(
+        CheckpointError,
+        match=r"of preset 'tiny' \(use --preset tiny\), of another architecture than model 'maskrcnn_resnet50_fpn'",
+    ):
+        create_model("maskrcnn_resnet50_fpn", weights=data)
+    same = small.model_copy(update={"preset": "other"})
+    assert create_model(same, weights=data).config.preset == "other", "what fits is taken, whatever its name"
+
+
+def test_another_architecture_is_named_before_another_number_of_classes(model: MaskRCNN) -> None:
+    state = {key: tensor for key, tensor in model.network.state_dict().items() if not key.startswith("keypoint_head.")}
+    state["box_head.cls_score.bias"] = torch.zeros(9)
+    with pytest.raises(CheckpointError, match=r"another architecture .*it lacks keypoint_head"):
+        load_state(model.network, state, "the file")
+
+
+def test_a_head_without_a_class_is_not_told_to_name_none(model: MaskRCNN) -> None:
+    state = dict(model.network.state_dict())
+    state["box_head.cls_score.bias"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"no class but the background .*\(1,\).*: begin new last layers"):
+        load_state(model.network, state, "the file")
 
 
 def test_predictors_can_be_reset_for_other_categories(model: MaskRCNN, saved: Path) -> None:

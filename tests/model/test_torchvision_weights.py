@@ -279,13 +279,20 @@ def test_what_lies_among_torch_hubs_files_is_not_unpickled(
 
 
 def test_unknown_names_and_failed_downloads_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no weights called"):
-        create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V9")
-
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    for name, said in {
+        "MaskRCNN_ResNet50_FPN_Weights.COCO_V9": r"called .*; of this model it has MaskRCNN_ResNet50_FPN_Weights\.COCO_V1",
+        "MaskRCNN_resnet50_Weights.COCO_V1": "no weights called .*no model of that name",
+        "FCOS_ResNet50_FPN_Weights.COCO_V1": "of a network that MaskLake cannot take",
+        "FasterRCNN_MobileNet_V3_Large_FPN_Weights.DEFAULT": "of a network that MaskLake cannot take",
+        "ViT_B_16_Weights.DEFAULT": "of a network that MaskLake cannot take",
+        "ResNet50_Weights.DEFAULT": "cannot download",
+    }.items():
+        with pytest.raises(CheckpointError, match=said):
+            create_model("maskrcnn_resnet50_fpn", weights=name)
     with pytest.raises(CheckpointError, match=r"cannot download.*no route to host"):
         create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")

@@ -277,3 +277,22 @@ def test_a_manifest_that_names_absent_images_is_caught(shared_data: Path) -> Non
     dataset = read_coco(Storage(), str(folder / "derived" / "validation_coco.json"))
     with pytest.raises(AnnotationError, match="8 of the 8 images"):
         usable_images(Storage(), dataset, str(folder / "test"), most=0.9)
+
+
+def test_a_box_that_ends_beyond_the_floats_is_left_out_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 12, "height": 8}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1e308, 1, 1e308, 1]}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    assert parse_coco(document, "x.json").dropped == {OUTSIDE: 1}
+    assert not recwarn.list
+
+
+def test_a_row_that_is_no_object_is_told_so() -> None:
+    rows = {"images": 5, "annotations": "a", "categories": None}
+    for part, row in rows.items():
+        document: dict[str, list[object]] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
+        document[part] = [row]
+        with pytest.raises(AnnotationError, match=rf"x\.json: {part}\[0\] is {row!r} and not an object"):
+            parse_coco(document, "x.json")
