@@ -70,7 +70,8 @@ GZIP = ".gz"
 def format_of(output: str, given: Format | None) -> Format:
     """The format of a file: `given`, else what its suffix says. ConfigError where neither says it."""
     name = output.lower()
-    form = given or SUFFIXES.get(Path(name.removesuffix(GZIP)).suffix)
+    text = name.removesuffix(GZIP)
+    form = given or next((form for suffix, form in SUFFIXES.items() if text.endswith(suffix)), None)
     if form is None:
         raise ConfigError(
             f"cannot tell the format of {output} by its name: end it with {', '.join(SUFFIXES)} "

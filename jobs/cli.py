@@ -33,6 +33,8 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
+TASKS = ("box", "mask", "keypoint")  # of model.config.Task, which is not imported before a command runs
+
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
@@ -59,6 +61,16 @@ def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"masklake {version('masklake')}")
         raise typer.Exit
+
+
+def split_tasks(text: str | None) -> list[str] | None:
+    """The names of --tasks; ConfigError, which names the option, for one that is no task."""
+    if text is None:
+        return None
+    tasks = [task.strip() for task in text.split(",")]
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ConfigError(f"--tasks {text!r}: {unknown[0]!r} is no task; give {', '.join(TASKS)}, with commas between")
+    return tasks
 
 
 @app.callback()
@@ -231,7 +243,7 @@ def label(
             "precision": precision,
             "score_threshold": score_threshold,
             "max_detections": max_detections,
-            "tasks": None if tasks is None else [task.strip() for task in tasks.split(",")],
+            "tasks": split_tasks(tasks),
             "batch_size": batch_size,
         },
         limits={"max_pixels": max_pixels},
@@ -316,7 +328,7 @@ def train(
             "val": val,
             "val_images": val_images,
             "preset": preset,
-            "tasks": None if tasks is None else [task.strip() for task in tasks.split(",")],
+            "tasks": split_tasks(tasks),
             "learn": learn,
             "proposals": proposals,
             "weights": weights,

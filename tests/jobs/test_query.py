@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,10 @@ from PIL import Image
 from typer.main import get_command
 
 from jobs import show
-from jobs.answers import Format
-from jobs.cli import app, main
+from jobs.answers import Format, format_of
+from jobs.cli import TASKS, app, main
 from jobs.query import show as show_answer
+from model.config import Task
 from model.errors import ConfigError
 from model.rle import pack_counts
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
@@ -386,3 +387,21 @@ def test_show_refuses_an_image_that_changed_its_size(tmp_path: Path, masklake: A
     code, _, err = masklake("show", table, f"{tmp_path}/x.jpg", "-o", str(tmp_path / "x.png"))
     assert code == 24
     assert "label it again" in err
+
+
+@pytest.mark.parametrize("tasks", ["boxes", "", "box,"])
+def test_a_task_that_is_none_is_told_with_its_option(masklake: Any, tasks: str) -> None:
+    for arguments in (("label", "x", "T", "--weights", "w"), ("train", "t.json", "-o", "o", "--name", "n")):
+        code, _, err = masklake(*arguments, "--tasks", tasks)
+        assert code == 12
+        assert f"--tasks {tasks!r}: " in err
+        assert "give box, mask, keypoint" in err
+
+
+def test_the_tasks_of_the_command_line_are_those_of_the_model() -> None:
+    assert set(TASKS) == set(get_args(Task))
+
+
+@pytest.mark.parametrize(("name", "form"), [(".csv", Format.CSV), ("q/.JSON.gz", Format.JSON), ("a.b.parquet", Format.PARQUET)])
+def test_a_name_that_is_only_a_suffix_says_its_format(name: str, form: Format) -> None:
+    assert format_of(name, None) == form
