@@ -28,8 +28,8 @@ from model.network import Network
 FORMAT = "masklake/1"
 LISTED = 20  # of the keys that do not fit, in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.")
-"""The layers whose shape the number of classes decides."""
+_BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
+"""The layers whose shape the categories decide: their number, and their keypoints."""
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
