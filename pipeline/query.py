@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.dataset
 from duckdb.sqltypes import DuckDBPyType
 
+from model.errors import MaskLakeError
 from pipeline.duck import connected
 from pipeline.errors import QueryError
 from pipeline.schema import RUN_COLUMN, TABLE_SCHEMA, Status
@@ -190,13 +191,22 @@ def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 ELSEWHERE = "Write the answer of a SELECT to a file with --output (`masklake query --help` lists the formats)."
 
 
+def _a_data_file(storage: Storage, table_uri: str) -> str | None:
+    """One of the files that a query reads, to ask the store why it refuses; None where the log cannot be read either."""
+    try:
+        files = open_table(storage, table_uri).files()
+    except MaskLakeError:
+        return None
+    return storage.join(table_uri, files[0][0]) if files else None
+
+
 @contextmanager
 def _query_errors(storage: Storage, table_uri: str, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader hands DuckDB's errors on as Arrow's
         if _is_of_storage(error):
-            with storage.reading(table_uri):
+            with storage.reading(table_uri, asked=_a_data_file(storage, table_uri)):
                 raise OSError(str(error)) from error
         if isinstance(error, duckdb.PermissionException):
             remedy = f"A query reads the table and nothing else. {ELSEWHERE}"

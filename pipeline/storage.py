@@ -397,14 +397,14 @@ class Storage:
         }
 
     @contextmanager
-    def reading(self, uri: str) -> Iterator[None]:
-        """`translated`; a store that refused without its reason is asked for it by a GET of one byte."""
+    def reading(self, uri: str, asked: str | None = None) -> Iterator[None]:
+        """`translated`; a store that refused without its reason is asked for it by a GET of one byte, of ``asked`` or `uri`."""
         with translated(uri):
             try:
                 yield
             except FOREIGN as error:
                 if parse(uri).scheme == "s3" and is_vague(error):
-                    self._raise_reason(uri)
+                    self._raise_reason(asked or uri)
                 raise
 
     def _raise_reason(self, uri: str) -> None:

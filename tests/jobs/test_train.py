@@ -370,7 +370,7 @@ def test_what_ends_a_run_is_said_once_and_not_tried_again(data: Path, tmp_path: 
     with pytest.raises(TrainingError, match=r"training diverged in epoch 1 .*Lower --learning-rate"):
         run(small_run(data, str(tmp_path), name="hot", recipe={"learning_rate": 1e30, "clip_norm": None, "optimizer": "sgd"}))
     victim = break_an_image(data, tmp_path)
-    with pytest.raises(AnnotationError, match=rf"^\S*{victim}: .*--allow-missing\.$"):
+    with pytest.raises(AnnotationError, match=rf"^1 of the 17 images of \S+ cannot be used: {victim}: .*--allow-missing"):
         run(small_run(data, str(tmp_path), name="broken", train=str(tmp_path / "instances.json"), max_failures=0))
 
 

@@ -207,7 +207,7 @@ def test_the_folder_beside_is_another(place: str) -> None:
 @pytest.mark.slow
 def test_a_last_slash_chooses_between_an_object_and_a_folder(s3: Any) -> None:
     for key in ("a", "a/x.jpg", "mark", "mark/y.jpg", "mark/", "empty.jpg"):
-        s3.put(key, b"" if key in ("mark", "mark/", "empty.jpg") else b"1")
+        s3.put(key, b"" if key in ("mark", "mark/", "empty.jpg") else b"\xff\xd8\xff\xe0\0")
     assert read(s3.uri("a"))[0] == [s3.uri("a")]
     assert read(s3.uri("a") + "/")[0] == [s3.uri("a/x.jpg")]
     assert read(s3.uri("mark"))[0] == [s3.uri("mark/y.jpg")], "an empty object of a folder's name marks the folder"
