@@ -144,7 +144,7 @@ def _etag(value: object) -> str | None:
 def _size(value: object) -> int | None:
     """A size that can be one, else None."""
     try:
-        size = int(value)  # type: ignore[call-overload]
+        size = int(value)  # type: ignore[call-overload]  # what no int can be made of is caught below
     except (TypeError, ValueError, OverflowError):
         return None
     return size if 0 <= size < 2**63 else None
