@@ -29,9 +29,16 @@ def watch_cluster() -> None:
     """Watch the cluster that this process is connected to, in a thread, for as long as it is."""
     import ray
 
-    context = ray.get_runtime_context()
-    arguments = (context.gcs_address, ray.NodeID.from_hex(context.get_node_id()), _log_folder())
+    node = ray.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    arguments = (_client(), node, _log_folder())
     threading.Thread(target=_watch, args=arguments, name="cluster", daemon=True).start()
+
+
+def _client() -> Any:
+    """This process's client of the head, an object of its own for every connection; None once it is disconnected."""
+    import ray._private.worker
+
+    return getattr(ray._private.worker.global_worker, "gcs_client", None)
 
 
 def _log_folder() -> str:
@@ -41,33 +48,27 @@ def _log_folder() -> str:
     return str(node.get_logs_dir_path())
 
 
-def _watch(address: str, node: Any, logs: str) -> None:
+def _watch(client: Any, node: Any, logs: str) -> None:
+    address = str(client.address)
     heard = time.monotonic()
     while True:
         time.sleep(POLL_S)
         reachable = reaches(address)
         if reachable:
             heard = time.monotonic()
-        alive = not reachable or _knows(node)
-        if not _is_connected_to(address):
+        alive = not reachable or _knows(client, node)
+        if _client() is not client:  # the process may disconnect at any moment: nothing else of the worker is touched here
             return
         if reason := verdict(address, time.monotonic() - heard, alive):
             _end(reason, logs)
 
 
-def _is_connected_to(address: str) -> bool:
+def _knows(client: Any, node: Any) -> bool:
+    """Whether the head counts the node among the living; True as well where it is too busy to say."""
     import ray
 
-    return ray.is_initialized() and ray.get_runtime_context().gcs_address == address
-
-
-def _knows(node: Any) -> bool:
-    """Whether the head counts the node among the living; True as well where it is too busy to say."""
-    import ray._private.worker
-
-    worker: Any = ray._private.worker.global_worker
     try:
-        return bool(worker.gcs_client.check_alive([node], timeout=POLL_S)[0])
+        return bool(client.check_alive([node], timeout=POLL_S)[0])
     except ray.exceptions.RayError:
         return True
 

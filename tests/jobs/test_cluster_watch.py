@@ -6,6 +6,9 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from jobs import cluster_watch
 from jobs.cluster_checks import reaches
 from jobs.cluster_watch import PATIENCE_S, verdict
 
@@ -22,6 +25,29 @@ def test_a_head_that_accepts_connections_is_there() -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert reaches(address)
     assert not reaches(address)
+
+
+def test_the_watch_ends_with_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops its client at once when a process disconnects, also between two looks of this thread."""
+
+    class Client:
+        address = "h:1"
+        asked = 0
+
+        def check_alive(self, nodes: list[object], timeout: float) -> list[bool]:
+            self.asked += 1
+            if self.asked < 3:
+                return [True]
+            monkeypatch.setattr(cluster_watch, "_client", lambda: None)
+            return [False]
+
+    client = Client()
+    monkeypatch.setattr(cluster_watch, "POLL_S", 0.01)
+    monkeypatch.setattr(cluster_watch, "reaches", lambda address: address == "h:1")
+    monkeypatch.setattr(cluster_watch, "_client", lambda: client)
+    monkeypatch.setattr(cluster_watch, "_end", lambda *_: pytest.fail("it ended a process that has left the cluster"))
+    cluster_watch._watch(client, object(), "logs")
+    assert client.asked == 3
 
 
 def test_the_end_is_a_line_with_the_logs_and_its_own_code() -> None:
