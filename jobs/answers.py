@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.counts import counted
 from model.errors import ConfigError
 from pipeline.errors import QueryError
 
@@ -274,7 +275,7 @@ def write_shown_table(answer: Batches, out: TextIO) -> int:
     _write_lines(answer.schema, widths, shown, out)
     total = len(shown) + more
     cut = f", {len(shown)} shown; --output FILE.csv writes all" if more else ""
-    out.write(f"({_counted(total)}{cut})\n")
+    out.write(f"({counted(total, 'row')}{cut})\n")
     return total
 
 
@@ -290,7 +291,7 @@ def write_whole_table(answer: Batches, out: TextIO) -> int:
             count += 1
         waiting.seek(0)
         _write_lines(answer.schema, widths, map(json.loads, waiting), out)
-    out.write(f"({_counted(count)})\n")
+    out.write(f"({counted(count, 'row')})\n")
     return count
 
 
@@ -301,10 +302,6 @@ def _write_lines(schema: pa.Schema, widths: list[int], cells: Any, out: TextIO) 
         for line in lines:
             fitted = [_fit(cell, width, right) for cell, width, right in zip(line, widths, to_right, strict=True)]
             out.write("  ".join(fitted).rstrip() + "\n")
-
-
-def _counted(count: int) -> str:
-    return f"{count} {'row' if count == 1 else 'rows'}"
 
 
 def _is_number(kind: pa.DataType) -> bool:

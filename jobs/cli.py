@@ -18,6 +18,7 @@ import typer
 from jobs.stopped import command_of, stopped_line
 from jobs.stopping import Stopping
 from jobs.usage import USAGE_ERROR, usage_line
+from model.counts import counted
 from model.errors import ConfigError, MaskLakeError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def convert(
     else:
         typer.echo(
             f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
-            f"{report.categories} categories, eps of the norms {report.norm_eps:g}"
+            f"{counted(report.categories, 'category')}, eps of the norms {report.norm_eps:g}"
         )
 
 
@@ -168,7 +169,7 @@ def query(
     if as_json:
         print_json(report)
     else:
-        typer.echo(f"{report.output}: {report.rows} {'row' if report.rows == 1 else 'rows'}")
+        typer.echo(f"{report.output}: {counted(report.rows, 'row')}")
 
 
 @app.command()
@@ -394,7 +395,8 @@ def propose(
     if as_json:
         print_json(report)
     else:
-        typer.echo(f"{report.output}: {report.proposals} proposals of {report.images} images by {report.model_id}")
+        proposals, of_images = counted(report.proposals, "proposal"), counted(report.images, "image")
+        typer.echo(f"{report.output}: {proposals} of {of_images} by {report.model_id}")
 
 
 @app.command()

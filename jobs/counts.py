@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from model.counts import counted
 from pipeline.schema import LIKELY_SCORE
 
 
 def counted_instances(likely: int, stored: int) -> str:
     """Both numbers, that of likely ones first: `3,109 instances of score >= 0.5, 9,348 stored`."""
-    return f"{likely:,} instances of score >= {LIKELY_SCORE:g}, {stored:,} stored"
+    return f"{counted(likely, 'instance')} of score >= {LIKELY_SCORE:g}, {stored:,} stored"

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs import evaluate, label, train
 from jobs.answers import write_shown_table
 from jobs.shapes import CATEGORIES, generate
+from model.counts import counted
 from pipeline.decode import decode
 from pipeline.draw import contact_sheet, draw_instances
 from pipeline.evaluation import IouType
@@ -108,15 +109,15 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     storage = Storage()
     with translated(str(places.root)):
         places.root.mkdir(parents=True, exist_ok=True)
-    say(f"[1/6] Drawing {train_images} images of shapes to learn from and {unseen_images} others to label")
+    say(f"[1/6] Drawing {train_images:,} images of shapes to learn from and {unseen_images:,} others to label")
     learning = generate(places.images("train"), train_images, SIZE, TRAIN_SEED)
     checking = generate(places.images("val"), max(20, train_images // 20), SIZE, VAL_SEED)
     unseen = generate(places.images("unseen"), unseen_images, SIZE, UNSEEN_SEED)
 
-    say(f"[2/6] Training the model `tiny` from random weights with two Ray Train workers, {epochs} epochs")
+    say(f"[2/6] Training the model `tiny` from random weights with two Ray Train workers, {counted(epochs, 'epoch')}")
     trained = train.run(train_options(places, learning, checking, epochs))
 
-    say(f"[3/6] Labelling the {unseen_images} unseen images with two model replicas, through Ray Data into a Parquet table")
+    say(f"[3/6] Labelling the {unseen_images:,} unseen images with two model replicas, through Ray Data into a Parquet table")
     inputs = {"uri": str(unseen.parent / "images")}
     labelled = label.run(label.options(input=inputs, table=str(places.table), weights=trained.checkpoint), say=say)
     say(label.describe(labelled))

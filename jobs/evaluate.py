@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.counts import counted_instances
 from jobs.output import check_output
+from model.counts import agreeing, counted, counted_of
 from model.errors import ConfigError
-from pipeline.coco import CocoDataset, read_coco
+from pipeline.coco import CocoDataset, counted_reason, read_coco
 from pipeline.errors import InputNotFoundError
 from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
 from pipeline.matching import COLUMNS, ImageNames, TableDetections, check_keypoints, check_sizes, collect
@@ -83,7 +84,7 @@ def run(
         raise InputNotFoundError(f"{table}: has no run {labelling_run!r}; its runs: {runs}")
     if not found.labelled and not found.failed:
         raise InputNotFoundError(
-            f"{table}: none of its {found.strangers} images is one of the {len(data.images)} of {truth}. "
+            f"{table}: {_none_known(found.strangers, len(data.images))} of {truth}. "
             "Check the truth, or name the folder of its images with --images."
         )
     check_sizes(found, data)
@@ -145,6 +146,12 @@ def check_categories(table: str, truth: CocoDataset, found: TableDetections) -> 
         )
 
 
+def _none_known(images: int, known: int) -> str:
+    """That a table's images are none of the truth's, as a clause that the truth's name follows."""
+    none = agreeing(images, "its only image is not", f"none of its {images:,} images is")
+    return f"{none} {agreeing(known, 'the only one', f'one of the {known:,}')}"
+
+
 def _ids(names: Mapping[int, str]) -> str:
     shown = [f"{number} ({name})" for number, name in sorted(names.items())[:5]]
     return ", ".join([*shown, *(["..."] if len(names) > len(shown) else [])])
@@ -169,16 +176,18 @@ def not_scored(truth: CocoDataset, rows: Sequence[Mapping[str, Any]], scored: Co
 def _partial(rows: Sequence[Mapping[str, Any]], scored: Collection[IouType]) -> list[str]:
     """A table of several runs, some of which stored no masks."""
     without = sum("segmentation" not in row for row in rows) if "segm" in scored else 0
-    return [f"{without:,} of {len(rows):,} detections hold no mask and do not count for masks"] if without else []
+    if not without:
+        return []
+    hold = agreeing(without, "holds no mask and does not count for masks", "hold no mask and do not count for masks")
+    return [f"{counted_of(without, len(rows), 'detection')} {hold}"]
 
 
 def _ambiguous(uris: Sequence[str]) -> list[str]:
     if not uris:
         return []
-    return [
-        f"{len(uris):,} images of the table, such as {uris[0]}, fit several of the truth by their name alone and do not count; "
-        "name the folder of the truth's images with --images"
-    ]
+    one = f"image of the table, {uris[0]}, fits several of the truth by its name alone and does not count"
+    many = f"images of the table, such as {uris[0]}, fit several of the truth by their name alone and do not count"
+    return [f"{counted(len(uris), one, many)}; name the folder of the truth's images with --images"]
 
 
 def _failures(found: TableDetections) -> list[str]:
@@ -186,12 +195,17 @@ def _failures(found: TableDetections) -> list[str]:
     if not found.failed:
         return []
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(found.failures.items()))
-    return [f"images that failed count as images without detections: {counts}; such as {found.first_failure}"]
+    example = agreeing(found.failed, "", "such as ") + str(found.first_failure)
+    return [f"images that failed count as images without detections: {counts}; {example}"]
 
 
 def _incomplete(truth: CocoDataset) -> list[str]:
     return [
-        f"{count:,} instances of the truth {reason} are left out of that task's scores and count in the others"
+        counted(
+            count,
+            f"instance of the truth {reason} is left out of that task's scores and counts in the others",
+            f"instances of the truth {reason} are left out of that task's scores and count in the others",
+        )
         for reason, count in truth.incomplete().items()
     ]
 
@@ -200,12 +214,13 @@ def describe(report: EvaluateReport) -> str:
     """The report for people: what was compared, then one line a number, in percent as papers write them."""
     lines = [
         f"{report.table} against {report.truth}",
-        f"  {report.images} images with {report.instances} instances: {report.labelled} labelled, {report.failed} failed, "
-        f"{report.missing} not in the table (these two count as images without detections)",
+        f"  {counted(report.images, 'image')} with {counted(report.instances, 'instance')}: {report.labelled:,} labelled, "
+        f"{report.failed:,} failed, {report.missing:,} not in the table (these two count as images without detections)",
     ]
     if report.strangers:
-        lines.append(f"  {report.strangers} images of the table are not in the truth and do not count")
-    lines += [f"  the truth's reader left out {count} {reason}" for reason, count in report.dropped.items()]
+        one, many = "image of the table is not in the truth and does not", "images of the table are not in the truth and do not"
+        lines.append(f"  {counted(report.strangers, one, many)} count")
+    lines += [f"  the truth's reader left out {counted_reason(count, reason)}" for reason, count in report.dropped.items()]
     lines += [f"  note: {note}" for note in report.notes]
     lines.append(
         f"  found in them: {counted_instances(report.detections_likely, report.detections)} (average precision counts all)"

@@ -31,6 +31,7 @@ from jobs.trials import DEATHS, Alone
 from jobs.waiting import said_while_waiting
 from jobs.weights import read_model
 from model import MaskRCNN, PredictOptions, load_checkpoint
+from model.counts import counted
 from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
 from pipeline import run_output
 from pipeline.decode import DecodeLimits
@@ -140,7 +141,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         say("nothing new: the table holds every image of this input, labelled by this model with these options")
         return _nothing_new(table, model_id, label_id).model_copy(update=left)
     verb = "continues" if plan.resumed else "starts"
-    say(f"run {plan.run_id} {verb}: {plan.images} images, model {model_id}, precision {options.predict.precision}")
+    say(f"run {plan.run_id} {verb}: {counted(plan.images, 'image')}, model {model_id}, precision {options.predict.precision}")
     spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
         return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say).model_copy(update=left)
@@ -173,14 +174,16 @@ def describe(report: LabelReport) -> str:
         return f"{report.table}: nothing new"
     statuses = ", ".join(f"{count:,} {status}" for status, count in report.statuses.items() if count)
     shown = list(report.categories.items())[:10]
-    more = f" and {len(report.categories) - len(shown)} more categories" if len(report.categories) > len(shown) else ""
+    hidden = len(report.categories) - len(shown)
+    more = f" and {counted(hidden, 'more category', 'more categories')}" if hidden else ""
     by_category = ", ".join(f"{count:,} {category}" for category, count in shown) + more
     return (
         f"run        {report.run_id}{' (resumed)' if report.resumed else ''}\n"
         f"images     {statuses}\n"
         f"found      {counted_instances(report.instances, report.instances_stored)}\n"
         f"categories {by_category or 'none'} (of score >= {LIKELY_SCORE:g})\n"
-        f"speed      {report.images_per_s:.1f} images/s ({report.labelled_now} in {report.seconds:.1f} s, start-up included)\n"
+        f"speed      {report.images_per_s:.1f} images/s ({report.labelled_now:,} in {report.seconds:.1f} s, "
+        "start-up included)\n"
         f"table      {report.table}"
     )
 
@@ -240,23 +243,25 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     missing = run_output.missing(files, plan.images)
     capacity = connect(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
-    say(f"{workers.workers} model replica(s) on {workers.device}, {len(missing)} images to go")
+    say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} to go")
     for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
         if number:
-            say(f"{len(missing)} images were lost with their workers; they run again, {step.rows} at a time")
+            say(label_plan.lost_line(len(missing), step.rows))
         written = _stream(run, workers, step, missing, say)
         files = _finished(run, [*files, *written])
         missing = run_output.missing(files, plan.images)
         if not len(missing):
             return files
-    say(f"{len(missing)} images were lost with their workers; they run again, 1 at a time")
+    say(label_plan.lost_line(len(missing), 1))
     written, crashed = _alone(run, workers, missing, say)
     if crashed:
-        say(f"{len(crashed)} images end their worker even alone: they become `crashed`")
+        one, many = "image ends its worker even alone: it becomes", "images end their worker even alone: they become"
+        say(f"{counted(len(crashed), one, many)} `crashed`")
         _write_crashed(run, np.array(crashed))
     files = _finished(run, [*files, *written])
     if absent := len(run_output.missing(files, plan.images)):
-        raise LabellingError(f"{absent} images are neither labelled nor `crashed`; the same command goes on where it stopped")
+        neither = counted(absent, "image is", "images are")
+        raise LabellingError(f"{neither} neither labelled nor `crashed`; the same command goes on where it stopped")
     return files
 
 

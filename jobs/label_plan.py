@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jobs.cluster import RESERVED_CPUS, Capacity
 from model.config import ModelConfig, Precision, PredictOptions
+from model.counts import agreeing, counted
 from model.identity import canonical_json, differing
 from model.inference import resolve
 from pipeline.decode import DecodeLimits
@@ -51,8 +52,8 @@ class WorkerPlan:
     @property
     def needs(self) -> str:
         """What a worker asks of the cluster, as a clause for people."""
-        gpus = f" and {self.gpus_each} GPU" if self.gpus_each else ""
-        return f"a worker needs {self.cpus_each} CPU{'s' if self.cpus_each > 1 else ''}{gpus}"
+        gpus = f" and {counted(self.gpus_each, 'GPU')}" if self.gpus_each else ""
+        return f"a worker needs {counted(self.cpus_each, 'CPU')}{gpus}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def plan_workers(capacity: Capacity, images: int, requested: int | None = None, 
     cpus_each = max(1, spare // workers) if capacity.embedded and not on_gpu else 1
     if on_gpu and workers > most:
         remedy = f"give --workers {most}" if most else "give --device cpu"
-        raise ClusterTooSmallError(f"{workers} workers need {workers} GPUs, the cluster has {most}: {remedy}")
+        need = counted(workers, "worker needs", "workers need")
+        raise ClusterTooSmallError(f"{need} {counted(workers, 'GPU')}, the cluster has {most}: {remedy}")
     _check_cpus(capacity, workers, cpus_each)
     return WorkerPlan(
         workers=workers,
@@ -132,7 +134,8 @@ def _check_cpus(capacity: Capacity, workers: int, cpus_each: int) -> None:
     if needed > spare:
         remedy = f"give --workers {spare // cpus_each}" if spare >= cpus_each else "take a larger machine or cluster"
         beside = "" if capacity.embedded else f" beside the {RESERVED_CPUS} that Ray Data needs itself"
-        raise ClusterTooSmallError(f"{workers} workers need {needed} CPUs{beside}, there are {spare}: {remedy}")
+        need, there = counted(workers, "worker needs", "workers need"), agreeing(spare, "is", "are")
+        raise ClusterTooSmallError(f"{need} {counted(needed, 'CPU')}{beside}, there {there} {spare}: {remedy}")
 
 
 def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator[Round]:
@@ -145,6 +148,13 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
     yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
     if rows > RETRY_ROWS:
         yield Round(RETRY_ROWS, alone=True, max_lost=images)
+
+
+def lost_line(images: int, rows: int) -> str:
+    """What is said when workers ended with images in hand; rows: how many of them run together now."""
+    if images == 1:
+        return f"1 image was lost with its worker; it runs again{', alone' if rows == 1 else ''}"
+    return f"{images:,} images were lost with their workers; they run again, {rows} at a time"
 
 
 def cannot_start(starts: int, workers: int) -> bool:
@@ -162,7 +172,7 @@ def check_failures(statuses: Mapping[str, int], max_failed: float) -> None:
     """TooManyFailuresError when more images failed than the share that was allowed."""
     share = failed_share(statuses)
     if share > max_failed:
-        failed = ", ".join(f"{count} {name}" for name, count in sorted(statuses.items()) if count and name != Status.OK)
+        failed = ", ".join(f"{count:,} {name}" for name, count in sorted(statuses.items()) if count and name != Status.OK)
         raise TooManyFailuresError(
             f"{share:.1%} of the images failed ({failed}), --max-failed allows {max_failed:.1%}; "
             "the table holds every one of them with its status and error: see the view current_images"

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.build import is_weight_name
 from model.config import ModelConfig
+from model.counts import counted
 from model.errors import ConfigError
 from model.identity import FIRST_DEFAULTS, differing
 from pipeline.coco import CocoDataset
@@ -161,8 +162,8 @@ def _same(old: Any, new: Any) -> bool:
 def _content(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if "count" in old:
         return (
-            f"{new['shown']} had {old['count']} images of {old['bytes']} bytes for this file and has {new['count']} of "
-            f"{new['bytes']}, by name and size others than then"
+            f"{new['shown']} had {counted(old['count'], 'image')} of {counted(old['bytes'], 'byte')} for this file and has "
+            f"{new['count']:,} of {new['bytes']:,}, by name and size others than then"
         )
     return f"the content of {new['shown']} has changed (SHA-256 {old['sha256'][:12]} then, {new['sha256'][:12]} now)"
 

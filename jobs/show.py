@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.output import check_output, real_place, same_place
+from model.counts import counted
 from model.errors import ConfigError
 from pipeline.decode import decode
 from pipeline.draw import draw_instances
@@ -91,7 +92,7 @@ def run(
 def describe(report: ShowReport) -> str:
     """The report in a line or two for a person."""
     hidden = f"; {report.hidden:,} weaker hidden, --min-score 0 draws all" if report.hidden else ""
-    count = f"{report.instances:,} {'instance' if report.instances == 1 else 'instances'}"
+    count = counted(report.instances, "instance")
     lines = [
         f"{report.output}: {count} of score >= {report.min_score:g} in {report.uri}, "
         f"{report.size[0]} x {report.size[1]} pixels{hidden}"

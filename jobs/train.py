@@ -31,11 +31,12 @@ from jobs.waiting import said_while_waiting
 from model.build import create_model, holds_classifier
 from model.checkpoint import dumps
 from model.config import ModelConfig, Task
+from model.counts import agreeing, counted
 from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
-from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, image_folder, read_coco
+from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, counted_reason, image_folder, read_coco
 from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from pipeline.image_check import unusable_share, usable_images
@@ -217,7 +218,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     if known is not None:
         check_record(known, record, options.name)
     if finished:
-        say(f"run '{options.name}' is complete: {done} epochs. Its results are in {options.run_uri}.")
+        say(f"run '{options.name}' is complete: {counted(done, 'epoch')}. Its results are in {options.run_uri}.")
         return _report(storage, options, done)
     spec = _sample_spec(model.config, options)
     proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
@@ -279,11 +280,14 @@ def _read_images(storage: Storage, options: TrainOptions, uri: str, folder: str,
 
 def describe_data(data: CocoDataset) -> str:
     """One line: how much there is, which instances lack a task's truth, and what was left out."""
-    lacking = "".join(f"; {count} of them {what}: they count in all else" for what, count in data.incomplete().items())
-    left_out = lacking + "".join(f"; left out: {count} {reason}" for reason, count in data.dropped.items())
+    lacking = "".join(
+        "; " + counted(count, f"instance {what}: it counts in all else", f"instances {what}: they count in all else")
+        for what, count in data.incomplete().items()
+    )
+    left_out = lacking + "".join(f"; left out: {counted_reason(count, reason)}" for reason, count in data.dropped.items())
     return (
-        f"{len(data.images)} images with {data.instance_count()} instances of {len(data.categories)} "
-        f"categories ({data.source}){left_out}"
+        f"{counted(len(data.images), 'image')} with {counted(data.instance_count(), 'instance')} of "
+        f"{counted(len(data.categories), 'category')} ({data.source}){left_out}"
     )
 
 
@@ -378,8 +382,8 @@ def _check_epochs(options: TrainOptions, done: int, epochs: int) -> None:
     """Raises ConfigError where a run is to end before where it is."""
     if done > epochs:
         raise ConfigError(
-            f"the run '{options.name}' in {options.output} has done {done} epochs, more than the {epochs} that it is to have "
-            "now: give as many --epochs as before, or more, or another --name"
+            f"the run '{options.name}' in {options.output} has done {counted(done, 'epoch')}, more than the {epochs} that it "
+            "is to have now: give as many --epochs as before, or more, or another --name"
         )
 
 
@@ -414,16 +418,18 @@ def plan_workers(options: TrainOptions, capacity: Capacity) -> bool:
     A worker takes one CPU. Loading needs one more; an embedded cluster has it beside the machine's cores.
     """
     gpu = options.device == "cuda" or (options.device == "auto" and capacity.gpus >= options.workers)
+    need = counted(options.workers, "worker needs", "workers need")
     if gpu and capacity.gpus < options.workers:
         raise ClusterTooSmallError(
-            f"{options.workers} workers need {options.workers} GPUs, the cluster has {capacity.gpus:g}. "
-            f"Give fewer --workers, or --device cpu."
+            f"{need} {counted(options.workers, 'GPU')}, the cluster has {capacity.gpus:g}. "
+            f"Give {'fewer --workers, or ' if options.workers > 1 else ''}--device cpu."
         )
     free = capacity.spare_cpus if capacity.embedded else int(capacity.cpus) - 1
     if free < options.workers:
         raise ClusterTooSmallError(
-            f"{options.workers} workers need a CPU each and loading needs one: the cluster has {capacity.cpus:g} CPUs in all, "
-            f"{max(free, 0)} of them for workers. Give at most {max(free, 1)} --workers, or a larger cluster (--address)."
+            f"{need} a CPU{' each' if options.workers > 1 else ''} and loading needs one: the cluster has {capacity.cpus:g} "
+            f"{agreeing(int(capacity.cpus), 'CPU')} in all, {max(free, 0)} of them for workers. "
+            f"{f'Give --workers {free}, or' if free > 0 else 'Give'} a larger cluster (--address)."
         )
     return gpu
 
@@ -460,12 +466,7 @@ class _Plan:
 def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     """Runs Ray Train to the end. Raises the workers' own error, or TrainingError."""
     options, recipe = plan.options, plan.recipe
-    device = "GPU" if plan.gpu else "CPU"
-    say(
-        f"training '{options.preset}' for {_describe_epochs(options.course, recipe)} of {plan.steps_per_epoch} steps, "
-        f"{recipe.batch_size * options.workers} images a step on {options.workers} {device} worker"
-        f"{'s' if options.workers > 1 else ''}; the workers start"
-    )
+    say(_describe_start(plan))
     board = start_board()
     job = TrainingJob(
         run_uri=options.run_uri,
@@ -496,17 +497,29 @@ def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     say(f"trained in {time.monotonic() - start:.0f} s")
 
 
+def _describe_start(plan: _Plan) -> str:
+    """How long and on what the run trains, in a line."""
+    workers, device = plan.options.workers, "GPU" if plan.gpu else "CPU"
+    epochs = _describe_epochs(plan.options.course, plan.recipe)
+    return (
+        f"training '{plan.options.preset}' for {epochs} of {counted(plan.steps_per_epoch, 'step')}, "
+        f"{counted(plan.recipe.batch_size * workers, 'image')} a step on {counted(workers, f'{device} worker')}; "
+        f"{agreeing(workers, 'the worker starts', 'the workers start')}"
+    )
+
+
 def _needs(plan: _Plan) -> str:
     """What the run asks of the cluster, as a clause for people."""
     gpu = " and a GPU" if plan.gpu else ""
     each = " each" if plan.options.workers > 1 else ""
-    return f"{plan.options.workers} worker{'s need' if each else ' needs'} 1 CPU{gpu}{each}, loading 1 CPU more"
+    return f"{counted(plan.options.workers, 'worker needs', 'workers need')} 1 CPU{gpu}{each}, loading 1 CPU more"
 
 
 def _describe_epochs(course: tuple[Phase, ...], recipe: Recipe) -> str:
     if len(course) == 1:
-        return f"{recipe.epochs} epochs"
-    return f"{len(course)} phases ({', '.join(phase.learn for phase in course)}) of {recipe.epochs} epochs each, an epoch"
+        return counted(recipe.epochs, "epoch")
+    phases = f"{len(course)} phases ({', '.join(phase.learn for phase in course)})"
+    return f"{phases} of {counted(recipe.epochs, 'epoch')} each, an epoch"
 
 
 def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> TorchTrainer:
@@ -553,11 +566,16 @@ def _judge(failure: Exception | None, error: BaseException | None, storage: Stor
         raise failure
     if error is not None:
         raise user_error(error) or TrainingError(
-            f"training stopped: the workers failed {plan.options.max_failures + 1} times, the last time with: "
-            f"{last_line(error)}. {_saved(storage, plan.options.run_uri)}"
+            f"training stopped: {_failed(plan.options)}: {last_line(error)}. {_saved(storage, plan.options.run_uri)}"
         ) from error
     if _result(storage, plan.options.run_uri, len(plan.options.course) * plan.recipe.epochs) is None:
         raise TrainingError(f"training was interrupted. {_saved(storage, plan.options.run_uri)}")
+
+
+def _failed(options: TrainOptions) -> str:
+    """How often the workers ended before the run gave up, as a clause that their last error follows."""
+    who = agreeing(options.workers, "the worker", "the workers")
+    return f"{who} failed" + (f" {options.max_failures + 1} times, the last time with" if options.max_failures else "")
 
 
 def _saved(storage: Storage, run_uri: str) -> str:
@@ -604,7 +622,7 @@ def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:
 def describe(report: TrainReport) -> str:
     """The report for people: what the run reached, and where everything lies."""
     lines = [
-        f"run '{report.name}': {report.model_id} after {report.epochs} epochs "
+        f"run '{report.name}': {report.model_id} after {counted(report.epochs, 'epoch')} "
         f"({report.device}, {report.seconds:.0f} s of training)"
     ]
     for kind, score in report.scores.items():

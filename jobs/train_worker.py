@@ -35,6 +35,7 @@ from jobs.board import failure_on, report_failure
 from jobs.latest import LATEST, read_latest
 from model.checkpoint import dumps, load_checkpoint
 from model.config import PredictOptions
+from model.counts import counted
 from model.devices import arithmetic
 from model.errors import MaskLakeError
 from model.mask_rcnn import MaskRCNN
@@ -287,7 +288,9 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
             said = time.perf_counter()
             _say_step(job, state.epoch, steps, means, steps * job.recipe.batch_size * world, time.perf_counter() - start)
     if steps < job.steps_per_epoch:
-        raise TrainingError(f"the images of epoch {state.epoch + 1} ended after {steps} of {job.steps_per_epoch} steps.")
+        raise TrainingError(
+            f"the images of epoch {state.epoch + 1} ended after {steps} of {counted(job.steps_per_epoch, 'step')}."
+        )
     seconds = time.perf_counter() - start
     replaced = _of_all(replaced) - known
     job.images.check(known | replaced)
@@ -295,7 +298,10 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
     row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
     if replaced:
         if ray.train.get_context().get_world_rank() == 0:
-            job.board.say.remote(f"{len(replaced)} images could not be used and were replaced: {named(sorted(replaced))}")
+            unused = counted(
+                len(replaced), "image could not be used and was replaced", "images could not be used and were replaced"
+            )
+            job.board.say.remote(f"{unused}: {named(sorted(replaced))}")
         row["replaced"] = sorted(replaced)
     return row
 
@@ -447,9 +453,12 @@ def _evaluate(job: TrainingJob, validation: Validation, phase: Phase, model: Mas
         row = {"ap": headline, "scores": {kind: vars(score) for kind, score in scores.items()}}
     if left_out:
         row["not_scored"] = left_out
-        job.board.say.remote(f"{len(left_out)} images could not be used and are not scored: {named(left_out)}")
-    images = len(validation.truth.images)
-    job.board.say.remote(f"evaluated on {images} images in {time.perf_counter() - start:.0f} s: {describe_scores(headline)}")
+        unused = counted(
+            len(left_out), "image could not be used and is not scored", "images could not be used and are not scored"
+        )
+        job.board.say.remote(f"{unused}: {named(left_out)}")
+    images = counted(len(validation.truth.images), "image")
+    job.board.say.remote(f"evaluated on {images} in {time.perf_counter() - start:.0f} s: {describe_scores(headline)}")
     return row
 
 

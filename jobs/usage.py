@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def usage_line(error: Any) -> str:
 def _message(error: Any) -> str:
     """click's own message, as a part of a sentence."""
     text = str(error.format_message()).strip().rstrip(".").replace("Value error, ", "")
-    text = text[:1].lower() + text[1:].replace("(s)", "s")
+    text = re.sub(r"argument\(s\) (\(\S*\))$", r"argument \1", text[:1].lower() + text[1:]).replace("(s)", "s")
     about = getattr(getattr(error, "param", None), "help", None)
     return f"{text}: {about.rstrip('.')}" if about and type(error).__name__ == "MissingParameter" else text
 

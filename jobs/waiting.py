@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.cluster import EMBEDDED
+from model.counts import agreeing
 
 POLL_S = 2.0
 FIRST_S = 20.0
@@ -26,7 +27,7 @@ def is_due(waited_s: float, said_s: float | None) -> bool:
 def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> str:
     """The line for people. needs: what the run asks for, as a clause."""
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
-    parts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in kinds)
+    parts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {agreeing(int(total[kind]), kind)}" for kind in kinds)
     return (
         f"waiting for the cluster for {waited_s:.0f} s: {needs}; free now: {parts or 'nothing'}. "
         "The run goes on by itself when other jobs give back what they hold"

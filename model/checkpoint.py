@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.counts import agreeing, counted
 from model.devices import check_device
 from model.errors import CheckpointError, faults
 from model.identity import COUNTER
@@ -180,10 +181,11 @@ def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mappin
                 f"{name} has no class but the background ({key} is of shape {tuple(state[key].shape)}), so it finds nothing: "
                 f"{begin}"
             )
+        theirs = agreeing(len(state[key]) - 1, "the one", f"the {len(state[key]) - 1}")
         raise CheckpointError(
             f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
-            f"({len(config.categories)} categories): name the {len(state[key]) - 1} that it was trained on (masklake convert "
-            f"--categories FILE; categories= of create_model), or {begin}"
+            f"({counted(len(config.categories), 'category')}): name {theirs} that it was trained on (masklake "
+            f"convert --categories FILE; categories= of create_model), or {begin}"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.box_head import box_losses
 from model.config import Learn, ModelConfig, Precision, PredictOptions
+from model.counts import agreeing, counted_of
 from model.devices import arithmetic, resolved, sent
 from model.errors import ConfigError
 from model.identity import model_id
@@ -112,7 +113,8 @@ class MaskRCNN(nn.Module):
             images = torch.arange(len(given)).repeat_interleave(torch.tensor([len(boxes) for boxes in given]))
             return Regions(torch.cat(given), sent(images, canvas.pixels.device))
         if given:
-            raise ConfigError(f"{len(given)} of {len(truths)} targets have proposals: give them to all of a batch, or to none")
+            some = f"{counted_of(len(given), len(truths), 'target')} {agreeing(len(given), 'has', 'have')} proposals"
+            raise ConfigError(f"{some}: give them to all of a batch, or to none")
         if self.config.rpn_backbone == "shared" and "backbone" not in self._fixed:
             raise ConfigError(
                 "the detector cannot learn alone on proposals of a backbone that learns with it, since the RPN would no longer "

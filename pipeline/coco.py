@@ -19,6 +19,7 @@ import pycocotools.mask
 from numpy.typing import NDArray
 
 from model.config import INT32, Category
+from model.counts import agreeing, counted, counted_of
 from pipeline.coco_values import (
     CocoImage,
     Place,
@@ -43,6 +44,14 @@ NAMED = 5
 REPEATED_IMAGE, REPEATED_ROW = "repeated image rows", "repeated annotation rows"
 ZERO_AREA, OUTSIDE = "boxes without an area", "boxes outside their image"
 MISSING_FILE, UNUSABLE_IMAGE = "images without a file", "images that cannot be used"
+_ONE = {
+    REPEATED_IMAGE: "repeated image row",
+    REPEATED_ROW: "repeated annotation row",
+    ZERO_AREA: "box without an area",
+    OUTSIDE: "box outside its image",
+    MISSING_FILE: "image without a file",
+    UNUSABLE_IMAGE: "image that cannot be used",
+}
 DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
 """Reasons for which an annotation that somebody drew is left out."""
 
@@ -326,18 +335,24 @@ def _check_units(found: Sequence[tuple[CocoImage, CocoAnnotation]], source: str)
     with np.errstate(over="ignore"):  # infinitely far is beyond every image
         far = boxes[:, :2] + boxes[:, 2:]
     shares = (boxes[:, :2] >= 0).all(axis=1) & (far <= 1.001).all(axis=1) & (sizes > 2).all(axis=1)
-    if shares.sum() * 2 > len(boxes):
+    if (count := int(shares.sum())) * 2 > len(boxes):
         raise AnnotationError(
-            f"{source}: {shares.sum()} of {len(boxes)} boxes lie within 0..1. They seem to be shares of the image's sides; "
-            "COCO's are pixels: multiply x and width by the image's width, y and height by its height."
+            f"{source}: {counted_of(count, len(boxes), 'box')} {agreeing(count, 'lies', 'lie')} within 0..1. Such numbers seem "
+            "to be shares of the image's sides; COCO's are pixels: multiply x and width by the image's width, y and height by "
+            "its height."
         )
     beyond = (far > sizes + 1).any(axis=1)
     corners = (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= sizes + 1).all()
-    if len(boxes) >= FEW_BOXES and corners and beyond.sum() * 2 > len(boxes):
+    if len(boxes) >= FEW_BOXES and corners and (count := int(beyond.sum())) * 2 > len(boxes):
         raise AnnotationError(
-            f"{source}: {beyond.sum()} of {len(boxes)} boxes reach beyond their image. They seem to be x1, y1, x2, y2; COCO's "
-            "are x, y, width, height: subtract x1 from x2 and y1 from y2."
+            f"{source}: {counted_of(count, len(boxes), 'box')} reach beyond their image. They seem to be x1, y1, x2, y2; "
+            "COCO's are x, y, width, height: subtract x1 from x2 and y1 from y2."
         )
+
+
+def counted_reason(count: int, reason: str) -> str:
+    """How many were left out for a reason of `CocoDataset.dropped`: `1 box without an area`."""
+    return counted(count, _ONE[reason], reason)
 
 
 def check_dropped(dataset: CocoDataset, most: float = MOST_UNUSABLE) -> None:
@@ -345,11 +360,12 @@ def check_dropped(dataset: CocoDataset, most: float = MOST_UNUSABLE) -> None:
     left_out = sum(dataset.dropped.get(reason, 0) for reason in DROPPED_INSTANCES)
     drawn = left_out + dataset.instance_count()
     if left_out > most * drawn:
-        reasons = ", ".join(f"{dataset.dropped[r]} {r}" for r in DROPPED_INSTANCES if dataset.dropped.get(r))
+        reasons = ", ".join(counted_reason(dataset.dropped[r], r) for r in DROPPED_INSTANCES if dataset.dropped.get(r))
         names = "; ".join(name for r in DROPPED_INSTANCES for name in dataset.examples.get(r, ()))
         raise AnnotationError(
-            f"{left_out} of the {drawn} instances of {dataset.source} cannot be used: {reasons}. The first: {names}. "
-            f"Mend the file, or allow more than {most:.0%} of them to be left out with --max-unusable."
+            f"{counted_of(left_out, drawn, 'instance')} of {dataset.source} cannot be used: {reasons}. "
+            f"{agreeing(left_out, 'It is', 'The first:')} {names}. Mend the file, or allow more than {most:.0%} of the "
+            "instances to be left out with --max-unusable."
         )
 
 

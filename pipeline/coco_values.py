@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import INT32
+from model.counts import counted
 from model.rle import unpack_counts
 from pipeline.decode import MOST_PIXELS
 from pipeline.errors import AnnotationError
@@ -181,9 +182,9 @@ def keypoints_of(row: Mapping[str, Any], name: str, count: int, image: CocoImage
         return ()
     numbers = [finite(number) for number in value] if isinstance(value, list) else []
     if len(numbers) != 3 * count or None in numbers:
-        given = f"{len(value)} keypoint numbers" if isinstance(value, list) else f"the keypoints {quoted(value)}"
+        given = counted(len(value), "keypoint number") if isinstance(value, list) else f"the keypoints {quoted(value)}"
         raise AnnotationError(
-            f"{place} has {given}; '{name}' with {count} keypoints needs {3 * count} finite ones (x, y, visibility)."
+            f"{place} has {given}; '{name}' with {counted(count, 'keypoint')} needs {3 * count} finite ones (x, y, visibility)."
         )
     points = tuple(number for number in numbers if number is not None)
     if strange := set(points[2::3]) - VISIBILITIES:
@@ -210,7 +211,8 @@ def segmentation_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> S
     for polygon in value:
         points = _numbers(polygon)
         if points is None or len(polygon) % 2:
-            raise AnnotationError(f"{place} has a polygon of {len(polygon)} numbers; x, y pairs of finite numbers are needed.")
+            size = counted(len(polygon), "number")
+            raise AnnotationError(f"{place} has a polygon of {size}; x, y pairs of finite numbers are needed.")
         if len(polygon):
             _check_reach(points[0::2].tolist(), points[1::2].tolist(), image, place, "a polygon")
     return [polygon for polygon in value if len(polygon) >= 6] or None

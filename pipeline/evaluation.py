@@ -18,6 +18,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
 
 from model.config import Category
+from model.counts import agreeing, counted
 from model.errors import ConfigError
 from model.instances import Instances
 from pipeline.coco import CocoDataset, box_outline, to_document, to_rle
@@ -102,7 +103,8 @@ def coco_metrics(
     rows = list(detections)
     known = {image.id for image in truth.images}
     if strays := {row["image_id"] for row in rows} - known:
-        raise ConfigError(f"{len(strays)} images of the detections are not in {truth.source}, such as {min(strays)}.")
+        count = counted(len(strays), "image of the detections is not in", "images of the detections are not in")
+        raise ConfigError(f"{count} {truth.source}, {agreeing(len(strays), 'the one with id', 'such as')} {min(strays)}.")
     kinds = answerable(truth, rows) if iou_types is None else tuple(iou_types)
     for kind in kinds:
         if kind not in answerable(truth, rows):
@@ -213,7 +215,9 @@ def keypoint_sigmas(category: Category, sigmas: Mapping[str, Sequence[float]]) -
     count = len(category.keypoints)
     chosen = list(sigmas.get(category.name, COCO_SIGMAS if count == len(COCO_SIGMAS) else [OTHER_SIGMA] * count))
     if len(chosen) != count:
-        raise ConfigError(f"'{category.name}' has {count} keypoints; {len(chosen)} sigmas were given.")
+        raise ConfigError(
+            f"'{category.name}' has {counted(count, 'keypoint')}; {counted(len(chosen), 'sigma was', 'sigmas were')} given."
+        )
     return chosen
 
 

@@ -17,6 +17,7 @@ from typing import IO
 
 import obstore
 
+from model.counts import agreeing, counted_of
 from model.errors import MaskLakeError
 from pipeline.coco import MISSING_FILE, MOST_UNUSABLE, NAMED, UNUSABLE_IMAGE, CocoDataset, without_images
 from pipeline.coco_values import CocoImage
@@ -52,9 +53,10 @@ def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: flo
     if len(missing) == len(dataset.images) or len(missing) > most * len(dataset.images):
         names = ", ".join(found[number][0] for number in list(missing)[:NAMED]) + (", ..." if len(missing) > NAMED else "")
         others = [f"{name}: {reason}" for number, (name, reason) in found.items() if number not in missing]
-        also = f" {len(others)} more cannot be used: {named(others)}." if others else ""
+        also = f" {len(others):,} more cannot be used: {named(others)}." if others else ""
+        absent = counted_of(len(missing), len(dataset.images), "image")
         raise AnnotationError(
-            f"{len(missing)} of the {len(dataset.images)} images of {dataset.source} are not in {folder}: {names}. Check the "
+            f"{absent} of {dataset.source} {agreeing(len(missing), 'is', 'are')} not in {folder}: {names}. Check the "
             f"image folder{'' if len(missing) == len(dataset.images) else f', or {remedy(most)}'}.{also}"
         )
     check_unusable([f"{name}: {reason}" for name, reason in found.values()], len(dataset.images), most, dataset.source)
@@ -70,15 +72,15 @@ def check_unusable(messages: Sequence[str], images: int, most: float, source: st
     unusable = len(messages) + already
     if messages and (unusable > most * images or unusable >= images):
         raise AnnotationError(
-            f"{unusable} of the {images} images of {source} cannot be used: {named(messages, unusable)}. Mend or remove them"
-            f"{'' if unusable >= images else f', or {remedy(most)}'}."
+            f"{counted_of(unusable, images, 'image')} of {source} cannot be used: {named(messages, unusable)}. Mend or remove "
+            f"{agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
         )
 
 
 def named(messages: Sequence[str], of: int | None = None) -> str:
     """The first few messages in one line, and how many of them all (or of so many) are not shown."""
     more = (len(messages) if of is None else of) - len(messages[:NAMED])
-    return "; ".join(messages[:NAMED]) + (f"; and {more} more" if more else "")
+    return "; ".join(messages[:NAMED]) + (f"; and {more:,} more" if more else "")
 
 
 def listed_and_left_out(dataset: CocoDataset) -> tuple[int, int]:
@@ -90,7 +92,7 @@ def listed_and_left_out(dataset: CocoDataset) -> tuple[int, int]:
 def remedy(most: float) -> str:
     """How more images than the share `most` are left out."""
     if most == 0:
-        return f"leave them out with --allow-missing (up to {MOST_UNUSABLE:.0%} of the images; --max-unusable says how many)"
+        return f"leave such images out with --allow-missing (up to {MOST_UNUSABLE:.0%} of all; --max-unusable says how many)"
     return f"allow more than {most:.1%} of the images to be left out with --max-unusable"
 
 

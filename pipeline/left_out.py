@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 
+from model.counts import counted
+
 _NAME_LENGTH = 120  # characters of a name that a line shows
 
 
@@ -79,7 +81,7 @@ class LeftOut:
     def __str__(self) -> str:
         """One line, empty when nothing was left out: `left out: 3 Windows paths (C:\\a.jpg), 1 unreadable folder (/a/b)`."""
         parts = [
-            f"{count} {_WORDS[reason][count > 1]}" + (f" ({_shown(self._first[reason])})" if self._first[reason] else "")
+            counted(count, *_WORDS[reason]) + (f" ({_shown(self._first[reason])})" if self._first[reason] else "")
             for reason, count in self._counts.items()
         ]
         return f"left out: {', '.join(parts)}" if parts else ""

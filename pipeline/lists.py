@@ -24,6 +24,7 @@ from typing import IO, Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.counts import counted
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import StorageError
 from pipeline.left_out import LeftOut, Reason
@@ -246,7 +247,7 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
                 continue
             if len(row) != len(names):
                 raise ConfigError(
-                    f"{uri}: line {rows.line_num} has {len(row)} fields and the first has {len(names)}; "
+                    f"{uri}: line {rows.line_num} has {counted(len(row), 'field')} and the first has {len(names)}; "
                     f"put names that hold {delimiter!r} into quotes"
                 )
             yield _csv_row(row, column, places)

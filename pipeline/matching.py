@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from model.counts import counted
 from model.errors import ConfigError
 from pipeline.coco import CocoDataset
 from pipeline.schema import Status
@@ -194,6 +195,7 @@ def check_keypoints(found: TableDetections, truth: CocoDataset) -> None:
         points, expected = len(row.get("keypoints", ())) // 3, counts.get(row["category_id"])
         if points and expected is not None and points != expected:
             raise ConfigError(
-                f"category {row['category_id']} ({found.names[row['category_id']]}) has {points} keypoints in the table and "
-                f"{expected} in {truth.source}: give the truth the categories that the model was trained with."
+                f"category {row['category_id']} ({found.names[row['category_id']]}) has "
+                f"{counted(points, 'keypoint')} in the table and {expected} in {truth.source}: give the truth the "
+                "categories that the model was trained with."
             )

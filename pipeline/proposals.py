@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from model.checkpoint import load_checkpoint
+from model.counts import agreeing, counted_of
 from pipeline.coco import NAMED
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError
@@ -51,11 +52,11 @@ def _check_boxes(rows: pa.Table, uri: str) -> None:
     wrong = boxes.is_null().to_numpy(zero_copy_only=False) | (boxes.value_lengths().fill_null(0).to_numpy() % 4 != 0)
     finite = np.isfinite(boxes.flatten().to_numpy(zero_copy_only=False))  # null is NaN here
     wrong[boxes.value_parent_indices().to_numpy()[~finite]] = True
-    if wrong.any():
+    if count := int(wrong.sum()):
         name = rows["file_name"][int(np.flatnonzero(wrong)[0])].as_py()
         raise AnnotationError(
-            f"{uri}: {wrong.sum()} of its {len(wrong)} images have proposals that are no boxes of four finite numbers, such as "
-            f"{name}. Run `masklake propose` again."
+            f"{uri}: {counted_of(count, len(wrong), 'image')} {agreeing(count, 'has', 'have')} proposals that are no boxes of "
+            f"four finite numbers{agreeing(count, ': ', ', such as ')}{name}. Run `masklake propose` again."
         )
 
 
@@ -65,10 +66,11 @@ def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> p
     Raises AnnotationError for rows without proposals, or whose image had another size when they were made.
     """
     place = {name: number for number, name in enumerate(proposals["file_name"].to_pylist())}
-    if missing := [name for name in names if name not in place]:
+    missing = [name for name in names if name not in place]
+    if count := len(missing):
         raise AnnotationError(
-            f"{len(missing)} of {len(names)} images have no proposals, such as {', '.join(missing[:NAMED])}: "
-            "run `masklake propose` on this COCO file."
+            f"{counted_of(count, len(names), 'image')} {agreeing(count, 'has', 'have')} no proposals"
+            f"{', such as ' if count > NAMED else ': '}{', '.join(missing[:NAMED])}. Run `masklake propose` on this COCO file."
         )
     chosen = proposals.take(pa.array([place[name] for name in names], pa.int64()))
     for side in ("width", "height"):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from model.counts import counted
 from pipeline.coco_values import checked_runs
 from pipeline.decode import MOST_PIXELS
 from pipeline.errors import TableError
@@ -24,7 +25,8 @@ def check_row(row: Mapping[str, Any]) -> None:
         raise TableError(f"{row['uri']}: its row in the table has no list of instances. {REMEDY}")
     for name in ("rles", "keypoints"):
         if row[name] and len(row[name]) != len(instances):
-            raise TableError(f"{row['uri']}: its row has {len(instances)} instances and {len(row[name])} {name}. {REMEDY}")
+            given = counted(len(row[name]), name.removesuffix("s"))
+            raise TableError(f"{row['uri']}: its row has {counted(len(instances), 'instance')} and {given}. {REMEDY}")
     rles, keypoints = (row[name] or [None] * len(instances) for name in ("rles", "keypoints"))
     for n, (instance, rle, points) in enumerate(zip(instances, rles, keypoints, strict=True)):
         if instance is None or instance["box"] is None:

@@ -34,6 +34,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model.counts import counted
 from model.errors import ConfigError
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.literal_keys import is_plain
@@ -233,7 +234,9 @@ class Table:
         except InputNotFoundError:
             return None
         except ValidationError as error:
-            raise TableError(f"{uri}: is not a run's record ({error.error_count()} errors); restore or remove it") from error
+            raise TableError(
+                f"{uri}: is not a run's record ({counted(error.error_count(), 'error')}); restore or remove it"
+            ) from error
 
     def begin_run(self, record: RunRecord) -> None:
         """Remember a planned run, so that a restart with the same input and label_id continues it."""

@@ -137,7 +137,7 @@ def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
     if device == "cuda" and dtype in TRITON_DTYPES and levels <= TRITON_LEVELS:
         return "triton"
     path: Path = "bag" if dtype in BAG_DTYPES else "reference"
-    warn_once(f"no fast RoIAlign for {levels} levels of {dtype} on {device}: falling back to the slower {path}")
+    warn_once(f"no fast RoIAlign for {dtype} on {device} (levels: {levels}): falling back to the slower {path}")
     return path
 
 
@@ -178,7 +178,7 @@ def _validate(
     mode: str,
 ) -> None:
     if not features or len(features) != len(scales):
-        raise ValueError(f"roi_align needs one scale per feature level: {len(features)} levels, {len(scales)} scales")
+        raise ValueError(f"roi_align needs one scale per feature level: {len(scales)} given for {len(features)}")
     first = features[0]
     for feature in features:
         if feature.dim() != 4 or feature.shape[:2] != first.shape[:2]:

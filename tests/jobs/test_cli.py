@@ -182,7 +182,7 @@ def test_no_command_takes_a_number_that_is_not_finite(command: str) -> None:
         (["query", "t"], "missing argument 'sql': DuckDB SQL in quotes"),
         (["label", "a.jpg", "b.jpg", "c.jpg", "t", "--weights", "w"], "label 'photos/*.jpg' TABLE"),
         (["label", "a", "t"], "missing option '--weights': A"),
-        (["show", "t", "a.jpg", "b.jpg", "-o", "x.png"], "one image at a time. See masklake show --help\n"),
+        (["show", "t", "a.jpg", "b.jpg", "-o", "x.png"], "extra argument (b.jpg). It draws one image at a time. See masklake show --help\n"),
         (["train", "--epochs", "many"], "train: invalid value for '--epochs'"),
         (["label", "a", "t", "--weights", "w", "--max-failed", "nan"], "invalid value for '--max-failed'"),
         (["convert", "a", "b", "--preset", "tiny", "--norm-eps", "inf"], "'--norm-eps': inf is not a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.counts import counted_instances
 from jobs.label import LabelReport, describe
+from jobs.label_plan import lost_line
 
 
 def test_a_report_says_both_counts() -> None:
@@ -30,3 +31,10 @@ def test_a_report_says_both_counts() -> None:
         "categories 2,000 disk, 1,109 arrow (of score >= 0.5)",
     ]
     assert counted_instances(0, 7) == "0 instances of score >= 0.5, 7 stored"
+    assert counted_instances(1, 1) == "1 instance of score >= 0.5, 1 stored"
+
+
+def test_lost_images_read_as_sentences() -> None:
+    assert lost_line(1200, 8) == "1,200 images were lost with their workers; they run again, 8 at a time"
+    assert lost_line(1, 8) == "1 image was lost with its worker; it runs again"
+    assert lost_line(1, 1) == "1 image was lost with its worker; it runs again, alone"

@@ -138,6 +138,25 @@ def test_it_is_said_why_images_failed_and_what_the_truth_lacks(shapes: Path, tmp
     )
 
 
+def test_one_of_each_reads_as_one(shapes: Path, tmp_path: Path) -> None:
+    document = json.loads(shapes.read_text())
+    document["annotations"][0]["segmentation"] = []
+    document["images"] = document["images"][:1]
+    document["annotations"] = [row for row in document["annotations"] if row["image_id"] == document["images"][0]["id"]]
+    document["annotations"].append({**document["annotations"][0], "id": 999, "bbox": [3, 3, 0, 5]})
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(document))
+    rows = labelled(truth, "/photos", failed=1)
+    stranger = {**rows[0], "image_id": 99, "uri": "/photos/other.jpg"}
+    write_table(str(tmp_path / "table"), [*rows, stranger])
+    text = evaluate.describe(evaluate.run(Storage(), str(tmp_path / "table"), str(truth)))
+    assert f"  1 image with {len(document['annotations']) - 1} instances: 0 labelled, 1 failed, 0 not in the table" in text
+    assert "  1 image of the table is not in the truth and does not count\n" in text
+    assert "  the truth's reader left out 1 box without an area\n" in text
+    assert "note: images that failed count as images without detections: 1 decode_error; /photos/" in text
+    assert "note: 1 instance of the truth without an outline is left out of that task's scores and counts in the others" in text
+
+
 def damage(row: dict[str, Any], what: str, value: Any) -> None:
     """Puts a wrong value into a row's first instance, or into the row itself."""
     if what == "rle":
@@ -231,6 +250,9 @@ def test_bad_input_is_named(shapes: Path, tmp_path: Path) -> None:
     write_table(str(tmp_path / "table"), labelled(shapes, "/photos"))
     with pytest.raises(InputNotFoundError, match=r"none of its 12 images is one of the 12 of .*--images"):
         evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), images="/elsewhere")
+    write_table(str(tmp_path / "single"), labelled(shapes, "/photos")[:1])
+    with pytest.raises(InputNotFoundError, match=r"single: its only image is not one of the 12 of .*--images"):
+        evaluate.run(Storage(), str(tmp_path / "single"), str(shapes), images="/elsewhere")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(AnnotationError, match="no list 'images'"):
         evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "bad.json"))
@@ -318,7 +340,7 @@ def test_a_run_without_masks_beside_one_with_masks_is_noted(shapes: Path, tmp_pa
     rows[0]["rles"] = [None] * len(rows[0]["instances"])
     write_table(str(tmp_path / "table"), rows)
     report = evaluate.run(Storage(), str(tmp_path / "table"), str(shapes))
-    assert f"{len(rows[0]['instances'])} of {report.detections} detections hold no mask" in report.notes[0]
+    assert f"{len(rows[0]['instances'])} of the {report.detections} detections hold no mask" in report.notes[0]
     assert set(report.scores) == {"bbox", "segm", "keypoints"}
 
 

@@ -101,8 +101,8 @@ def test_a_cluster_keeps_cpus_for_ray_data() -> None:
     ("capacity", "requested", "device", "message"),
     [
         (laptop(2), 64, "auto", "64 workers need 64 CPUs, there are 2: give --workers 2"),
-        (Capacity(2, 0, MEMORY), None, "auto", "1 workers need 1 CPUs beside the 2 that Ray Data needs itself, there are 0"),
-        (laptop(2), None, "cuda", "1 workers need 1 GPUs, the cluster has 0: give --device cpu"),
+        (Capacity(2, 0, MEMORY), None, "auto", "1 worker needs 1 CPU beside the 2 that Ray Data needs itself, there are 0"),
+        (laptop(2), None, "cuda", "1 worker needs 1 GPU, the cluster has 0: give --device cpu"),
         (laptop(16, gpus=2), 3, "auto", "3 workers need 3 GPUs, the cluster has 2: give --workers 2"),
         (Capacity(4, 4, MEMORY), 4, "auto", "4 workers need 4 CPUs beside the 2 .* there are 2: give --workers 2"),
     ],

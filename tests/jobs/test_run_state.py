@@ -149,7 +149,7 @@ def other_truth(data: Path) -> None:
 
 CONTENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "annotations": (other_json, r"TRAIN: the content of \S+instances\.json has changed \(SHA-256 \w{12} then, \w{12} now\)"),
-    "an image": (other_image, r"--images: \S+images had 3 images of \d+ bytes for this file and has 3 of \d+"),
+    "an image": (other_image, r"--images: \S+images had 3 images of [\d,]+ bytes for this file and has 3 of [\d,]+"),
     "the truth": (other_truth, r"--val: the content of \S+instances\.json has changed"),
 }
 

@@ -20,7 +20,7 @@ from PIL import Image
 from jobs.cluster import Capacity
 from jobs.latest import read_latest
 from jobs.shapes import CATEGORIES, generate
-from jobs.train import TrainOptions, build_model, plan_workers, read_options, run
+from jobs.train import TrainOptions, build_model, describe_data, plan_workers, read_options, run
 from jobs.train_worker import (
     Images,
     State,
@@ -38,7 +38,7 @@ from jobs.train_worker import (
 from model.build import create_model
 from model.checkpoint import dumps, load_checkpoint
 from model.errors import CheckpointError, ConfigError, UnknownPresetError
-from pipeline.coco import parse_coco, read_coco
+from pipeline.coco import REPEATED_IMAGE, ZERO_AREA, parse_coco, read_coco, to_document
 from pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
 from pipeline.image_check import usable_images
 from pipeline.recipe import build_optimizer, recipe_of
@@ -103,13 +103,28 @@ def test_wrong_recipes_and_models_are_named() -> None:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
+def test_one_of_each_reads_as_one() -> None:
+    document = to_document(shapes())
+    document["categories"] = [{"id": 1, "name": "disk", "keypoints": ["tip"]}]
+    data = dataclasses.replace(parse_coco(document, "x.json"), dropped={ZERO_AREA: 1, REPEATED_IMAGE: 2})
+    assert describe_data(data) == (
+        "1 image with 1 instance of 1 category (x.json); 1 instance without keypoints: it counts in all else; "
+        "left out: 1 box without an area; left out: 2 repeated image rows"
+    )
+
+
 def test_a_cluster_that_is_too_small_is_refused_before_the_start() -> None:
-    with pytest.raises(ClusterTooSmallError, match=r"4 workers need a CPU each .* has 4 CPUs .* at most 3 --workers"):
+    with pytest.raises(ClusterTooSmallError, match=r"4 workers need a CPU each .* has 4 CPUs .* Give --workers 3, or a larger"):
         plan_workers(options(workers=4), Capacity(cpus=4, gpus=0, memory=1e9))
-    with pytest.raises(ClusterTooSmallError, match="at most 2 --workers"):
+    with pytest.raises(ClusterTooSmallError, match="Give --workers 2, or a larger cluster"):
         plan_workers(options(workers=3), Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
     with pytest.raises(ClusterTooSmallError, match="2 workers need 2 GPUs, the cluster has 1"):
         plan_workers(options(workers=2, device="cuda"), Capacity(cpus=16, gpus=1, memory=1e9))
+    alone = r"^1 worker needs a CPU and loading needs one: the cluster has 1 CPU in all, 0 of them .* Give a larger cluster"
+    with pytest.raises(ClusterTooSmallError, match=alone):
+        plan_workers(options(), Capacity(cpus=1, gpus=0, memory=1e9))
+    with pytest.raises(ClusterTooSmallError, match=r"^1 worker needs 1 GPU, the cluster has 0\. Give --device cpu\.$"):
+        plan_workers(options(device="cuda"), Capacity(cpus=16, gpus=0, memory=1e9))
     assert plan_workers(options(workers=2), Capacity(cpus=16, gpus=2, memory=1e9))
     assert not plan_workers(options(workers=2), Capacity(cpus=16, gpus=1, memory=1e9))
 
@@ -349,7 +364,7 @@ def test_two_workers_train_score_and_resume(data: Path, tmp_path: Path) -> None:
 
     lines.clear()
     again = run(small_run(data, str(tmp_path), **values), lines.append)
-    assert lines == [f"run 'small' is complete: 1 epochs. Its results are in {tmp_path / 'small'}."]
+    assert lines == [f"run 'small' is complete: 1 epoch. Its results are in {tmp_path / 'small'}."]
     assert again.model_id == first.model_id
 
     longer = run(small_run(data, str(tmp_path), **values, recipe={"epochs": 2}), lines.append)

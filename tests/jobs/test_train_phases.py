@@ -80,7 +80,7 @@ def test_four_steps_are_one_run_and_end_in_one_network(data: Path, tmp_path: Pat
     lines: list[str] = []
     options = small_run(data, tmp_path, "four_step", val=str(data / "val" / "instances.json"), workers=2)
     report = run(options, lines.append)
-    assert any("4 phases (rpn, detector, rpn, detector) of 1 epochs each" in line for line in lines), lines
+    assert any("4 phases (rpn, detector, rpn, detector) of 1 epoch each" in line for line in lines), lines
     assert (report.epochs, set(report.scores)) == (4, {"bbox", "segm", "keypoints"})
     assert Image.open(report.curves).size == (1200, 480)
 
@@ -142,7 +142,7 @@ def test_a_detector_learns_on_stored_proposals(data: Path, tmp_path: Path) -> No
     before, after = load_checkpoint(stored["weights"]), load_checkpoint(report.checkpoint)
     assert changed_parts(weights(before), weights(after)) == {"backbone", *HEADS}
     others = {"train": str(data / "val" / "instances.json"), "name": "other", "proposals": proposed.output}
-    with pytest.raises(AnnotationError, match="2 of 2 images have no proposals"):
+    with pytest.raises(AnnotationError, match="2 of the 2 images have no proposals"):
         run(small_run(data, tmp_path, "detector", weights=stored["weights"], **others))
 
 

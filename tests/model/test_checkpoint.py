@@ -156,7 +156,7 @@ def test_a_head_that_the_weights_lack_is_named(tiny_config: ModelConfig) -> None
 
 def test_another_number_of_classes_is_named_with_the_remedy(saved: Path) -> None:
     categories = [Category(id=1, name="nucleus")]
-    with pytest.raises(CheckpointError, match=r"4 classes with the background.* has 2 \(1 categories\).*reset_predictors"):
+    with pytest.raises(CheckpointError, match=r"4 classes with the background.* has 2 \(1 category\).*reset_predictors"):
         create_model("tiny", weights=saved, categories=categories)
 
 

@@ -198,7 +198,7 @@ def test_an_image_without_objects_trains_a_detector_on_given_proposals(
 
 def test_proposals_that_cannot_be_are_refused(model: MaskRCNN, image: Tensor) -> None:
     model.learn("detector").train()
-    with pytest.raises(ConfigError, match="1 of 2 targets have proposals"):
+    with pytest.raises(ConfigError, match="1 of the 2 targets has proposals"):
         model([image, image], [target(torch.zeros(0, 4)), target()])
     with pytest.raises(ConfigError, match=r"a backbone that learns with it.*rpn_backbone"):
         model([image], [target()])

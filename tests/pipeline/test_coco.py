@@ -14,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.coco import (
+    MISSING_FILE,
     OUTSIDE,
     REPEATED_IMAGE,
     REPEATED_ROW,
+    UNUSABLE_IMAGE,
     ZERO_AREA,
     check_dropped,
+    counted_reason,
     flip_pairs,
     parse_coco,
     read_coco,
@@ -131,9 +134,16 @@ def test_boxes_outside_their_image_are_dropped_counted_and_named() -> None:
     dataset = parse_coco(added("annotations", row), "x.json")
     assert dataset.dropped == {OUTSIDE: 1}
     assert dataset.examples[OUTSIDE] == ("x.json: annotations[1] (id 41; image 2, b.png)",)
-    with pytest.raises(AnnotationError, match=r"1 of the 2 instances .*1 boxes outside their image.*id 41; .*--max-unusable"):
+    with pytest.raises(AnnotationError, match=r"1 of the 2 instances .*1 box outside its image.*id 41; .*--max-unusable"):
         check_dropped(dataset)
     check_dropped(dataset, 0.5)
+
+
+def test_every_reason_has_words_for_one() -> None:
+    assert counted_reason(1, OUTSIDE) == "1 box outside its image"
+    for reason in (REPEATED_IMAGE, REPEATED_ROW, ZERO_AREA, OUTSIDE, MISSING_FILE, UNUSABLE_IMAGE):
+        assert counted_reason(2, reason) == f"2 {reason}"
+        assert counted_reason(1, reason) != f"1 {reason}"
 
 
 def boxes(*rows: list[float]) -> dict[str, Any]:
@@ -142,10 +152,12 @@ def boxes(*rows: list[float]) -> dict[str, Any]:
 
 
 def test_boxes_in_other_units_are_recognised() -> None:
-    with pytest.raises(AnnotationError, match=r"2 of 3 boxes lie within 0\.\.1.* multiply x and width"):
+    with pytest.raises(AnnotationError, match=r"2 of the 3 boxes lie within 0\.\.1.* multiply x and width"):
         parse_coco(boxes([0.1, 0.2, 0.3, 0.3], [0.5, 0.5, 0.5, 0.5], [10, 10, 30, 30]), "x.json")
+    with pytest.raises(AnnotationError, match=r"^x.json: the only box lies within 0\.\.1\. Such numbers seem to be shares"):
+        parse_coco(boxes([0.1, 0.2, 0.3, 0.3]), "x.json")
     corners = [[30 * n + 330, 20 * n + 200, 30 * n + 370, 20 * n + 230] for n in range(8)]
-    with pytest.raises(AnnotationError, match=r"8 of 8 boxes reach beyond.*subtract x1 from x2"):
+    with pytest.raises(AnnotationError, match=r"8 of the 8 boxes reach beyond.*subtract x1 from x2"):
         parse_coco(boxes(*corners), "x.json")
     assert parse_coco(boxes(*corners[:7]), "x.json").instance_count() == 7  # too few to tell
     assert parse_coco(boxes(*corners, *([600, 400, 90, 90] for _ in range(9))), "x.json").instance_count() == 17

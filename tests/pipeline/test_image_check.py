@@ -69,9 +69,17 @@ def test_missing_files_are_an_error_or_left_out(tmp_path: Path) -> None:
         usable_images(Storage(), data_of(3), str(tmp_path / "elsewhere"), most=1)
 
 
+def test_one_image_reads_as_one(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"^the only image of x\.json is not in \S+: 0\.jpg\. Check the image folder\.$"):
+        usable_images(Storage(), data_of(1), str(tmp_path))
+    write(tmp_path, _0=b"")
+    with pytest.raises(AnnotationError, match=r"^the only image of x\.json cannot be used: 0\.jpg: .*\. Mend or remove it\.$"):
+        usable_images(Storage(), data_of(1), str(tmp_path))
+
+
 def test_missing_files_do_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
     write(tmp_path, _0=jpeg(40, 30), _1=jpeg(99, 30), _2=b"garbage")
-    with pytest.raises(AnnotationError, match=r"are not in .*: 3\.jpg\. .* 2 more cannot be used: 1\.jpg: .*; 2\.jpg: "):
+    with pytest.raises(AnnotationError, match=r"is not in .*: 3\.jpg\. .* 2 more cannot be used: 1\.jpg: .*; 2\.jpg: "):
         usable_images(Storage(), data_of(4), str(tmp_path))
 
 

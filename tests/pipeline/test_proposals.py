@@ -89,7 +89,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for name in ("other", "text"):
         with pytest.raises(AnnotationError, match=r"holds no proposals.*masklake propose"):
             read_proposals(Storage(), str(tmp_path / f"{name}.parquet"))
-    with pytest.raises(AnnotationError, match=r"1 of 3 images have no proposals, such as 1\.png"):
+    with pytest.raises(AnnotationError, match=r"1 of the 3 images has no proposals: 1\.png"):
         training_rows(dataset(), str(tmp_path), spec(), proposals=stored().slice(0, 2))
     with pytest.raises(AnnotationError, match=r"0\.png: its proposals are of an image of another size"):
         training_rows(dataset(), str(tmp_path), spec(), proposals=stored(width=47))
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_boxes_that_are_none_are_refused_by_image(tmp_path: Path, boxes: list[float] | None) -> None:
     rows = [*stored().to_pylist(), {"file_name": "x.png", "width": 48, "height": 24, "boxes": boxes}]
     pq.write_table(pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA), tmp_path / "p.parquet")
-    with pytest.raises(AnnotationError, match=r"1 of its 4 images .* no boxes of four finite numbers, such as x\.png"):
+    with pytest.raises(AnnotationError, match=r"1 of the 4 images has proposals .* no boxes of four finite numbers: x\.png"):
         read_proposals(Storage(), str(tmp_path / "p.parquet"))
 
 
