@@ -52,6 +52,13 @@ def check_finite(number: float | None) -> float | None:
     return number
 
 
+def check_positive(number: float | None) -> float | None:
+    """An option's number as it is, where it is more than 0."""
+    if number is not None and not 0 < number < math.inf:
+        raise typer.BadParameter(f"{number}; give a finite number above 0")
+    return number
+
+
 def share_option(text: str) -> Any:
     """An option that is a share, a score or an overlap: 0 to 1."""
     return typer.Option(help=text, min=0, max=1, callback=check_finite)
@@ -293,7 +300,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the images; default: the recipe's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step and worker; default: the recipe's.", min=1)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; default: the recipe's.", min=0, callback=check_finite)
+        float | None, typer.Option(help="Peak learning rate; default: the recipe's.", callback=check_positive)
     ] = None,
     crop: Annotated[int | None, typer.Option(help="Train on random windows of this many pixels a side.", min=32)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Epochs between evaluations; 0: after the last.", min=0)] = None,
@@ -308,7 +315,7 @@ def train(
             "left out."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice; default: 0.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice; default: 0.", min=0, max=2**32 - 1)] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jobs import label_plan
 from jobs.cluster import connect, data_context, last_line
@@ -46,7 +46,7 @@ from pipeline.rows import Outcome, to_table
 from pipeline.run_output import Finished
 from pipeline.schema import LIKELY_SCORE, Status
 from pipeline.storage import Storage, StorageOptions
-from pipeline.table import Table, open_table
+from pipeline.table import Table, open_table, valid_run_id
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ class LabelOptions(BaseModel):
     block_rows: int | None = Field(default=None, gt=0, description="Images written together; default: by the run's size.")
     address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
     progress: bool = Field(default=True, description="Show a bar on stderr.")
+
+    @field_validator("tick")
+    @classmethod
+    def _check_tick(cls, tick: str | None) -> str | None:
+        return tick if tick is None else valid_run_id(tick, "--tick")
 
 
 class LabelReport(BaseModel):

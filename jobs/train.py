@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,8 @@ TABLES: Mapping[str, type[BaseModel]] = {
 }
 """Of a training configuration's file, and what they hold."""
 
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
 REQUIRED: Mapping[str, str] = {
     "train": "TRAIN (the COCO JSON to learn from)",
     "output": "--output (the folder or prefix that holds runs)",
@@ -75,7 +78,7 @@ class TrainOptions(BaseModel):
     val: str | None = Field(default=None, description="COCO JSON to score on; without it there is no AP.")
     val_images: str | None = Field(default=None, description="Folder of its images; default: as for `images`.")
     output: str = Field(description="Folder or prefix that holds runs.")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="The run's name, and its folder's.")
+    name: str = Field(description="The run's name, and its folder's.")
     preset: str = Field(default="tiny", description="Model preset.")
     tasks: frozenset[Task] | None = Field(
         default=None, min_length=1, description="What to learn; default: what preset and data both have."
@@ -113,6 +116,16 @@ class TrainOptions(BaseModel):
     max_failures: int = Field(default=2, ge=0, description="Restarts after a worker's death.")
     storage: StorageOptions = StorageOptions()
     address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not RUN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is not a run's name: use letters from a to z, digits, '.', '-' and '_', and begin with a letter or "
+                "a digit (it names a folder)"
+            )
+        return name
 
     @field_validator("proposals")
     @classmethod
@@ -185,7 +198,8 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
             f"a training run needs {listed([REQUIRED[name] for name in missing])}: give them on the command line, or as "
             f"{listed(missing)} in the file of --config"
         )
-    return _validated(TrainOptions, values, config or "the training options")
+    given = {key: f"--{key.replace('_', '-')}" for key, value in changes.items() if value is not None}
+    return _validated(TrainOptions, values, config or "the training options", given)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -193,11 +207,14 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _validated(kind: type[T], values: Mapping[str, Any], source: str) -> T:
+def _validated(kind: type[T], values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> T:
+    """The values as `kind`. source: of the values, as a ConfigError names it; given: the command line's options by field."""
+    given = given or {}
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {faults(error, kind.model_fields)}") from error
+        elsewhere = any(".".join(map(str, fault["loc"])) not in given for fault in error.errors())
+        raise ConfigError(f"{f'{source}: ' if elsewhere else ''}{faults(error, kind.model_fields, given)}") from error
 
 
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:

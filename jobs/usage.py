@@ -33,11 +33,38 @@ def usage_line(error: Any) -> str:
 
 
 def _message(error: Any) -> str:
-    """click's own message, as a part of a sentence."""
+    """click's own message, as a part of a sentence, with the value that was given and what is allowed."""
     text = str(error.format_message()).strip().rstrip(".").replace("Value error, ", "")
+    allowed, given = _allowed(error), _given(error)
+    if allowed and given is not None:
+        text = f"{text.partition(': ')[0]}: {given!r}"
+    text = f"{text}; give {allowed}" if allowed and "; give " not in text else text
     text = re.sub(r"argument\(s\) (\(\S*\))$", r"argument \1", text[:1].lower() + text[1:]).replace("(s)", "s")
     about = getattr(getattr(error, "param", None), "help", None)
     return f"{text}: {about.rstrip('.')}" if about and type(error).__name__ == "MissingParameter" else text
+
+
+def _given(error: Any) -> Any:
+    """What was given where pydantic refused it, whose message does not say it; else None."""
+    faults = getattr(error.__cause__, "errors", None)
+    return faults()[0]["input"] if faults is not None else None
+
+
+def _allowed(error: Any) -> str:
+    """What the value of an option that is a number may be, where another one was given; else empty."""
+    parameter = getattr(error, "param", None)
+    if type(error).__name__ != "BadParameter" or parameter is None:
+        return ""
+    described = getattr(parameter, "type_descriptor", None)  # typer's own; before it, click's types
+    kind = set(re.findall(r"\w+", str(described.annotation) if described is not None else parameter.type.name))
+    if not kind & {"int", "integer", "float"}:
+        return ""
+    ranged = parameter if described is not None else parameter.type
+    least, most = getattr(ranged, "min", None), getattr(ranged, "max", None)
+    number = "a number" if "float" in kind else "a whole number"
+    if least is None:
+        return number
+    return f"{number} of {least} or more" if most is None else f"{number} from {least} to {most}"
 
 
 def _hint(command: str | None, error: Any) -> str:

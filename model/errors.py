@@ -16,7 +16,7 @@ import difflib
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:  # the command line prints an error without loading pydantic
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from pydantic import ValidationError
 
@@ -45,10 +45,11 @@ class ConfigError(MaskLakeError):
     exit_code = 12
 
 
-def faults(error: ValidationError, known: Collection[str] = ()) -> str:
+def faults(error: ValidationError, known: Collection[str] = (), spelled: Mapping[str, str] | None = None) -> str:
     """Every fault of a pydantic value in one line, each with its field: `recipe.epochs: input should be greater than 0`.
 
-    known: the value's fields, of which the one that a misspelt field resembles is named.
+    known: the value's fields, of which the one that a misspelt field resembles is named. spelled: how fields are called where
+    they were given, such as `--seed`.
     """
     lines = []
     for fault in error.errors():
@@ -57,5 +58,6 @@ def faults(error: ValidationError, known: Collection[str] = ()) -> str:
             near = difflib.get_close_matches(field, known, n=1) if len(fault["loc"]) == 1 else ()
             message = f"no such option{f'; did you mean {near[0]}?' if near else ''}"
         message = message.removeprefix("Value error, ")
+        field = (spelled or {}).get(field, field)
         lines.append(": ".join(filter(None, (field, message[:1].lower() + message[1:]))))
     return "; ".join(lines)

@@ -76,10 +76,15 @@ class DataFile:
     rows: int
 
 
-def valid_run_id(run_id: str) -> str:
-    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere."""
+def valid_run_id(run_id: str, given: str = "run id") -> str:
+    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere.
+
+    given: what the id is where it comes from, such as `--tick`.
+    """
     if not _RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"run id {run_id!r}: use 1 to 100 letters, digits, '-' and '_' (it names a folder and a partition)")
+        raise ConfigError(
+            f"{given} {run_id!r}: use 1 to 100 letters from a to z, digits, '-' and '_' (it names a folder and a partition)"
+        )
     return run_id
 
 

@@ -265,3 +265,6 @@ def test_bad_options_are_refused_in_one_line() -> None:
         label.options(input={"uri": "a"}, table="t", weights="w", predict={"tasks": ["boxes"]})
     with pytest.raises(ConfigError, match=r"workers: .*greater than 0"):
         label.options(input={"uri": "a"}, table="t", weights="w", workers=0)
+    for tick in ("a/b", "", "2026.11"):
+        with pytest.raises(ConfigError, match=rf"^--tick '{tick}': use 1 to 100 letters from a to z, digits, '-' and '_' "):
+            label.options(input={"uri": "a"}, table="t", weights="w", tick=tick)
