@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import detectron2_weights, torchvision_weights
-from model.checkpoint import is_ours, load_state, parse, read_bytes
+from model.checkpoint import check_state, is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
 from model.devices import check_device
 from model.errors import CheckpointError
@@ -47,8 +47,8 @@ def create_model(
     weights lack; and load the rest. Weights of torchvision's classifiers, such as ImageNet's, begin the backbone (section 3.1).
     weights_name: what messages call weights that come as bytes.
 
-    Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit, or ConfigError for a device that
-    this machine cannot use.
+    Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit (a name's before any download), or
+    ConfigError for a device that this machine cannot use.
     """
     device = check_device(device)
     by_name = isinstance(preset_or_config, str)
@@ -57,21 +57,38 @@ def create_model(
     state: Mapping[str, Tensor] | None = None
     recorded: str | None = None
     if weights is not None:
+        if isinstance(weights, str) and is_weight_name(weights):
+            _check_named(weights, _with_categories(config, categories), reset_predictors, name)
         source, state, recorded = _read(weights, config, name)
         config = source if by_name else config
-    if categories is not None:
-        config = config.changed(categories=tuple(categories))
-    model = MaskRCNN(config)
+    model = MaskRCNN(_with_categories(config, categories))
     if state is not None:
-        if not reset_predictors and _begins_backbone(state):
-            raise CheckpointError(
-                f"{name} is a classifier, which finds nothing: a detector can be trained from it with reset_predictors=True "
-                "(masklake train --reset-predictors)"
-            )
-        if reset_predictors:
-            state = _with_fresh_layers(model, state)
-        load_state(model.network, state, name, recorded)
+        load_state(model.network, _completed(model, state, reset_predictors, name), name, recorded)
     return model.to(device).eval()
+
+
+def _with_categories(config: ModelConfig, categories: Sequence[Category] | None) -> ModelConfig:
+    return config if categories is None else config.changed(categories=tuple(categories))
+
+
+def _check_named(weights: str, config: ModelConfig, reset_predictors: bool, name: str) -> None:
+    """Raises what reading torchvision's weights of that name would, without a download, where they cannot fit the model."""
+    with torch.device("meta"):
+        model = MaskRCNN(config)
+    state = _renamed(torchvision_weights.outline(weights), config, name)
+    check_state(model.network, _completed(model, state, reset_predictors, name), name)
+
+
+def _completed(model: MaskRCNN, state: Mapping[str, Tensor], reset_predictors: bool, name: str) -> Mapping[str, Tensor]:
+    """`state` with the model's own new layers where that was asked for. Raises CheckpointError for a classifier's otherwise."""
+    if reset_predictors:
+        return _with_fresh_layers(model, state)
+    if _begins_backbone(state):
+        raise CheckpointError(
+            f"{name} is a classifier, which finds nothing: a detector can be trained from it with reset_predictors=True "
+            "(masklake train --reset-predictors)"
+        )
+    return state
 
 
 def is_weight_name(weights: str) -> bool:
@@ -98,7 +115,7 @@ def preset_of_weights(weights: str) -> str | None:
 def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
     """Whether weights, given as to `create_model`, are a torchvision classifier's. Raises CheckpointError like that."""
     if isinstance(weights, str) and is_weight_name(weights):
-        return torchvision_weights.is_classifier(torchvision_weights.fetch(weights)[0])
+        return torchvision_weights.is_classifier(torchvision_weights.outline(weights))
     data = read_bytes(weights)
     if is_ours(data) or detectron2_weights.is_pickle(data):
         return False

@@ -139,10 +139,22 @@ def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict
 
 
 def load_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Put weights into a network that has exactly these; otherwise raise CheckpointError naming what does not fit.
+    """Put weights into a network that has exactly these; otherwise raise CheckpointError as `check_state` does.
 
-    recorded: the preset that our own checkpoint of these weights names, which explains best why they do not fit another.
     Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
+    """
+    check_state(network, state, name, recorded)
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
+    if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
+        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
+    network.load_state_dict(state, strict=False)
+
+
+def check_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
+    """Raises CheckpointError, naming what does not fit, unless a network has exactly these weights by name and shape.
+
+    Either may be on the meta device. recorded: the preset that our own checkpoint of these weights names, which explains best
+    why they do not fit another.
     """
     own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
@@ -161,9 +173,6 @@ def load_state(network: Network, state: Mapping[str, Tensor], name: str, recorde
         raise CheckpointError(
             f"{name} is {origin}of another architecture than model {network.config.preset!r}: {'; '.join(found)}"
         )
-    if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
-        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
-    network.load_state_dict(state, strict=False)
 
 
 def _is_weight(tensor: Tensor) -> bool:

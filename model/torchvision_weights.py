@@ -129,6 +129,20 @@ def _named(weight_name: str) -> WeightsEnum:
     return weights
 
 
+def outline(weight_name: str) -> dict[str, Tensor]:
+    """The names and shapes of these weights, as tensors on the meta device: what they are of is known before any download.
+
+    Raises CheckpointError for a name that `fetch` refuses.
+    """
+    _named(weight_name)
+    from torchvision.models import get_model
+
+    model = weight_name.partition("_Weights.")[0]
+    with torch.device("meta"):
+        network = get_model(model.lower(), weights=None, **({} if _RESIDUAL.match(model) else {"weights_backbone": None}))
+    return dict(network.state_dict())
+
+
 def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
     """Download weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; with their norm's eps.
 

@@ -25,6 +25,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from model.build import create_model, holds_classifier
+from model.config import Category
 from model.errors import CheckpointError
 from model.instances import Instances
 from model.presets import PRESETS
@@ -250,6 +251,66 @@ def test_weights_by_torchvisions_name_are_downloaded_once(
     ]
 
 
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails the test that would fetch weights."""
+
+    def download(url: str, *_: object, **__: object) -> None:
+        pytest.fail(f"{url} would be downloaded")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize(
+    ("preset", "weights", "said"),
+    [
+        ("maskrcnn_resnet50_fpn", "ResNet18_Weights.IMAGENET1K_V1", "it is ResNet-18, a classifier, .* is ResNet-50$"),
+        ("maskrcnn_resnet50_fpn", "ResNet34_Weights.DEFAULT", "it is ResNet-34, a classifier, .* is ResNet-50$"),
+        ("maskrcnn_resnet50_c4", "ResNet152_Weights.IMAGENET1K_V2", "it is ResNet-152, a classifier, .* is ResNet-50$"),
+        ("maskrcnn_resnet50_fpn", "Wide_ResNet50_2_Weights.IMAGENET1K_V1", "it is Wide ResNet-50, .* is ResNet-50$"),
+        ("maskrcnn_resnext101_32x8d_fpn", "ResNeXt101_64X4D_Weights.DEFAULT", "ResNeXt-101 64x4d, .* ResNeXt-101 32x8d$"),
+        ("tiny", "ResNet50_Weights.IMAGENET1K_V1", "it is ResNet-50, a classifier"),
+        ("maskrcnn_resnet101_fpn", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1", "it lacks backbone"),
+        ("maskrcnn_resnet50_fpn", "MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1", "the model has no"),
+        ("maskrcnn_resnet50_c4", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "it lacks"),
+    ],
+)
+def test_names_of_what_cannot_fit_are_refused_before_a_download(preset: str, weights: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^weights {re.escape(weights)} is of another architecture .*{said}"):
+        create_model(preset, weights=weights, reset_predictors=True)
+
+
+@pytest.mark.usefixtures("no_download")
+def test_what_a_name_is_of_is_known_without_a_download() -> None:
+    assert holds_classifier("ResNeXt50_32X4D_Weights.DEFAULT")
+    assert not holds_classifier("KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY")
+    with pytest.raises(CheckpointError, match=r"is a classifier, which finds nothing.*--reset-predictors"):
+        create_model("maskrcnn_resnet50_fpn", weights="ResNet50_Weights.IMAGENET1K_V1")
+    with pytest.raises(CheckpointError, match=r"has 91 classes with the background, .* here has 3 \(2 categories\)"):
+        create_model(
+            "maskrcnn_resnet50_fpn",
+            "MaskRCNN_ResNet50_FPN_Weights.DEFAULT",
+            categories=[Category(id=n, name=f"{n}") for n in (1, 2)],
+        )
+
+
+def test_a_refused_name_is_refused_in_the_words_of_its_file(
+    no_download: None, state_dict_bytes: Callable[[nn.Module], bytes]
+) -> None:
+    said = []
+    theirs = state_dict_bytes(maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None))
+    for weights, name in (
+        (theirs, "MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1"),
+        ("MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1", None),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            create_model("maskrcnn_resnext50_32x4d_fpn", weights=weights, weights_name=name)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+
+
 def test_what_torchvisions_training_script_saves_is_read(
     state_dict_bytes: Callable[[nn.Module], bytes], tmp_path: Path
 ) -> None:
@@ -290,9 +351,10 @@ def test_unknown_names_and_failed_downloads_are_named(monkeypatch: pytest.Monkey
         "FCOS_ResNet50_FPN_Weights.COCO_V1": "of a network that MaskLake cannot take",
         "FasterRCNN_MobileNet_V3_Large_FPN_Weights.DEFAULT": "of a network that MaskLake cannot take",
         "ViT_B_16_Weights.DEFAULT": "of a network that MaskLake cannot take",
-        "ResNet50_Weights.DEFAULT": "cannot download",
     }.items():
         with pytest.raises(CheckpointError, match=said):
             create_model("maskrcnn_resnet50_fpn", weights=name)
+    with pytest.raises(CheckpointError, match="cannot download"):
+        create_model("maskrcnn_resnet50_fpn", weights="ResNet50_Weights.DEFAULT", reset_predictors=True)
     with pytest.raises(CheckpointError, match=r"cannot download.*no route to host"):
         create_model("maskrcnn_resnet50_fpn", weights="MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
