@@ -171,12 +171,13 @@ def _quiet() -> None:
     """Keep Ray's messages in its log files; what matters of them stands in our own report and errors."""
     import ray._private.worker
     import ray.data  # configures the logger when imported
+    from ray._private.log import PlainRayHandler
 
     # The raylet's notices reach the terminal past `log_to_driver=False`, a page for every worker that dies; this switch of
     # Ray's debugger is the only one for them.
     ray._private.worker._worker_logs_enabled = False
     for handler in logging.getLogger(ray.data.__name__).handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, PlainRayHandler):  # not one that the embedding program has added
             handler.setLevel(logging.CRITICAL)
 
 
