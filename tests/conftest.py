@@ -17,9 +17,21 @@ from tests.s3_proxy import S3Proxy
 # Real data stands beside the checkout where it stands at all; the tests generate what they need and use it as well.
 SHARED_DATA = Path(os.environ.get("MASKLAKE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
+# Each of the processes that share the machine in `make test` computes on one core; theirs count on it, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell's background job inherits that Ctrl-C is ignored, and so do the commands that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs go through one process, one after another: Ray's start has a limit of time, and two at once may miss it."""
+    for item in items:
+        if item.path.parent.name == "jobs" and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("runs"))
 
 
 @pytest.fixture(scope="session")

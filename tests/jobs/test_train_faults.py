@@ -19,6 +19,7 @@ from jobs.shapes import generate
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
+@pytest.mark.faults
 def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Path, start: Callable[..., Any]) -> None:
     generate(tmp_path / "data", 4, 96, seed=1)
     run = tmp_path / "runs" / "night"
@@ -49,6 +50,7 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
     assert "Traceback" not in err
 
 
+@pytest.mark.faults
 def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate(tmp_path / "data", 4, 96, seed=1)
     boards: list[Any] = []

@@ -103,6 +103,7 @@ def test_four_steps_are_one_run_and_end_in_one_network(data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("own_ray")
 def test_a_separate_training_ends_in_one_checkpoint_of_both_networks_also_after_a_kill(data: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_instantiations_train_and_predict(name: str, picture: Callable[..., Tens
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_region_operators_are_a_matter_of_configuration(pool: str, mode: str, picture: Callable[..., Tensor]) -> None:
     config = narrow("maskrcnn_resnet50_fpn").model_copy(update={"roi_pool": pool, "roi_pool_mode": mode})
-    totals = train(config, picture(64, 64, 1), steps=12)
+    totals = train(config, picture(64, 64, 1), steps=8)
     assert min(totals[-3:]) < totals[0]
 
 
