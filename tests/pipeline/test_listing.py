@@ -353,7 +353,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("open.csv", b'file\n"a.jpg\nb.jpg\n', "cannot be read as a csv list"),
         ("two.csv", b"a.jpg,b.jpg\n", "no header, and images in columns 1, 2"),
         ("zero.txt", b"a.jpg\0b.jpg", "zero bytes.*UTF-8"),
-        ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100)[:-9], "cannot be read as a text list"),
+        ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100, mtime=0)[:-9], "cannot be read as a text list"),
         ("not.csv.gz", b"\x1f\x8bno gzip", "cannot be read as a csv list"),
         ("photos.xlsx", b"PK", "is a spreadsheet; save it as CSV"),
         ("list.csv.zst", b"\x28\xb5\x2f\xfd", r"is compressed in a way that lists cannot be.*\.gz, \.bz2 or \.xz"),
