@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import IO, Any, NoReturn
 
 import pyarrow as pa
@@ -28,9 +28,9 @@ from model.counts import counted
 from model.errors import ConfigError, MaskLakeError
 from pipeline.errors import StorageError
 from pipeline.left_out import LeftOut, Reason
+from pipeline.list_header import images_columns, is_headless
 from pipeline.storage import LISTING_BATCH, Storage, unquoted
 from pipeline.storage_errors import describe, translated
-from pipeline.suffixes import looks_like_image
 
 _KINDS = {
     ".parquet": "parquet",
@@ -59,6 +59,7 @@ _WIDE = (
 )
 _HEAD_BYTES = 1 << 16
 _COCO = re.compile(r'"(images|annotations|categories|licenses|info)"\s*:')
+_FIRST_LINE = " (the list's first line; if that is an image's already, write a line of columns' names above it)"
 _FIELD_LIMIT = 1 << 28  # characters; csv's own limit of 128 Ki is less than the masks that some columns hold
 
 
@@ -122,15 +123,15 @@ def _list_errors(uri: str, kind: str) -> Iterator[None]:
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
-def _column(uri: str, wanted: str | None, names: Sequence[str]) -> str:
-    """The column that names the images."""
+def _column(uri: str, wanted: str | None, names: Sequence[str], note: str = "") -> str:
+    """The column that names the images. note: behind the columns' names, where others are asked for."""
     if not names:
         raise ConfigError(f"{uri}: has no columns, so it names no images")
     usual = [name for name in names if name.strip().casefold() == "uri"]
     chosen = wanted or (usual[0] if usual else names[0] if len(names) == 1 else None)
     if chosen is None or chosen not in names:
         said = f"no column {chosen!r}" if chosen else "several columns, none of them `uri`"
-        raise ConfigError(f"{uri}: {said}; name one with --column: {', '.join(names)}")
+        raise ConfigError(f"{uri}: {said}; name one with --column: {', '.join(names)}{note}")
     if names.count(chosen) > 1:
         raise ConfigError(f"{uri}: has {names.count(chosen)} columns named {chosen!r}; rename all but one")
     return chosen
@@ -233,18 +234,17 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
         first = _first_row(rows)
         if not first:
             return
+        second = next(filter(None, rows), [])
         names = [name.strip() for name in first]
-        headless = not (wanted in names or "uri" in map(str.casefold, names)) and _names_an_image(first)
+        headless = is_headless(names, second, wanted)
         if headless:
+            wanted = wanted or _only_image(uri, images_columns(names, second))
             names = [str(number) for number in range(1, len(first) + 1)]
-            wanted = wanted or ("1" if len(first) == 1 else _only_image(uri, first))
         places = {name: names.index(name) for name in ("etag", "bytes") if names.count(name) == 1}
-        column = names.index(_column(uri, wanted, names))
+        column = names.index(_column(uri, wanted, names, "" if headless else _FIRST_LINE))
         for row in [first] * headless:
             yield _csv_row(row, column, places)
-        for row in rows:
-            if not row:
-                continue
+        for row in filter(None, chain([second], rows)):
             if len(row) != len(names):
                 raise ConfigError(
                     f"{uri}: line {rows.line_num} has {counted(len(row), 'field')} and the first has {len(names)}; "
@@ -256,12 +256,6 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
 def _first_row(rows: Iterable[list[str]]) -> list[str]:
     """The first row that is neither blank nor a comment (`# ...`); empty where there is none."""
     return next((row for row in rows if row and not re.match(r"#(\s|#|$)", row[0])), [])
-
-
-def _names_an_image(row: Sequence[str]) -> bool:
-    """Whether a first row is no header. Alone, a path or a number is a name, too: no column is called `photos/000` or `000`."""
-    alone = len(row) == 1 and ("/" in row[0] or row[0].strip().isdecimal())
-    return alone or any(map(looks_like_image, row))
 
 
 def _csv_row(row: Sequence[str], column: int, places: Mapping[str, int]) -> Named:
@@ -281,12 +275,12 @@ def _delimiter(uri: str, head: str, wanted: str | None) -> str:
     return max(order, key=fit)
 
 
-def _only_image(uri: str, row: Sequence[str]) -> str:
-    """The number, from 1, of the only field that looks like an image's name."""
-    found = [str(number) for number, field in enumerate(row, 1) if looks_like_image(field)]
-    if len(found) > 1:
-        raise ConfigError(f"{uri}: has no header, and images in columns {', '.join(found)}; choose with --column {found[0]}")
-    return found[0]
+def _only_image(uri: str, numbers: Sequence[int]) -> str:
+    """The only number of a column, as a name; ConfigError where a list without a header has several that may be images."""
+    if len(numbers) > 1:
+        found = ", ".join(map(str, numbers))
+        raise ConfigError(f"{uri}: has no header, and images in columns {found}; choose with --column {numbers[0]}")
+    return str(numbers[0])
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -271,11 +271,42 @@ def test_a_list_in_any_form(tmp_path: Path, name: str) -> None:
     assert read(str(tmp_path / name), "file" if name in LISTS else None)[0] == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
 
 
-@pytest.mark.parametrize(("names", "rows"), [(["sub/000", "sub/001"], b"sub/000\nsub/001\n"), (["000", "001"], b"000\n001\n")])
-def test_a_list_without_a_header_and_without_suffixes_loses_no_name(tmp_path: Path, names: list[str], rows: bytes) -> None:
+@pytest.mark.parametrize(
+    ("names", "rows", "column"),
+    [
+        (["sub/000", "sub/001"], b"sub/000\nsub/001\n", None),
+        (["000", "001"], b"000\n001\n", None),
+        (["IMG_1", "IMG_2"], b"IMG_1\nIMG_2\n", None),
+        (["sub/000", "sub/001"], b"sub/000,cat\nsub/001,dog\n", None),
+        (["sub/000", "sub/001"], b"7,sub/000\n8,sub/001\n", None),
+        (["IMG_1", "IMG_2"], b"IMG_1;cat;0.5\n\nIMG_2;dog;0.7\n", None),
+        (["IMG_1", "IMG_2"], b"IMG_1,cat\nIMG_2,dog\n", "1"),
+        (["000", "001"], b"000,1\n001,0\n", "1"),
+        (["sub/a", "sub/b"], b"sub/a,cat\nsub/b,dog\n", "1"),
+    ],
+)
+def test_a_list_without_a_header_and_without_suffixes_loses_no_name(
+    tmp_path: Path, names: list[str], rows: bytes, column: str | None
+) -> None:
     fill(str(tmp_path), names)
     (tmp_path / "list.csv").write_bytes(rows)
-    assert read(str(tmp_path / "list.csv"))[0] == [f"{tmp_path}/{name}" for name in names]
+    assert read(str(tmp_path / "list.csv"), column)[0] == [f"{tmp_path}/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        (b"image/name,s3_uri\nsub/000,7\nsub/001,8\n", "image/name"),
+        (b"file,2023\nsub/000,17\nsub/001,18\n", "file"),
+        (b"0,1\nsub/000,7\nsub/001,8\n", "0"),
+        (b"s3_key\nsub/000\nsub/001\n", None),
+        (b"uri,k1\nsub/000,k2\nsub/001,k3\n", None),
+    ],
+)
+def test_a_header_with_numbers_or_slashes_is_one(tmp_path: Path, rows: bytes, column: str | None) -> None:
+    fill(str(tmp_path), ["sub/000", "sub/001"])
+    (tmp_path / "list.csv").write_bytes(rows)
+    assert read(str(tmp_path / "list.csv"), column)[0] == [f"{tmp_path}/sub/000", f"{tmp_path}/sub/001"]
 
 
 def test_an_image_without_a_suffix_is_one_image_and_a_list_without_one_is_refused(tmp_path: Path) -> None:
@@ -352,6 +383,8 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("ragged.csv", b"uri,label\na.jpg,1\nb, c.jpg,2\n", "line 3 has 3 fields and the first has 2.*quotes"),
         ("open.csv", b'file\n"a.jpg\nb.jpg\n', "cannot be read as a csv list"),
         ("two.csv", b"a.jpg,b.jpg\n", "no header, and images in columns 1, 2"),
+        ("numbers.csv", b"000,1\n001,0\n", r"no header, and images in columns 1, 2; choose with --column 1"),
+        ("names.csv", b"cat,x\ndog,y\n", r"none of them `uri`; .*: cat, x \(the list's first line; if that is an image's"),
         ("zero.txt", b"a.jpg\0b.jpg", "zero bytes.*UTF-8"),
         ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100, mtime=0)[:-9], "cannot be read as a text list"),
         ("not.csv.gz", b"\x1f\x8bno gzip", "cannot be read as a csv list"),
