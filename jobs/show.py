@@ -20,7 +20,7 @@ from pipeline.draw import draw_instances
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.query import connect
 from pipeline.schema import LIKELY_SCORE, Status
-from pipeline.storage import Storage, canonical, relative_to
+from pipeline.storage import Storage, below, canonical, parse
 from pipeline.storage_errors import describe as describe_error
 from pipeline.stored_values import check_instance
 
@@ -148,7 +148,9 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):
             return found[0]
-    name = _below(uri, images).removeprefix("./").strip("/")
+    name = _below(uri, images)
+    if name == uri:  # one slash in front of a name says nothing; one below a folder is a part of the key
+        name = uri.removeprefix("./").removeprefix("/").rstrip("/")
     exact, composed = "ends_with(uri, $ending)", "ends_with(nfc_normalize(uri), nfc_normalize($ending))"
     # Whole parts of the path first, then a name's own end: 139.jpg for 000000000139.jpg. Then in Unicode's composed form: macOS
     # writes an umlaut as two characters, which look like the one that a keyboard gives.
@@ -176,7 +178,7 @@ def _below(uri: str, images: str | None) -> str:
     """The path below the folder where the images are now; elsewhere the name as it is."""
     if images is None:
         return uri
-    folder, name = f"{canonical(images)}/", canonical(uri)
+    folder, name = below(images), canonical(uri)
     return name[len(folder) :] if name.startswith(folder) else uri
 
 
@@ -186,10 +188,12 @@ def _moved(storage: Storage, uri: str, images: str) -> str:
         raise InputNotFoundError(f"{images}: there is no such folder; check --images")
     if storage.is_file(images):
         raise InputNotFoundError(f"{images}: is a file; name a folder with --images")
-    parts = uri.split("/")
-    for start in range(1, len(parts)):
-        place = relative_to(images, "/".join(parts[start:])) if parts[start] else ""
-        if place and storage.is_file(place):
+    at, scheme = parse(uri), parse(images).scheme
+    parts = (at.key.removeprefix("/") if at.is_local else f"{at.bucket}/{at.key}").split("/")
+    for start in range(len(parts)):
+        place = below(images) + "/".join(parts[start:])
+        # Only a key of S3 has empty and dot segments; a local path of such would be another one.
+        if (scheme == "s3" or not {"", ".", ".."}.intersection(parts[start:])) and storage.is_file(place):
             return place
     raise InputNotFoundError(f"{images}: holds no file named as the end of {uri}; check --images")
 

@@ -41,10 +41,11 @@ from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, counted_rea
 from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from pipeline.image_check import unusable_share, usable_images
+from pipeline.literal_keys import is_plain
 from pipeline.proposals import read_proposals
 from pipeline.recipe import Recipe, recipe_of
 from pipeline.sample_stream import SampleStream
-from pipeline.storage import Storage, StorageOptions, canonical
+from pipeline.storage import Storage, StorageOptions, canonical, parse
 from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
 
 TABLES: Mapping[str, type[BaseModel]] = {
@@ -220,7 +221,7 @@ def _validated(kind: type[T], values: Mapping[str, Any], source: str, given: Map
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     """Trains, or finishes, the run of that name. See the module's errors in `docs/training.md`."""
     storage = Storage(options.storage)
-    _check_sources(options)
+    _check_places(options)
     recipe = _validated(Recipe, {**recipe_of(options.preset).model_dump(), **options.recipe}, "recipe")
     latest = read_latest(storage, options.run_uri)
     done = latest["epoch"] if latest else 0
@@ -254,8 +255,13 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     return _report(storage, options, done)
 
 
-def _check_sources(options: TrainOptions) -> None:
-    """Raises ConfigError for an input in the run's own folder, whose files the run writes and replaces."""
+def _check_places(options: TrainOptions) -> None:
+    """Raises ConfigError for a folder that storage clients name differently, or an input in it, whose files a run replaces."""
+    at = parse(options.run_uri)
+    if not at.is_local and not is_plain(at.key):
+        raise ConfigError(
+            f"--output {options.output!r}: no run can be at a key with `//`, `/./`, `/../` or a control character; give another"
+        )
     sources = {"--train": options.train, "--val": options.val, "--weights": options.weights, "--proposals": options.proposals}
     for option, source in sources.items():
         if source is not None and f"{canonical(source)}/".startswith(f"{options.run_uri}/"):

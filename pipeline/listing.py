@@ -24,7 +24,7 @@ from pipeline.errors import InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.lists import Named, list_kind, read_list
 from pipeline.literal_keys import MAX_KEY_BYTES, is_plain
-from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, folder_uri, parent, parse, relative_to
+from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, canonical, parent, parse, relative_to
 from pipeline.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from pipeline.walk import is_utf8
 
@@ -83,7 +83,7 @@ class InputSpec(BaseModel):
             raise ConfigError(f"{spec.uri}: a pattern cannot choose the bucket; name it")
         if at.is_local and spec.uri.endswith("/") and os.path.isfile(at.key):
             raise InputNotFoundError(f"{spec.uri}: is a file where a folder is needed; leave out its last slash")
-        plain = at.key if at.is_local else folder_uri(spec.uri)
+        plain = at.key if at.is_local else canonical(spec.uri)
         twin = not at.is_local and spec.uri.endswith("/") and storage.is_file(plain)
         return spec if twin else spec.model_copy(update={"uri": plain})
 
@@ -196,7 +196,7 @@ def _list_glob(storage: Storage, pattern: str, left_out: LeftOut) -> Iterator[pa
     base = fixed_folder(pattern)
     names_hidden = re.search(r"(^|/)\.[^/]", pattern[len(base) :])  # as in a shell, * finds what is hidden only when told to
     regex = glob_regex(pattern)
-    for batch in storage.list_objects(folder_uri(base), left_out):
+    for batch in storage.list_objects(canonical(base), left_out):
         try:
             batch = batch.filter(pc.match_substring_regex(batch["uri"], regex))
         except pa.ArrowInvalid as error:

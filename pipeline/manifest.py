@@ -28,7 +28,7 @@ from pipeline.lease import Lease
 from pipeline.left_out import LeftOut
 from pipeline.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs, nothing_found
 from pipeline.schema import FINAL_STATUSES, MANIFEST_SCHEMA, RUN_COLUMN, Status
-from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, canonical, parse
+from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, below, canonical, parse
 from pipeline.table import RunRecord, Table, input_key, valid_run_id
 
 MEMORY_LIMIT = "2GB"
@@ -115,18 +115,14 @@ def check_apart(source: str, table: str) -> None:
     remedy = "give the table a folder of its own, beside the input"
     if place == inside:
         raise ConfigError(f"{table}: is the input's own folder; {remedy}")
-    if inside.startswith(_below(place)):
+    if inside.startswith(below(place)):
         raise ConfigError(f"{source}: is inside the table {table}; {remedy}")
-    if place.startswith(_below(inside)) and (not pattern or _reaches(source, canonical(table))):
+    if place.startswith(below(inside)) and (not pattern or _reaches(source, canonical(table))):
         raise ConfigError(f"{table}: is inside the input {source}; {remedy}")
 
 
 def _real(uri: str) -> str:
     return os.path.realpath(parse(uri).key) if parse(uri).is_local else canonical(uri)
-
-
-def _below(folder: str) -> str:
-    return folder if folder.endswith("/") else f"{folder}/"
 
 
 def _reaches(pattern: str, folder: str) -> bool:

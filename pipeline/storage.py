@@ -156,15 +156,9 @@ def _file_uri_path(uri: str) -> str:
 
 
 def canonical(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a place: absolute path for local files, `scheme://bucket/key` without a last slash elsewhere."""
-    at = parse(uri)
-    return at.uri if at.is_local else at.uri.rstrip("/")
+    """The one spelling of a place: an absolute path for local files, `scheme://bucket/key` without a last slash elsewhere.
 
-
-def folder_uri(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a folder that holds literal keys: `s3://b/a/` is `s3://b/a`, but `s3://b/a//` stays as it is.
-
-    Its keys begin with the folder's own and one slash; where it ends in a slash, with just that.
+    Keys are literal: `s3://b/a/` is `s3://b/a`, but `s3://b/a//` stays as it is. A folder's keys begin with `below`.
     """
     at = parse(uri)
     return at.uri[:-1] if not at.is_local and re.search("[^/]/$", at.key) else at.uri
@@ -216,7 +210,7 @@ class Storage:
         ConfigError for a key that obstore would take for another one; see `literal_object`.
         """
         at = parse(uri)
-        if at.key and not at.is_local and not is_plain(at.key.rstrip("/")):
+        if at.key and not at.is_local and not is_plain(at.key.removesuffix("/")):
             raise ConfigError(f"{uri!r}: holds an empty or a dot segment or a control character; choose another key")
         where = (at.scheme, at.bucket)
         if where not in self._stores:
@@ -686,13 +680,19 @@ def relative_to(base: str, name: str) -> str:
     return parse(f"{base}{name}" if base.endswith("/") else f"{base}/{name}").uri
 
 
+def below(folder: str) -> str:
+    """What the names in a folder begin with: the folder, in one spelling, and a slash. `s3://b//` holds `s3://b//a`."""
+    place = canonical(folder)
+    return place if place.endswith("/") else f"{place}/"
+
+
 def parent(uri: str) -> str:
-    """The folder that holds `uri`, as `folder_uri` spells it."""
+    """The folder that holds `uri`, as `canonical` spells it."""
     at = parse(uri)
     if at.is_local:
         return os.path.dirname(at.key)
-    key = folder_uri(uri)[len(f"{at.scheme}://{at.bucket}/") :]
-    return folder_uri(Location(at.scheme, at.bucket, key[: key.rfind("/") + 1]).uri)
+    key = canonical(uri)[len(f"{at.scheme}://{at.bucket}/") :]
+    return canonical(Location(at.scheme, at.bucket, key[: key.rfind("/") + 1]).uri)
 
 
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.Table:

@@ -26,7 +26,7 @@ from model.errors import ConfigError
 from model.rle import pack_counts
 from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
 from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE
-from pipeline.storage import Storage
+from pipeline.storage import Storage, below
 from pipeline.table import open_table
 
 ORIENTATION = 0x0112
@@ -287,6 +287,45 @@ def test_show_finds_images_that_moved(tmp_path: Path, masklake: Any) -> None:
         code, _, err = masklake("show", table, "sub/x.jpg", "-o", str(tmp_path / "y.png"), "--images", str(tmp_path / folder))
         assert code == InputNotFoundError.exit_code
         assert f"{tmp_path / folder}: {message}" in err
+
+
+class Listed:
+    """A storage that holds these objects."""
+
+    def __init__(self, *uris: str) -> None:
+        self.uris = uris
+
+    def is_file(self, uri: str) -> bool:
+        return uri in self.uris
+
+    def exists(self, uri: str) -> bool:
+        return any(name.startswith(below(uri)) for name in self.uris)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "folder", "there"),
+    [
+        ("s3://old/x.jpg", "s3://new//", "s3://new//x.jpg"),
+        ("s3://old/a/x.jpg", "s3://new/b//", "s3://new/b//a/x.jpg"),
+        ("s3://old//x.jpg", "s3://new", "s3://new//x.jpg"),
+        ("s3://old//x.jpg", "s3://new/", "s3://new/x.jpg"),
+        ("s3://old/a/../x.jpg", "s3://new/b", "s3://new/b/../x.jpg"),
+        ("s3://old/a/x.jpg", "s3://new", "s3://new/old/a/x.jpg"),
+        ("/old/a/x.jpg", "s3://new/", "s3://new/a/x.jpg"),
+        ("s3://old/a/x.jpg", "/new", "/new/a/x.jpg"),
+    ],
+)
+def test_a_moved_image_is_found_by_its_literal_key(labelled: str, folder: str, there: str) -> None:
+    assert show._moved(Listed(there, "s3://new/other.jpg"), labelled, folder) == there
+
+
+def test_a_key_with_a_slash_too_many_is_no_other_image() -> None:
+    with pytest.raises(InputNotFoundError, match="holds no file named"):
+        show._moved(Listed("s3://new/x.jpg", "s3://new//y.jpg"), "s3://old/x.jpg", "s3://new//")
+    with pytest.raises(InputNotFoundError, match="holds no file named"):
+        show._moved(Listed("/x.jpg", "/new/y.jpg"), "s3://old/../x.jpg/..", "/new")
+    assert show._below("s3://new//x.jpg", "s3://new//") == "x.jpg"
+    assert show._below("s3://new//x.jpg", "s3://new") == "/x.jpg"
 
 
 def test_show_overwrites_no_image_of_the_table(tmp_path: Path, masklake: Any) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from model.errors import ConfigError
-from pipeline.errors import AccessDeniedError, InputNotFoundError
+from pipeline.coco import image_folder, parse_coco
+from pipeline.errors import AccessDeniedError, AnnotationError, InputNotFoundError
 from pipeline.fetch import fetch
+from pipeline.image_check import usable_images
 from pipeline.literal_keys import LiteralObject, is_plain
 from pipeline.schema import Status
-from pipeline.storage import Storage, folder_uri, parent, relative_to
+from pipeline.storage import Storage, below, canonical, parent, relative_to
 from pipeline.table import open_table
 
 LITERAL = [
@@ -82,6 +86,21 @@ def test_each_object_is_written_and_removed_by_its_own_key(s3: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_images_are_those_of_the_folder_that_was_named(s3: Any) -> None:
+    """`s3://b//` and `s3://b/a//` are folders of their own; in the one without the slash lies something else."""
+    document = {"images": [{"id": 1, "file_name": "x.png", "width": 3, "height": 2}], "annotations": [], "categories": []}
+    document["categories"] = [{"id": 1, "name": "cat"}]
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(content, "PNG")
+    for folder in ("/", "a//"):
+        s3.put(f"{folder}x.png", content.getvalue())
+        place = image_folder(f"s3://{s3.bucket}/{folder}", "coco.json")
+        assert len(usable_images(Storage(), parse_coco(document, "coco.json"), place).images) == 1
+        with pytest.raises(AnnotationError, match=r"the only image of coco\.json is not in"):
+            usable_images(Storage(), parse_coco(document, "coco.json"), place[:-1])
+
+
+@pytest.mark.slow
 def test_a_literal_fetch_has_the_statuses_of_any_other(s3: Any) -> None:
     s3.put("/large.jpg", b"x" * 11)
     large, absent = fetch(Storage(), [f"s3://{s3.bucket}//large.jpg", f"s3://{s3.bucket}//absent.jpg"], max_bytes=10)
@@ -138,17 +157,27 @@ def test_what_obstore_would_take_for_another_key_never_reaches_it(monkeypatch: p
             Storage().object_store(uri)
     with pytest.raises(ConfigError, match="no table can be"):
         open_table(Storage(), "s3://b/a//labels")
+    with pytest.raises(ConfigError, match="no table can be"):
+        open_table(Storage(), "s3://b/labels//")
+    for uri in ("gs://b/a//", "gs://b//"):
+        with pytest.raises(ConfigError, match="another key"):
+            next(Storage().list_objects(uri))
 
 
 def test_names_of_folders_and_their_content_keep_every_slash() -> None:
-    assert [folder_uri(f"s3://b{rest}") for rest in ("", "/", "/a", "/a/", "/a//", "//")] == [
+    assert [canonical(f"s3://b{rest}") for rest in ("", "/", "/a", "/a/", "/a//", "//")] == [
         "s3://b", "s3://b", "s3://b/a", "s3://b/a", "s3://b/a//", "s3://b//",
+    ]  # fmt: skip
+    assert [below(f"s3://b{rest}") for rest in ("", "/", "/a", "/a/", "/a//")] == [
+        "s3://b/", "s3://b/", "s3://b/a/", "s3://b/a/", "s3://b/a//",
     ]  # fmt: skip
     for folder, name in (("s3://b", "x"), ("s3://b/a", "x"), ("s3://b//", "x"), ("s3://b/a//", "x")):
         uri = relative_to(folder, name)
         assert parent(uri) == folder
         assert uri == (folder if folder.endswith("/") else folder + "/") + name
     assert Storage.join(parent("s3://b//coco.json"), "images") == "s3://b//images"
+    for given in ("s3://b//", "s3://b/a//", "s3://b/a/", "s3://b/a", "s3://b"):
+        assert relative_to(image_folder(given, "s3://c/coco.json"), "x.jpg") == f"{below(given)}x.jpg"
     assert relative_to("s3://b/lists", ".//../img/./a//b.jpg/") == "s3://b/img/./a//b.jpg/"
     assert relative_to("s3://b", "../../x") == "s3://b/x"
 

@@ -253,6 +253,9 @@ def test_a_table_in_a_bucket_that_is_the_input_is_refused() -> None:
         with pytest.raises(ConfigError, match="is inside the input"):
             check_apart(source, "s3://bucket/labels")
     check_apart("s3://bucket2", "s3://bucket/labels")
+    check_apart("s3://bucket//", "s3://bucket/labels")  # its keys begin with a slash
+    with pytest.raises(ConfigError, match="is inside the table"):
+        check_apart("s3://bucket/labels//", "s3://bucket/labels/")
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
