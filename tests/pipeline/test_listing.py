@@ -23,16 +23,7 @@ from pipeline.left_out import LeftOut
 from pipeline.listing import InputSpec, glob_regex, list_inputs, nothing_found
 from pipeline.storage import Storage
 from pipeline.suffixes import IMAGE_SUFFIXES, OTHER_SUFFIXES
-
-NAMES = ["a b.jpg", "c+d.JPG", "e%20f.png", "notes.txt", "sub/ü.webp", "sub/deep/g.jpeg"]
-IMAGES = [name for name in NAMES if name != "notes.txt"]
-
-
-def fill(place: str, names: list[str] = NAMES) -> Storage:
-    storage = Storage()
-    for name in names:
-        storage.write_bytes(storage.join(place, name), name.encode())
-    return storage
+from tests.pipeline.inputs import IMAGES, NAMES, fill
 
 
 def listed(storage: Storage, uri: str, column: str | None = None) -> list[dict[str, Any]]:

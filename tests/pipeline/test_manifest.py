@@ -23,16 +23,7 @@ from pipeline.manifest import Plan, check_apart, plan_run, read_manifest
 from pipeline.schema import MANIFEST_SCHEMA, Status
 from pipeline.storage import Storage
 from pipeline.table import Table, input_key, open_table
-
-NAMES = ["a b.jpg", "c+d.JPG", "e%20f.png", "notes.txt", "sub/ü.webp", "sub/deep/g.jpeg"]
-IMAGES = [name for name in NAMES if name != "notes.txt"]
-
-
-def fill(place: str, names: list[str] = NAMES) -> Storage:
-    storage = Storage()
-    for name in names:
-        storage.write_bytes(storage.join(place, name), name.encode())
-    return storage
+from tests.pipeline.inputs import IMAGES, fill
 
 
 def plan(table: Table, images: str, **options: Any) -> Plan | None:
