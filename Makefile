@@ -24,7 +24,7 @@ demo: setup ## Train, label 500 images, score and query them: about five minutes
 	@$(BIN)/masklake demo
 
 test: setup ## Run the test suite: under 15 minutes on two idle cores
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not faults"
 
 test-faults: setup ## Run what is too long for every change: random kills, lost nodes, variants of whole runs
 	@$(BIN)/python -m pytest -m faults

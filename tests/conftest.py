@@ -28,10 +28,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs go through one process, one after another: Ray's start has a limit of time, and two at once may miss it."""
+    """For `pytest -n`: a file stays in one process, for its fixtures' sake, and all that starts Ray is one group, the first.
+
+    Ray's start has a limit of time, which two at once may miss.
+    """
+
+    def starts_ray(item: pytest.Item) -> bool:
+        with_ray = item.path.parent.name == "jobs" or item.path.stem == "test_training_data"
+        return with_ray and item.get_closest_marker("slow") is not None
+
     for item in items:
-        if item.path.parent.name == "jobs" and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("runs"))
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else item.path.stem))
+    items.sort(key=lambda item: not starts_ray(item))
 
 
 @pytest.fixture(scope="session")
