@@ -247,7 +247,7 @@ def _skeleton(row: Mapping[str, Any], keypoints: Sequence[str], place: Place) ->
         pair = isinstance(edge, list) and len(edge) == 2
         if not pair or not all(type(end) is int and 1 <= end <= len(keypoints) for end in edge):
             raise AnnotationError(
-                f"{place}: the skeleton edge {quoted(edge)} does not join two of its {len(keypoints)} keypoints."
+                f"{place}: the skeleton edge {quoted(edge)} does not join two of its {counted(len(keypoints), 'keypoint')}."
             )
     return tuple((edge[0] - 1, edge[1] - 1) for edge in edges)
 
