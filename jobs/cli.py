@@ -241,6 +241,7 @@ def label(
     """
     from jobs import label as command
     from jobs.label_plan import check_failures
+    from jobs.progress import written_above
 
     options = command.options(
         input={"uri": source, "column": column},
@@ -262,7 +263,7 @@ def label(
         address=address,
     )
     with redirect_stdout(sys.stderr):  # Ray may write to stdout; that is for the result
-        report = command.run(options, say=lambda line: typer.echo(line, err=True))
+        report = command.run(options, say=written_above)
     if as_json:
         print_json(report)
     else:

@@ -28,7 +28,7 @@ from jobs.counts import counted_instances
 from jobs.label_plan import Device, Round, WorkerPlan
 from jobs.progress import shown, start_counter
 from jobs.trials import DEATHS, Alone
-from jobs.waiting import said_while_waiting
+from jobs.waiting import has_place, said_while_waiting
 from jobs.weights import read_model
 from model import MaskRCNN, PredictOptions, load_checkpoint
 from model.counts import counted
@@ -291,8 +291,8 @@ def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int
 
     files: list[Finished] = []
     with (
-        _watched(run, workers, len(missing)) as counter,
-        said_while_waiting(workers.needs, lambda: bool(ray.get(counter.begun.remote(), timeout=5)), say),
+        _watched(run, workers, len(missing), step.max_lost) as counter,
+        said_while_waiting(workers.needs, lambda: has_place(ray.get(counter.workers.remote(), timeout=5)), say),
         ray.data.DataContext.current(_context(step)),
     ):
         for part in run_output.manifest_rows(run.table, run.plan.run_id, missing, label_plan.PART_ROWS):
@@ -307,7 +307,7 @@ def _alone(run: _Run, workers: WorkerPlan, missing: NDArray[np.int64], say: Say)
     """Each missing image by itself; the blocks that were written, and the images that are `crashed`."""
     import ray
 
-    with _watched(run, workers, len(missing)) as counter:
+    with _watched(run, workers, len(missing), len(missing)) as counter:
         rows = pa.concat_tables(run_output.manifest_rows(run.table, run.plan.run_id, missing))
         arguments = _actor_arguments(run, workers, counter)
         actor = ray.remote(num_cpus=workers.cpus_each, num_gpus=workers.gpus_each, max_restarts=0)(LabellingActor)
@@ -315,12 +315,12 @@ def _alone(run: _Run, workers: WorkerPlan, missing: NDArray[np.int64], say: Say)
 
 
 @contextmanager
-def _watched(run: _Run, workers: WorkerPlan, missing: int) -> Iterator[Any]:
-    """A counter of the workers' progress. Shows it, and stops the block when the lease is lost or workers cannot start."""
+def _watched(run: _Run, workers: WorkerPlan, missing: int, max_lost: int) -> Iterator[Any]:
+    """A counter of the workers' progress. Shows it, and stops the block when `_Watcher` finds a reason."""
     import ray
 
     counter = start_counter()
-    watcher = _Watcher(run.lease, counter, workers.workers)
+    watcher = _Watcher(run.lease, counter, workers.workers, max_lost)
     try:
         with (
             warnings.catch_warnings(),
@@ -368,7 +368,8 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
         ),
         num_cpus=workers.cpus_each,
         num_gpus=workers.gpus_each or None,
-        max_task_retries=step.retries,  # without a limit Ray starts a worker anew for ever when an image kills it
+        # A node that is cut off is known to be dead some 20 s later: with a limit each block that goes there till then is lost.
+        max_task_retries=-1,  # an image that kills its worker ends it by `jobs.progress.TAKES`
     )
 
 
@@ -383,13 +384,14 @@ def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
 
 
 class _Watcher:
-    """Interrupts the driver when it must not or cannot go on: its lease is lost, or its workers end while they start."""
+    """Interrupts the driver when it must not or cannot go on: its lease is lost, or its workers end without end."""
 
-    def __init__(self, lease: Lease, counter: Any, workers: int) -> None:
+    def __init__(self, lease: Lease, counter: Any, workers: int, max_lost: int) -> None:
         self.reason: MaskLakeError | None = None
         self._lease = lease
         self._counter = counter
         self._workers = workers
+        self._max_lost = max_lost
         self._main = threading.current_thread() is threading.main_thread()
 
     def look(self) -> None:
@@ -398,7 +400,7 @@ class _Watcher:
             return
         try:
             self._lease.check()  # a run has one writer, and from now on it is another one
-            self._check_starts()
+            self._check_workers()
         except MaskLakeError as error:
             self.reason = error
             if self._main:  # elsewhere nothing can be interrupted, and the check before the commit stops the run
@@ -406,17 +408,22 @@ class _Watcher:
 
                 _thread.interrupt_main()
 
-    def _check_starts(self) -> None:
+    def _check_workers(self) -> None:
         import ray
 
         try:
-            starts = ray.get(self._counter.starts.remote(), timeout=5)
+            starts, lost = ray.get([self._counter.starts.remote(), self._counter.lost.remote()], timeout=5)
         except ray.exceptions.RayError:
             return  # the counter's node is gone, or busy: it counts for people and for this check only
         if label_plan.cannot_start(starts, self._workers):
             raise LabellingError(
                 f"{starts} workers in a row ended while they loaded the model: their machine may lack memory, or the model's "
                 "libraries do not work there (Ray's log files say more); nothing is lost, the same command goes on"
+            )
+        if lost > self._max_lost:
+            raise LabellingError(
+                f"workers died twice with each of {lost:,} blocks, too many for some bad images: their machine may lack memory "
+                "(Ray's log files say more); nothing is lost, the same command goes on"
             )
 
 

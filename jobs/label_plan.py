@@ -61,14 +61,12 @@ class Round:
     """One pass of Ray Data over what is not labelled yet.
 
     rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
-    max_lost: blocks that may be lost before the run stops. retries: how often a block is tried again after its worker died,
-    or its node.
+    max_lost: blocks that may be lost before the run stops.
     """
 
     rows: int
     alone: bool
     max_lost: int
-    retries: int = 1
 
 
 def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits: DecodeLimits) -> str:

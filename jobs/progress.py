@@ -14,25 +14,30 @@ from jobs.cluster import beside_the_driver
 
 POLL_S = 0.5
 
+TAKES = 2
+"""How often a block is begun: one that two workers ended with is left to a round of smaller blocks."""
+
 
 class Counter:
-    """Counts finished and failed images. Runs as a Ray actor of its own, so it must not need torch."""
+    """Counts images, starts of workers and begun blocks. Runs as a Ray actor of its own, so it must not need torch."""
 
     def __init__(self) -> None:
         self._done = 0
         self._failed = 0
         self._starts = 0
-        self._begun = False
+        self._workers: set[str] = set()
+        self._takes: dict[int, int] = {}
+        self._lost = 0
 
     def add(self, images: int, failed: int) -> None:
         """Count ``images`` more, of which ``failed`` did not end ok."""
         self._done += images
         self._failed += failed
 
-    def starting(self) -> None:
-        """A worker's process begins to load its model."""
+    def starting(self, worker: str) -> None:
+        """A worker's process begins to load its model. worker: the id of its actor, which outlives the process."""
         self._starts += 1
-        self._begun = True
+        self._workers.add(worker)
 
     def ready(self) -> None:
         """... and has loaded it."""
@@ -42,9 +47,24 @@ class Counter:
         """Starts of workers since one last completed."""
         return self._starts
 
-    def begun(self) -> bool:
-        """Whether any worker has started: the cluster had room for it."""
-        return self._begun
+    def workers(self) -> list[str]:
+        """Those that have ever started."""
+        return sorted(self._workers)
+
+    def take(self, block: int) -> bool:
+        """A worker is about to begin with a block; False where it must not, since `TAKES` others never ended it."""
+        self._takes[block] = self._takes.get(block, 0) + 1
+        allowed = self._takes[block] <= TAKES
+        self._lost += not allowed
+        return allowed
+
+    def lay_down(self, block: int) -> None:
+        """... and has ended it, well or not."""
+        self._takes.pop(block, None)
+
+    def lost(self) -> int:
+        """Blocks that are left to a later round."""
+        return self._lost
 
     def get(self) -> tuple[int, int]:
         """(finished, failed) so far. A block that ran twice counts twice: a bar's truth, not a report's."""
@@ -52,10 +72,10 @@ class Counter:
 
 
 def start_counter() -> Any:
-    """A handle of a new Counter actor. The workers only add to it: where it is lost the bar stands still, no more."""
+    """A handle of a new Counter actor. It is no part of the result: where it dies it begins anew, and the bar stands still."""
     import ray
 
-    return ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Counter).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_the_driver())(Counter).remote()
 
 
 @contextmanager
@@ -78,6 +98,11 @@ def shown(counter: Any, total: int, done: int, watch: Callable[[], None], enable
         stop.set()
         thread.join()
         bar.close()
+
+
+def written_above(line: str) -> None:
+    """Write a line to stderr: above the bar, where one is shown."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _follow(counter: Any, bar: Any, before: int, watch: Callable[[], None], stop: threading.Event) -> None:

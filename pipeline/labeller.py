@@ -29,7 +29,7 @@ from model.transform import canvas_size
 from pipeline.decode import Decoded, DecodeLimits, decode, read_header
 from pipeline.fetch import Fetched, fetch
 from pipeline.rows import Outcome, to_table
-from pipeline.run_output import failed, write_block, written
+from pipeline.run_output import REPORT_SCHEMA, failed, write_block, written
 from pipeline.schema import Status
 from pipeline.storage import Storage
 from pipeline.table import Table
@@ -186,11 +186,12 @@ class LabellingActor(Labeller):
 
     def __init__(self, spec: LabelSpec, checkpoint: list[Any], progress: Any, table: Table, run_id: str) -> None:
         """checkpoint: a list of one Ray reference to the bytes (references outside of lists are resolved by Ray itself).
-        progress: handle of an actor with `add(images, failed)`, `starting()` and `ready()`.
+        progress: handle of an actor like `jobs.progress.Counter`.
         """
         import ray
 
-        _told(progress.starting.remote())
+        self._progress = progress
+        _told(progress.starting.remote(ray.get_runtime_context().get_actor_id()))
         torch.set_num_threads(spec.torch_threads)
         model = load_checkpoint(ray.get(checkpoint[0]), device=spec.device)
         super().__init__(spec, model, on_progress=lambda images, failed: progress.add.remote(images, failed))
@@ -201,6 +202,18 @@ class LabellingActor(Labeller):
     def __call__(self, block: pa.Table) -> pa.Table:
         """Label and write a block; REPORT_SCHEMA, one row: the file that holds it, or why it could not be written.
 
+        No row where workers died with this block: Ray gives it to the next one for ever, and it is left out here.
+        """
+        first = int(block["image_id"][0].as_py())
+        if _told(self._progress.take.remote(first)) is False:
+            return REPORT_SCHEMA.empty_table()
+        report = self.alone(block)
+        self._progress.lay_down.remote(first)
+        return report
+
+    def alone(self, block: pa.Table) -> pa.Table:
+        """The same for a caller that gives the block to nobody else.
+
         An error is an answer here, never an exception: Ray would count it as a lost block, as it counts a dead worker.
         """
         try:
@@ -208,10 +221,6 @@ class LabellingActor(Labeller):
         except Exception as error:
             log.exception("a block was not labelled")
             return failed(error)
-
-    def alone(self, block: pa.Table) -> pa.Table:
-        """The same by a name that an actor's handle can call."""
-        return self(block)
 
     def prove(self) -> str:
         """Label a picture made here; the id of the node. What this worker is given next and dies of is not its own fault."""
@@ -225,14 +234,15 @@ class LabellingActor(Labeller):
         return str(ray.get_runtime_context().get_node_id())
 
 
-def _told(answer: Any) -> None:
+def _told(answer: Any) -> Any:
     """Wait until the counter has heard it, for this process may end at any moment; without a counter go on all the same."""
     import ray
 
     try:
-        ray.get(answer, timeout=10)
+        return ray.get(answer, timeout=10)
     except ray.exceptions.RayError:
         log.warning("the progress counter does not answer")
+        return None
 
 
 def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import ray
 from jobs import label
 from jobs.cluster import connect
 from jobs.label import LabelOptions, LabelReport, describe
+from jobs.progress import start_counter
 from model import load_checkpoint
 from model.errors import CheckpointError, ConfigError
 from pipeline.decode import Decoded, DecodeLimits
@@ -203,7 +205,7 @@ class StillbornActor(LabellingActor):
     """A worker whose process ends while it loads the model."""
 
     def __init__(self, *arguments: Any) -> None:
-        ray.get(arguments[2].starting.remote())
+        ray.get(arguments[2].starting.remote("stillborn"))
         os._exit(3)
 
 
@@ -268,3 +270,24 @@ def test_bad_options_are_refused_in_one_line() -> None:
     for tick in ("a/b", "", "2026.11"):
         with pytest.raises(ConfigError, match=rf"^--tick '{tick}': use 1 to 100 letters from a to z, digits, '-' and '_' "):
             label.options(input={"uri": "a"}, table="t", weights="w", tick=tick)
+
+
+class Held:
+    """A lease that nobody takes away."""
+
+    def check(self) -> None:
+        """It is ours."""
+
+
+@pytest.mark.parametrize(("blocks", "reason"), [(2, None), (3, r"workers died twice with each of 3 blocks, .*the same")])
+def test_workers_that_end_with_block_after_block_stop_the_run(blocks: int, reason: str | None) -> None:
+    counter = start_counter()
+    for block in [*range(blocks)] * 3:
+        ray.get(counter.take.remote(block))
+    watcher = label._Watcher(Held(), counter, workers=1, max_lost=2)  # type: ignore[arg-type]
+    watcher._main = False
+    watcher.look()
+    assert (watcher.reason is None) == (reason is None)
+    if reason:
+        assert re.search(reason, str(watcher.reason))
+    ray.kill(counter)

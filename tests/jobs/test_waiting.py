@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from jobs import waiting
 from jobs.cluster import EMBEDDED
 from jobs.label_plan import WorkerPlan
 from jobs.progress import Counter
-from jobs.waiting import is_due, notice, said_while_waiting
+from jobs.waiting import has_place, is_due, notice, said_while_waiting
 
 
 def test_the_first_notice_comes_after_20_s_and_then_one_a_minute() -> None:
@@ -44,19 +45,18 @@ class Cluster:
         monkeypatch.setattr(waiting, "POLL_S", 0)
         monkeypatch.setattr(waiting.time, "monotonic", lambda: 2.0 * self.looks)
 
-    def said_until(self, last: int, each: Callable[[int], None] = lambda look: None) -> list[str]:
-        """The lines until the run has begun at the look ``last``; ``each`` sees every look before."""
+    def said_until(self, last: int, each: Callable[[int], bool] = lambda look: False) -> list[str]:
+        """The lines until the look ``last``, from which on it works; ``each`` says of the looks before whether it does."""
         lines: list[str] = []
         done = threading.Event()
 
-        def begun() -> bool:
+        def working() -> bool:
             self.looks += 1
-            each(self.looks)
             if self.looks >= last:
                 done.set()
-            return done.is_set()
+            return bool(each(self.looks)) or done.is_set()
 
-        with said_while_waiting("a worker needs 1 CPU", begun, lines.append):
+        with said_while_waiting("a worker needs 1 CPU", working, lines.append):
             if EMBEDDED not in self.total:
                 assert done.wait(30)
         return lines
@@ -81,9 +81,10 @@ def test_workers_that_load_their_model_are_not_waited_for(held: Cluster) -> None
 
 
 def test_a_counter_that_does_not_answer_ends_nothing(held: Cluster) -> None:
-    def lost(look: int) -> None:
+    def lost(look: int) -> bool:
         if look < 20:
             raise ray.exceptions.GetTimeoutError
+        return False
 
     assert len(held.said_until(30, lost)) == 1
 
@@ -96,13 +97,40 @@ def test_on_an_embedded_cluster_there_is_no_other_job(held: Cluster, monkeypatch
     assert not started
 
 
-def test_a_run_has_begun_with_its_first_worker_even_if_that_is_ready_or_dead_by_now() -> None:
+def test_it_is_said_again_when_all_workers_have_lost_their_places(held: Cluster) -> None:
+    assert len(held.said_until(110, lambda look: look in range(20, 60))) == 3  # after 20 s (twice) and 80 s
+
+
+def test_workers_are_placed_while_one_has_a_node_or_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def actor(state: str, node: str) -> dict[str, Any]:
+        return {"State": state, "Address": {"NodeID": node}}
+
+    node, nowhere = "a" * 56, "f" * 56
+    actors: dict[str, Any] = {"lost": actor("RESTARTING", nowhere), "gone": actor("DEAD", node)}
+    monkeypatch.setattr("ray._private.state.actors", lambda job_id: actors)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01000000"))
+    assert not has_place([]), "none has ever started"
+    assert not has_place(["lost"])
+    assert not has_place(["lost", "gone", "forgotten"])
+    assert has_place(["gone", "forgotten"]), "the end of a stream"
+    actors["alive"] = actor("ALIVE", node)
+    assert has_place(["lost", "alive"])
+    actors["lost"] = actor("RESTARTING", node)
+    assert has_place(["lost"]), "it loads its model"
+
+
+def test_a_block_that_two_workers_ended_with_is_begun_by_no_third() -> None:
     counter = Counter()
-    assert not counter.begun()
-    counter.starting()
+    assert counter.workers() == []
+    counter.starting("one")
+    counter.starting("one")
+    assert (counter.workers(), counter.starts()) == (["one"], 2)
     counter.ready()
     assert counter.starts() == 0
-    assert counter.begun()
+    assert [counter.take(7) for _ in range(3)] == [True, True, False]
+    assert counter.take(8)
+    counter.lay_down(8)
+    assert [counter.take(8) for _ in range(3)] == [True, True, False]
 
 
 def test_what_a_labeller_needs_is_said() -> None:
