@@ -75,7 +75,7 @@ def _start(address: str) -> None:
         # ... apart from a line that says that the variable was read.
         with _sigterm_kept(), _interrupt_held_back(), _stderr_held_back():
             if address != "local":
-                check_cluster(address)
+                own["_node_ip_address"] = check_cluster(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         cause = last_line(error.__cause__ or error)

@@ -27,8 +27,12 @@ ON_A_NODE = "Run the command on one of the cluster's nodes, or hand it over with
 PLACES = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
 
 
-def check_cluster(address: str) -> None:
-    """Raise where `ray.init(address)` could not succeed: ConfigError, ClusterUnusableError. address: host:port, or "auto"."""
+def check_cluster(address: str) -> str:
+    """The IP address of this host's node. ConfigError, ClusterUnusableError where `ray.init(address)` could not succeed.
+
+    address: host:port, or "auto". Ray itself takes any node whose process it sees, which may belong to another network: the
+    driver would be known there by an address that nobody reaches.
+    """
     from ray._private import services
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -43,11 +47,12 @@ def check_cluster(address: str) -> None:
     client = _client(found)
     _check_version(found, client)
     deadline = time.monotonic() + START_S
-    while not any(_listens(node.raylet_socket_name) for node in _living_nodes(found, client)):
-        if time.monotonic() < deadline:
-            time.sleep(0.5)
-            continue
-        raise ClusterUnusableError(f"this host has no node of the Ray cluster at {found}, and Ray needs one. {ON_A_NODE}")
+    while True:
+        if here := [node for node in _living_nodes(found, client) if _is_here(node)]:
+            return str(next((node for node in here if _is_own(node.node_manager_address)), here[0]).node_manager_address)
+        if time.monotonic() >= deadline:
+            raise ClusterUnusableError(f"this host has no node of the Ray cluster at {found}, and Ray needs one. {ON_A_NODE}")
+        time.sleep(0.5)
 
 
 def check_form(address: str) -> None:
@@ -171,6 +176,24 @@ def reaches(address: str, timeout_s: float = 3.0) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
     except OSError:
         return False
+    return True
+
+
+def _is_here(node: Any) -> bool:
+    """Whether a node runs on this host and in its network; its address may be a translated one, which is not this host's."""
+    if not _listens(node.raylet_socket_name):
+        return False
+    return _is_own(node.node_manager_address) or reaches(f"127.0.0.1:{node.node_manager_port}", timeout_s=1)
+
+
+def _is_own(address: str) -> bool:
+    """Whether an IP address is one of this host."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as any_port:
+        try:
+            any_port.bind((address, 0))
+        except OSError:
+            return False
     return True
 
 

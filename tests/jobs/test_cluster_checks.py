@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs import cluster_checks
-from jobs.cluster_checks import _listens, _living_nodes, check_cluster, check_form, check_versions, refusal
+from jobs.cluster_checks import _is_here, _is_own, _listens, _living_nodes, check_cluster, check_form, check_versions, refusal
 from model.errors import ConfigError
 from pipeline.errors import ClusterUnusableError
 
@@ -90,3 +90,26 @@ def test_dead_nodes_do_not_count() -> None:
     nodes: dict[str, Any] = {"a": Node(state=0), "b": Node(state=1)}
     client = SimpleNamespace(get_all_node_info=lambda timeout: nodes)
     assert list(_living_nodes("h:1", client)) == [nodes["a"]]
+
+
+def test_a_node_is_here_where_its_socket_and_its_address_are() -> None:
+    """Containers may share the folder of the sockets, and not the network."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX) as raylet,
+        socket.create_server(("127.0.0.1", 0)) as manager,
+    ):
+        path = str(Path(folder, "raylet"))
+        raylet.bind(path)
+        raylet.listen()
+        port, elsewhere = manager.getsockname()[1], "192.0.2.1"  # RFC 5737: nobody's
+        assert _is_own("127.0.0.1")
+        assert not _is_own(elsewhere)
+
+        def node(address: str, port: int, socket_name: str = path) -> SimpleNamespace:
+            return SimpleNamespace(raylet_socket_name=socket_name, node_manager_address=address, node_manager_port=port)
+
+        assert _is_here(node("127.0.0.1", 1))
+        assert _is_here(node(elsewhere, port)), "its address is translated on the way"
+        assert not _is_here(node(elsewhere, 1)), "another network"
+        assert not _is_here(node("127.0.0.1", port, str(Path(folder, "none"))))
