@@ -182,11 +182,14 @@ def _quiet() -> None:
 
 
 def beside_the_driver() -> Any:
-    """Where small actors that only serve the driver belong: on its node, whose loss ends the driver, too; else anywhere."""
+    """Where small actors that only serve the driver belong: on its node, whose loss ends the driver, too.
+
+    A soft affinity would not do: Ray 2.60 puts actors without CPUs on other nodes all the same.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def data_context() -> Any:

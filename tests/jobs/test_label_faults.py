@@ -101,6 +101,31 @@ def test_a_node_that_dies_takes_what_it_had_in_hand_and_ends_no_run(
 
 
 @pytest.mark.faults
+def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
+    """With a soft affinity some two of six were."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from jobs.board import start_board
+    from jobs.cluster import connect
+    from jobs.progress import start_counter
+
+    node = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **node})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **node)
+        connect(cluster.address)
+        actors = [start() for start in (start_counter, start_board) for _ in range(3)]
+        ray.get([actor.__ray_ready__.remote() for actor in actors])
+        places = {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
+        assert places == {ray.get_runtime_context().get_node_id()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("method", "text", "status", "code", "exit_code"),
     [
