@@ -99,6 +99,9 @@ def read_categories(storage: Storage, uri: str) -> tuple[Category, ...]:
             )
     rows = [{"id": number, "name": row} if isinstance(row, str) else row for number, row in enumerate(rows, start=1)]
     categories = parse_coco({"images": [], "annotations": [], "categories": rows}, uri).categories
+    names = [category.name for category in categories]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--categories {uri} names {quoted(twice[0])} more than once; a table could not tell them apart")
     return tuple(sorted(categories, key=lambda category: category.id))
 
 

@@ -2,11 +2,13 @@
 
 A signal of these is handed to whatever handles Ctrl-C at that moment: Python, Ray Train, the code that lets Ray start first.
 Where that does not end the process, because native code does not return or waits for a cluster that is gone, a thread does
-after GRACE_S. The signal reaches that thread through a socket, whatever the main thread is doing.
+after GRACE_S, and sooner where Ray's own processes are gone. The signal reaches that thread through a socket, whatever the main
+thread is doing.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import socket
@@ -14,10 +16,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
-GRACE_S = 15.0
-"""From the signal to the end at the latest. Kubernetes kills after 30 s, and an exit of Python takes a moment itself."""
+GRACE_S = 12.0
+"""From the signal until the end is forced: with what the end itself takes, less than 15 s. Kubernetes kills after 30 s."""
+
+LOST_S = 2.0
+"""... and from the end of the Ray that this process has started: a service manager, or `timeout`, signals all of a job's
+processes, and Ray's core ends a process without a word some seconds after its raylet is gone."""
+
+_DAEMONS = ("gcs_server", "raylet")
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -80,6 +89,34 @@ class Stopping:
         while numbers := receiver.recv(64):
             first = next((number for number in numbers if number in ENDING), None)
             if first is not None:
-                time.sleep(GRACE_S)
+                _wait()
                 self._number = self._number or first  # the main thread may not have come to its handler
                 os._exit(self.say())
+
+
+def _wait() -> None:
+    """Until the end of the process must be forced."""
+    deadline, seen = time.monotonic() + GRACE_S, set[int]()
+    while time.monotonic() < deadline:
+        daemons = _ray_processes()
+        seen |= daemons.keys()
+        if any(daemons.get(pid, "Z") == "Z" for pid in seen):
+            time.sleep(min(LOST_S, max(0.0, deadline - time.monotonic())))
+            return
+        time.sleep(0.1)
+
+
+def _ray_processes() -> dict[int, str]:
+    """States of the Ray daemons that this process has started, by pid, as Linux names them (`Z`: it has ended)."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            text = Path(path).read_text()
+        except OSError:  # it has just ended
+            continue
+        pid, _, rest = text.partition(" (")
+        name, _, rest = rest.rpartition(") ")
+        state, parent = rest.split()[:2]
+        if name in _DAEMONS and int(parent) == os.getpid():
+            found[int(pid)] = state
+    return found

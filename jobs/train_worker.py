@@ -130,12 +130,16 @@ class TrainingJob:
 
 @dataclass
 class State:
-    """What changes: the epochs that are done, the model, its optimiser, and one row of history an epoch."""
+    """What changes: the epochs that are done, the model, its optimiser, and one row of history an epoch.
+
+    told: messages on replaced images that this start has shown.
+    """
 
     epoch: int
     model: MaskRCNN
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
 
 
 def train(config: Mapping[str, Any]) -> None:
@@ -292,17 +296,16 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
             f"the images of epoch {state.epoch + 1} ended after {steps} of {counted(job.steps_per_epoch, 'step')}."
         )
     seconds = time.perf_counter() - start
-    replaced = _of_all(replaced) - known
+    replaced = _of_all(replaced)
     job.images.check(known | replaced)
     images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)
     row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
-    if replaced:
-        if ray.train.get_context().get_world_rank() == 0:
-            unused = counted(
-                len(replaced), "image could not be used and was replaced", "images could not be used and were replaced"
-            )
-            job.board.say.remote(f"{unused}: {named(sorted(replaced))}")
-        row["replaced"] = sorted(replaced)
+    if (fresh := replaced - state.told) and ray.train.get_context().get_world_rank() == 0:
+        unused = counted(len(fresh), "image could not be used and was replaced", "images could not be used and were replaced")
+        job.board.say.remote(f"{unused}: {named(sorted(fresh))}")
+    state.told |= replaced
+    if first_met := replaced - known:  # once in a run's history: they are replaced in every epoch
+        row["replaced"] = sorted(first_met)
     return row
 
 

@@ -165,6 +165,11 @@ def check_state(network: Network, state: Mapping[str, Tensor], name: str, record
         "of another shape are": [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
     }
     found = [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]
+    if state and not own.keys() & state.keys():
+        raise CheckpointError(
+            f"{name} is of another architecture than model {network.config.preset!r}, and of none that is known: the names in "
+            f"it are no layers' of a Mask R-CNN ({listed(sorted(state))}). docs/models.md lists what can be taken"
+        )
     another = recorded not in (None, network.config.preset)
     if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(_BY_CLASS) for key in wrong):
         _check_classes(network.config, own, state, name)

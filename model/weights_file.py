@@ -26,7 +26,7 @@ from model.plain_text import is_text
 
 NESTED = (
     *("model", "state_dict", "model_state_dict", "model_state", "weights", "network", "net", "module", "params"),
-    *("model_ema", "ema", "ema_state_dict", "state_dict_ema"),
+    *("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema"),
 )
 """Under which of a training checkpoint's keys the weights are; averaged ones serve where there are no others."""
 _DEPTH = 4  # dictionaries within dictionaries

@@ -211,8 +211,10 @@ def segmentation_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> S
     for polygon in value:
         points = _numbers(polygon)
         if points is None or len(polygon) % 2:
-            size = counted(len(polygon), "number")
-            raise AnnotationError(f"{place} has a polygon of {size}; x, y pairs of finite numbers are needed.")
+            size = (
+                f"of {counted(len(polygon), 'number')}" if points is not None else f"with {quoted(_no_number(polygon))} in it"
+            )
+            raise AnnotationError(f"{place} has a polygon {size}; x, y pairs of finite numbers are needed.")
         if len(polygon):
             _check_reach(points[0::2].tolist(), points[1::2].tolist(), image, place, "a polygon")
     return [polygon for polygon in value if len(polygon) >= 6] or None
@@ -232,6 +234,11 @@ def _numbers(values: list[Any]) -> NDArray[np.float64] | None:
     except OverflowError:
         return None
     return numbers if np.isfinite(numbers).all() else None
+
+
+def _no_number(values: list[Any]) -> Any:
+    """The first element that `_numbers` refuses."""
+    return next(value for value in values if _numbers([value]) is None)
 
 
 def _run_lengths(value: Mapping[str, Any], image: CocoImage, place: Place) -> dict[str, Any] | None:

@@ -143,6 +143,12 @@ def test_other_categories_are_named_by_a_file(tmp_path: Path, name: str) -> None
         assert (first.id, second.id) == (1, 2)
 
 
+def test_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
+    with pytest.raises(ConfigError, match=r"--categories \S*classes\.txt names 'cat' more than once"):
+        read_categories(Storage(), str(tmp_path / "classes.txt"))
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"categories": []}'])
 def test_a_file_that_names_no_categories_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "classes.txt").write_bytes(content)

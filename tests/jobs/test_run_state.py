@@ -167,7 +167,7 @@ def test_data_that_changed_is_refused_by_a_finished_run(
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 5}, r"--seed was 0, is 5\."),
-    "keep": ({"keep": "best"}, r"--evaluate-every was none, is 1; --keep was last, is best\."),
+    "keep": ({"keep": "best"}, r"--keep was last, is best\."),
     "rate": ({"recipe": {"epochs": 1, "learning_rate": 0.5}}, r"--learning-rate was 0\.001, is 0\.5\."),
     "recipe": ({"recipe": {"epochs": 1, "gamma": 0.5}}, r"\[recipe\] gamma was 0\.1, is 0\.5\."),
     "model": ({"model": {"max_size": 300}}, r"\[model\] max_size was 512, is 300\."),
@@ -241,6 +241,12 @@ def test_records_of_other_versions_and_damaged_ones_are_told(data: Path, tmp_pat
 def test_differences_name_an_entry_that_one_side_lacks() -> None:
     assert list(differences({"seed": 0}, {"seed": 0, "new_option": True})) == ["--new-option was none, is true"]
     assert list(differences({"model": {"a": 1}}, {"model": {}})) == ["[model] a was 1, is the default"]
+
+
+def test_what_counts_with_another_option_alone_is_no_difference_beside_it() -> None:
+    last, best = {"keep": "last", "evaluate_every": None}, {"keep": "best", "evaluate_every": 0}
+    assert list(differences(last, best)) == ["--keep was last, is best"]
+    assert list(differences(best, {**best, "evaluate_every": 2})) == ["--evaluate-every was 0, is 2"]
 
 
 # -- any order ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
-import os, signal, sys, time
+import os, shutil, signal, subprocess, sys, tempfile, time
 from jobs import cli, stopping
 
 def ready():
@@ -49,6 +49,19 @@ def computes():
     with connected() as connection:
         ready()
         connection.execute("SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range % 7 = 3").fetchall()
+
+@cli.app.command("evaluate")
+def loses_its_ray():
+    stopping.LOST_S, stopping.GRACE_S = 0.2, 600
+    with tempfile.TemporaryDirectory() as folder:
+        name = shutil.copy(shutil.which("sleep"), f"{folder}/raylet")
+        raylet = subprocess.Popen([name, "60"])
+    while True:
+        try:
+            ready()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raylet.kill()
 
 @cli.app.command("demo")
 def ends_well():
@@ -109,6 +122,12 @@ def test_sigterm_ends_a_background_job_that_ignores_ctrl_c() -> None:
 
 def test_a_command_that_ends_well_all_the_same_is_a_success() -> None:
     assert stopped("demo", signal.SIGTERM) == (0, "done\n", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells what has become of a process's children")
+def test_a_process_whose_ray_ended_with_the_same_signal_does_not_wait_for_it() -> None:
+    code, _, err = stopped("evaluate", signal.SIGTERM)
+    assert (code, err) == (143, "masklake: stopped by SIGTERM. Nothing was written.\n")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -294,7 +294,15 @@ def test_an_epoch_has_all_its_steps_though_half_its_images_are_broken(tmp_path: 
     row = _run_epoch(job, state, model, iter(batches))
     assert len(row["replaced"]) == 2
     assert row["losses"]["loss"] > 0
-    assert any(line.startswith("2 images could not be used and were replaced: ") for line in alone.lines)
+    told = [line for line in alone.lines if line.startswith("2 images could not be used and were replaced: ")]
+    assert len(told) == 1
+    later = State(1, model, state.optimizer, history=[row], told=state.told)
+    job.course, job.epochs = ("joint",), 3
+    assert "replaced" not in _run_epoch(job, later, model, iter(batches)), "they are in the history"
+    assert [line for line in alone.lines if "were replaced" in line] == told, "and were shown"
+    resumed = State(1, model, state.optimizer, history=[row])
+    _run_epoch(job, resumed, model, iter(batches))
+    assert [line for line in alone.lines if "were replaced" in line] == told * 2, "each start shows them"
     job.storage = Storage()
     validation = Validation(whole, str(tmp_path / "images"), (100,), 0.5)
     assert len(_evaluate(job, validation, types.SimpleNamespace(learn="joint"), model, 0, 1)["not_scored"]) == 2
