@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.cluster_checks import check_cluster
 from jobs.cluster_watch import watch_cluster
+from jobs.stopping import OWN_RAY
 from model.errors import MaskLakeError
 from pipeline.errors import ClusterTooSmallError, ClusterUnusableError
 
@@ -66,6 +67,7 @@ def _start(address: str) -> None:
 
     own: dict[str, Any] = {}
     if address == "local":
+        OWN_RAY.set()
         own = {"num_cpus": cores() + RESERVED_CPUS, "resources": {EMBEDDED: 1}, "include_dashboard": False}
     # Ray's C++ prints advice for its own developers; what these variables leave of it goes to the session's log files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

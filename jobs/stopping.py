@@ -22,11 +22,12 @@ from types import FrameType
 GRACE_S = 12.0
 """From the signal until the end is forced: with what the end itself takes, less than 15 s. Kubernetes kills after 30 s."""
 
-LOST_S = 2.0
-"""... and from the end of the Ray that this process has started: a service manager, or `timeout`, signals all of a job's
-processes, and Ray's core ends a process without a word some seconds after its raylet is gone."""
+LOST_S = 1.0
+"""... and from the end of any of Ray's processes that this one has started, unless that comes with the signal itself."""
 
-_DAEMONS = ("gcs_server", "raylet")
+OWN_RAY = threading.Event()
+"""Set when this process starts a Ray of its own. A service manager, or `timeout`, signals that Ray's processes, too, and its
+core then ends or aborts this one without a word, within milliseconds or some seconds: the line is written before."""
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -40,6 +41,7 @@ class Stopping:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._number: int | None = None
+        self._interrupted = False
         self._said = threading.Lock()
         self._stderr = os.dup(2)  # descriptor 2 itself is held back while Ray starts
 
@@ -77,9 +79,10 @@ class Stopping:
         return self.exit_code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:  # it came again: the first one is at work, and its time is limited
+        if self._interrupted:  # it came again: the first one is at work, and its time is limited
             return
-        self._number = number
+        self._interrupted = True
+        self._number = self._number or number
         interrupt = signal.getsignal(signal.SIGINT)
         if not callable(interrupt):  # a shell's background job ignores Ctrl-C, not this
             raise KeyboardInterrupt
@@ -89,34 +92,34 @@ class Stopping:
         while numbers := receiver.recv(64):
             first = next((number for number in numbers if number in ENDING), None)
             if first is not None:
-                _wait()
                 self._number = self._number or first  # the main thread may not have come to its handler
+                if OWN_RAY.is_set():
+                    self.say()
+                _wait()
                 os._exit(self.say())
 
 
 def _wait() -> None:
     """Until the end of the process must be forced."""
-    deadline, seen = time.monotonic() + GRACE_S, set[int]()
-    while time.monotonic() < deadline:
-        daemons = _ray_processes()
-        seen |= daemons.keys()
-        if any(daemons.get(pid, "Z") == "Z" for pid in seen):
-            time.sleep(min(LOST_S, max(0.0, deadline - time.monotonic())))
+    start, seen = time.monotonic(), set[int]()
+    while (passed := time.monotonic() - start) < GRACE_S:
+        children = _children()
+        seen |= children.keys()
+        if any(children.get(pid, "Z") == "Z" for pid in seen):
+            time.sleep(0 if passed < LOST_S else min(LOST_S, GRACE_S - passed))
             return
-        time.sleep(0.1)
+        time.sleep(0.005 if passed < LOST_S else 0.1)
 
 
-def _ray_processes() -> dict[int, str]:
-    """States of the Ray daemons that this process has started, by pid, as Linux names them (`Z`: it has ended)."""
+def _children() -> dict[int, str]:
+    """States of the processes that this one has started, by pid, as Linux names them (`Z`: it has ended)."""
     found = {}
     for path in glob.glob("/proc/[0-9]*/stat"):
         try:
             text = Path(path).read_text()
         except OSError:  # it has just ended
             continue
-        pid, _, rest = text.partition(" (")
-        name, _, rest = rest.rpartition(") ")
-        state, parent = rest.split()[:2]
-        if name in _DAEMONS and int(parent) == os.getpid():
-            found[int(pid)] = state
+        pid, (state, parent) = int(text.split()[0]), text.rpartition(") ")[2].split()[:2]
+        if int(parent) == os.getpid():
+            found[pid] = state
     return found
