@@ -26,22 +26,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n`: a file stays in one process, for its fixtures' sake, and all that starts Ray is one group, the first.
-
-    Ray's start has a limit of time, which two at once may miss.
-    """
-
-    def starts_ray(item: pytest.Item) -> bool:
-        with_ray = item.path.parent.name == "jobs" or item.path.stem == "test_training_data"
-        return with_ray and item.get_closest_marker("slow") is not None
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else item.path.stem))
-    items.sort(key=lambda item: not starts_ray(item))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images and annotations; tests that need it are skipped where it is absent."""
