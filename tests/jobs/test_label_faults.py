@@ -102,7 +102,7 @@ def test_a_node_that_dies_takes_what_it_had_in_hand_and_ends_no_run(
 
 @pytest.mark.faults
 def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
-    """With a soft affinity some two of six were."""
+    """With a soft affinity three of six were elsewhere."""
     import ray
     from ray.cluster_utils import Cluster
 
