@@ -98,7 +98,7 @@ def read_header(data: bytes, limits: DecodeLimits) -> Header:
         with _open(data, limits) as image:
             return _judge(image.size, limits)
     except Exception as error:  # noqa: BLE001 - a parser fed hostile bytes can raise anything; the row carries the reason
-        status, reason = _classify(error)
+        status, reason = _classify(error, limits)
         return Header(status, error=reason)
 
 
@@ -108,7 +108,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
     A JPEG does; other formats may state their orientation behind the pixels, and `upright` is False for them.
     """
     _configure_pillow()
-    Image.MAX_IMAGE_PIXELS = (limits.max_pixels + 1) // 2
+    _allow(limits.max_pixels)
     try:
         with Image.open(file, formats=FORMATS) as image:
             header = _judge(image.size, limits)
@@ -118,7 +118,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
             size = (header.height, header.width) if turned else (header.width, header.height)
             return Header(Status.OK, *size, upright=True)
     except Exception as error:  # noqa: BLE001 - as above
-        status, reason = _classify(error)
+        status, reason = _classify(error, limits)
         return Header(status, error=reason)
 
 
@@ -131,7 +131,7 @@ def decode(data: bytes, limits: DecodeLimits | None = None) -> Decoded:
     try:
         image = _decode_pixels(data, limits)
     except Exception as error:  # noqa: BLE001 - as above
-        status, reason = _classify(error)
+        status, reason = _classify(error, limits)
         return Decoded(status, width=header.width, height=header.height, error=reason)
     return Decoded(Status.OK, image=image, width=image.shape[2], height=image.shape[1])
 
@@ -146,9 +146,20 @@ def _configure_pillow() -> None:
 
 def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
     _configure_pillow()
-    # Pillow refuses twice this many, also for images inside a container (ICO), which no look at the outer header shows.
-    Image.MAX_IMAGE_PIXELS = (limits.max_pixels + 1) // 2
+    _allow(limits.max_pixels)
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _allow(pixels: int) -> None:
+    """Let Pillow open images of so many pixels. Its limit, which is the whole process's, is never lowered: others open images,
+    too, and `_judge` knows ours.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, (pixels + 1) // 2)  # it refuses twice as many
+
+
+class _TooLargeInside(Exception):
+    """An image is larger than its container's header says, and larger than the limits."""
 
 
 def _judge(size: tuple[int, int], limits: DecodeLimits) -> Header:
@@ -163,10 +174,13 @@ def _judge(size: tuple[int, int], limits: DecodeLimits) -> Header:
     return Header(Status.OK, width, height)
 
 
-def _classify(error: Exception) -> tuple[Status, str]:
+def _classify(error: Exception, limits: DecodeLimits) -> tuple[Status, str]:
     """Status and reason of a foreign exception; the reason is the same on every run (no addresses)."""
+    if isinstance(error, _TooLargeInside):
+        return Status.TOO_LARGE, str(error)
     if isinstance(error, Image.DecompressionBombError):
-        return Status.TOO_LARGE, str(error)[:_ERROR_LENGTH]
+        size = str(error).partition(" exceeds limit")[0]  # what follows is Pillow's limit, not the one that was set
+        return Status.TOO_LARGE, f"{size}; the limit is {limits.max_pixels} in all"[:_ERROR_LENGTH]
     if isinstance(error, UnidentifiedImageError):
         return Status.DECODE_ERROR, "not an image of a known format"
     return Status.DECODE_ERROR, f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
@@ -178,6 +192,9 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
     # import costs a process 4.5 s: a worker would have to decode ten thousand images to win that back.
     with _open(data, limits) as image:
         image.load()  # TIFF turns itself upright here, and PNG may state its orientation after the pixels
+        inner = _judge(image.size, limits)  # an image in a container (ICO) may be larger than promised
+        if inner.status is Status.TOO_LARGE:
+            raise _TooLargeInside(inner.error)
         pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
         return _upright(pixels, _orientation(image))
 

@@ -151,10 +151,11 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    for side in (60_000, 10_001):  # beyond Pillow's own limit, and beyond ours alone
+    for side, size in ((60_000, "3600000000 pixels"), (10_001, "10001 x 10001")):  # beyond Pillow's own limit, and beyond ours
         refused = decode(png_header(side, side))
         assert refused.status is Status.TOO_LARGE
-        assert f"{side * side} pixels" in (refused.error or "")
+        assert size in (refused.error or "")
+        assert "the limit is 100000000 in all" in (refused.error or "")
 
 
 def test_limits_hold_exactly() -> None:
@@ -163,6 +164,32 @@ def test_limits_hold_exactly() -> None:
     assert decode(data, DecodeLimits(max_pixels=959)).status is Status.TOO_LARGE
     assert decode(data, DecodeLimits(max_side=39)).status is Status.TOO_LARGE
     assert decode(data, DecodeLimits(max_bytes=len(data) - 1)).status is Status.TOO_LARGE
+
+
+def icon(width: int, height: int, png: bytes) -> bytes:
+    """An ICO file that promises one size and holds a PNG of another."""
+    directory = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", width, height, 0, 0, 1, 32, len(png), 22)
+    return directory + png
+
+
+def test_the_limit_holds_for_an_image_in_a_container() -> None:
+    data = icon(16, 16, encoded(picture(40, 24)))
+    assert decode(data, DecodeLimits(max_pixels=960)).status is Status.OK
+    refused = decode(data, DecodeLimits(max_pixels=959))
+    assert refused.status is Status.TOO_LARGE
+    assert "40 x 24" in (refused.error or "")
+
+
+def test_pillows_limit_in_this_process_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that labels some images opens others, too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    decode(encoded(picture(40, 24)), DecodeLimits(max_pixels=10))
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    decode(encoded(picture(40, 24)), DecodeLimits(max_pixels=5001))
+    assert Image.MAX_IMAGE_PIXELS == 2501
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode(encoded(picture(40, 24)), DecodeLimits()).status is Status.OK
+    assert Image.MAX_IMAGE_PIXELS is None
 
 
 def test_an_image_without_pixels_is_an_error() -> None:
@@ -220,7 +247,7 @@ def test_a_giant_valid_jpeg_is_refused_by_its_header() -> None:
     giant = encoded(Image.new("L", (10_001, 10_000)), "JPEG")
     refused = decode(giant)
     assert refused.status is Status.TOO_LARGE
-    assert "100010000 pixels" in (refused.error or "")
+    assert "10001 x 10000 pixels" in (refused.error or "")
 
 
 @pytest.mark.parametrize("limit", ["max_bytes", "max_pixels", "max_side"])
