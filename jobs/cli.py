@@ -421,6 +421,9 @@ def evaluate(
         list[int] | None, typer.Option(help="Detections per image that count; repeat for several. Default: 1, 10, 100.", min=1)
     ] = None,
     iou_score: Annotated[float, share_option("Least score of a detection in the mean IoU.")] = 0.5,
+    max_unusable: Annotated[
+        float | None, share_option("Share of the truth's instances that may be left out; default: 0.05.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the report as JSON here.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
@@ -430,7 +433,8 @@ def evaluate(
     from pipeline.storage import Storage, StorageOptions
 
     storage = Storage(StorageOptions(endpoint_url=endpoint))
-    report = command.run(storage, table, truth, images, labelling_run, max_dets or (1, 10, 100), iou_score, output)
+    dets = max_dets or (1, 10, 100)
+    report = command.run(storage, table, truth, images, labelling_run, dets, iou_score, output, max_unusable)
     if as_json:
         print_json(report)
     else:

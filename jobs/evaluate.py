@@ -15,10 +15,10 @@ from jobs.counts import counted_instances
 from jobs.output import check_output
 from model.counts import agreeing, counted, counted_of
 from model.errors import ConfigError
-from pipeline.coco import CocoDataset, counted_reason, read_coco
+from pipeline.coco import CocoDataset, check_dropped, counted_reason, read_coco
 from pipeline.errors import InputNotFoundError
-from pipeline.evaluation import KIND_NAMES, IouType, coco_metrics, mean_iou
-from pipeline.matching import COLUMNS, ImageNames, TableDetections, check_keypoints, check_sizes, collect
+from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, mean_iou
+from pipeline.matching import COLUMNS, ImageNames, Matches, TableDetections, check_keypoints, check_sizes, collect
 from pipeline.query import query, stream
 from pipeline.schema import LIKELY_SCORE
 from pipeline.storage import Storage
@@ -59,20 +59,39 @@ def run(
     max_dets: Sequence[int] = (1, 10, 100),
     iou_score: float = 0.5,
     output: str | None = None,
+    max_unusable: float | None = None,
 ) -> EvaluateReport:
     """Scores the table's current rows, or those of one labelling run; writes the report as JSON to `output`.
 
     images: the folder that the truth's file names are in; without it they are matched by the end of the table's URIs.
-    Raises TableError, AnnotationError, InputNotFoundError (the table has none of the images) and ConfigError (an output
-    that is the truth, among others).
+    max_unusable: share of the truth's instances that may be left out; None is 0.05.
+    Raises TableError, AnnotationError (also where more had to be left out), InputNotFoundError (the table has none of the
+    images) and ConfigError (an output that is the truth, among others).
     """
     if output is not None:
         check_output(output, table, {"the file of --truth": truth})
     data = read_coco(storage, truth)
+    check_dropped(data, max_unusable)
+    matches, found = _read_table(storage, table, ImageNames(data, images), labelling_run)
+    if not found.labelled and not found.failed:
+        raise InputNotFoundError(
+            f"{table}: {_none_known(found.strangers, len(data.images))} of {truth}. "
+            "Check the truth, or name the folder of its images with --images."
+        )
+    check_sizes(found, data)
+    check_categories(table, data, found)
+    check_keypoints(found, data)
+    report = _report(table, data, matches, found, coco_metrics(data, found.rows, max_dets=max_dets), iou_score)
+    if output is not None:
+        storage.write_bytes(output, json.dumps(report.model_dump(mode="json"), indent=1).encode())
+    return report
+
+
+def _read_table(storage: Storage, table: str, names: ImageNames, labelling_run: str | None) -> tuple[Matches, TableDetections]:
+    """Which of the table's rows are of which image, and their detections. InputNotFoundError for a run that it has not."""
     parameters = None if labelling_run is None else {"run": labelling_run}
     source = "current_images" if labelling_run is None else "images WHERE run = $run"
     sql = f"SELECT {', '.join(COLUMNS)} FROM {source}"  # noqa: S608 - constants of this program; the run is a parameter
-    names = ImageNames(data, images)
     with stream(storage, table, f"SELECT uri FROM {source}", parameters) as batches:  # noqa: S608 - likewise
         matches = names.match(uri for batch in batches for uri in batch["uri"].to_pylist())
     with stream(storage, table, sql, parameters) as batches:
@@ -82,18 +101,21 @@ def run(
             row["run"] for row in query(storage, table, "SELECT DISTINCT run FROM images ORDER BY run").to_pylist()
         )
         raise InputNotFoundError(f"{table}: has no run {labelling_run!r}; its runs: {runs}")
-    if not found.labelled and not found.failed:
-        raise InputNotFoundError(
-            f"{table}: {_none_known(found.strangers, len(data.images))} of {truth}. "
-            "Check the truth, or name the folder of its images with --images."
-        )
-    check_sizes(found, data)
-    check_categories(table, data, found)
-    check_keypoints(found, data)
-    scores = coco_metrics(data, found.rows, max_dets=max_dets)
-    report = EvaluateReport(
+    return matches, found
+
+
+def _report(
+    table: str,
+    data: CocoDataset,
+    matches: Matches,
+    found: TableDetections,
+    scores: Mapping[IouType, Score],
+    iou_score: float,
+) -> EvaluateReport:
+    """The scores with the counts of what they are of."""
+    return EvaluateReport(
         table=table,
-        truth=truth,
+        truth=data.source,
         images=len(data.images),
         labelled=found.labelled,
         failed=found.failed,
@@ -118,9 +140,6 @@ def run(
         mean_iou=mean_iou(data, found.rows, iou_score) if "segm" in scores else None,
         iou_score=iou_score,
     )
-    if output is not None:
-        storage.write_bytes(output, json.dumps(report.model_dump(mode="json"), indent=1).encode())
-    return report
 
 
 def _notes(truth: Mapping[int, str], table: Mapping[int, str]) -> list[str]:

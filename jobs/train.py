@@ -37,7 +37,7 @@ from model.errors import ConfigError, faults
 from model.mask_rcnn import MaskRCNN
 from model.phases import COURSES, Course, Phase, with_rpn_backbone
 from model.presets import preset as preset_config
-from pipeline.coco import MOST_UNUSABLE, CocoDataset, check_dropped, counted_reason, image_folder, read_coco
+from pipeline.coco import CocoDataset, check_dropped, counted_reason, image_folder, read_coco
 from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from pipeline.image_check import unusable_share, usable_images
@@ -293,7 +293,7 @@ def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoD
 def _read_images(storage: Storage, options: TrainOptions, uri: str, folder: str, say: Say, purpose: str) -> CocoDataset:
     """A checked COCO file without the images that cannot be used, announced in a line."""
     whole = read_coco(storage, uri)
-    check_dropped(whole, MOST_UNUSABLE if options.max_unusable is None else options.max_unusable)
+    check_dropped(whole, options.max_unusable)
     if not whole.images:
         raise EmptyInputError(f"{uri} lists no image.")
     data = usable_images(storage, whole, folder, options.most_unusable)

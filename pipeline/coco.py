@@ -355,8 +355,9 @@ def counted_reason(count: int, reason: str) -> str:
     return counted(count, _ONE[reason], reason)
 
 
-def check_dropped(dataset: CocoDataset, most: float = MOST_UNUSABLE) -> None:
-    """Raises AnnotationError when more than this share of a data set's instances had to be left out."""
+def check_dropped(dataset: CocoDataset, most: float | None = None) -> None:
+    """Raises AnnotationError when more than this share of a data set's instances had to be left out; None: 0.05."""
+    most = MOST_UNUSABLE if most is None else most
     left_out = sum(dataset.dropped.get(reason, 0) for reason in DROPPED_INSTANCES)
     drawn = left_out + dataset.instance_count()
     if left_out > most * drawn:
@@ -364,7 +365,7 @@ def check_dropped(dataset: CocoDataset, most: float = MOST_UNUSABLE) -> None:
         names = "; ".join(name for r in DROPPED_INSTANCES for name in dataset.examples.get(r, ()))
         raise AnnotationError(
             f"{counted_of(left_out, drawn, 'instance')} of {dataset.source} cannot be used: {reasons}. "
-            f"{agreeing(left_out, 'It is', 'The first:')} {names}. Mend the file, or allow more than {most:.0%} of the "
+            f"{agreeing(left_out, 'It is', 'The first:')} {names}. Mend the file, or allow more than {100 * most:.3g}% of the "
             "instances to be left out with --max-unusable."
         )
 

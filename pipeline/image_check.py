@@ -93,7 +93,7 @@ def remedy(most: float) -> str:
     """How more images than the share `most` are left out."""
     if most == 0:
         return f"leave such images out with --allow-missing (up to {MOST_UNUSABLE:.0%} of all; --max-unusable says how many)"
-    return f"allow more than {most:.1%} of the images to be left out with --max-unusable"
+    return f"allow more than {100 * most:.3g}% of the images to be left out with --max-unusable"
 
 
 def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:

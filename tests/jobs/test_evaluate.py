@@ -149,7 +149,7 @@ def test_one_of_each_reads_as_one(shapes: Path, tmp_path: Path) -> None:
     rows = labelled(truth, "/photos", failed=1)
     stranger = {**rows[0], "image_id": 99, "uri": "/photos/other.jpg"}
     write_table(str(tmp_path / "table"), [*rows, stranger])
-    text = evaluate.describe(evaluate.run(Storage(), str(tmp_path / "table"), str(truth)))
+    text = evaluate.describe(evaluate.run(Storage(), str(tmp_path / "table"), str(truth), max_unusable=0.5))
     assert f"  1 image with {len(document['annotations']) - 1} instances: 0 labelled, 1 failed, 0 not in the table" in text
     assert "  1 image of the table is not in the truth and does not count\n" in text
     assert "  the truth's reader left out 1 box without an area\n" in text
@@ -264,6 +264,24 @@ def test_bad_input_is_named(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "turned.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="is 300 x 300 pixels; it was labelled as"):
         evaluate.run(Storage(), str(tmp_path / "table"), str(tmp_path / "turned.json"))
+
+
+def test_a_truth_of_which_too_much_is_left_out_is_refused(shapes: Path, tmp_path: Path) -> None:
+    write_table(str(tmp_path / "table"), labelled(shapes, "s3://b/images"))
+    document = json.loads(shapes.read_text())
+    whole = len(document["annotations"])
+    for row in document["annotations"][: whole // 4]:
+        row["bbox"][2] = 0
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(document))
+    command = ["evaluate", str(tmp_path / "table"), "--truth", str(truth)]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, AnnotationError)
+    assert f"{whole // 4} of the {whole} instances of {truth} cannot be used" in str(refused.exception)
+    assert "allow more than 5% of the instances to be left out with --max-unusable." in str(refused.exception)
+    allowed = CliRunner().invoke(app, [*command, "--max-unusable", "0.25"])
+    assert allowed.exit_code == 0
+    assert f"the truth's reader left out {whole // 4} boxes without an area" in allowed.output
 
 
 def test_a_report_does_not_overwrite_its_truth(shapes: Path, tmp_path: Path) -> None:
