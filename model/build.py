@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import detectron2_weights, torchvision_weights
-from model.checkpoint import check_state, is_ours, load_state, parse, read_bytes
+from model.checkpoint import BY_CLASS, check_state, is_ours, load_state, parse, read_bytes
 from model.config import Category, ModelConfig
 from model.devices import check_device
 from model.errors import CheckpointError
@@ -19,7 +19,6 @@ from model.other_networks import backbone_name, other_network, residual_network
 from model.presets import PRESETS, preset
 from model.weights_file import read_state
 
-_PREDICTORS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
 _BRANCHES = ("mask_head.", "keypoint_head.")
 _CLASSIFIER = ("backbone.body.", "roi_stage.")
 """What a classifier's weights begin; no detector has these alone."""
@@ -171,9 +170,9 @@ def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str
     kept = {
         key: tensor
         for key, tensor in state.items()
-        if not key.startswith(absent) and not (key.startswith(_PREDICTORS) and key in own and own[key].shape != tensor.shape)
+        if not key.startswith(absent) and not (key.startswith(BY_CLASS) and key in own and own[key].shape != tensor.shape)
     }
-    new = _PREDICTORS + tuple(branch for branch in _BRANCHES if not _has(kept, branch))
+    new = BY_CLASS + tuple(branch for branch in _BRANCHES if not _has(kept, branch))
     return {key: tensor for key, tensor in own.items() if key.startswith(new) and key not in kept} | kept
 
 

@@ -29,7 +29,7 @@ from model.network import Network
 FORMAT = "masklake/1"
 LISTED = 20  # of the keys that do not fit, in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
+BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
 """The layers whose shape the categories decide: their number, and their keypoints."""
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
@@ -123,7 +123,7 @@ def _metadata(data: bytes) -> Mapping[str, str]:
         return {}
     try:
         header = json.loads(data[8 : 8 + length])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     return metadata if isinstance(metadata, dict) else {}
@@ -171,7 +171,7 @@ def check_state(network: Network, state: Mapping[str, Tensor], name: str, record
             f"it are no layers' of a Mask R-CNN ({listed(sorted(state))}). docs/models.md lists what can be taken"
         )
     another = recorded not in (None, network.config.preset)
-    if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(_BY_CLASS) for key in wrong):
+    if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(BY_CLASS) for key in wrong):
         _check_classes(network.config, own, state, name)
     if found:
         origin = f"a MaskLake checkpoint of preset {recorded!r} (use --preset {recorded}), " if another else ""
@@ -189,17 +189,17 @@ def _is_weight(tensor: Tensor) -> bool:
 def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     key = "box_head.cls_score.bias"
     if key in state and state[key].dim() == 1 and state[key].shape != own[key].shape:
-        begin = "begin new last layers (masklake train --reset-predictors; reset_predictors=True)"
-        if len(state[key]) < 2:
+        begin = "begin new last layers with `masklake train --reset-predictors`"
+        theirs, ours = len(state[key]) - 1, len(config.categories)
+        if theirs < 1:
             raise CheckpointError(
-                f"{name} has no class but the background ({key} is of shape {tuple(state[key].shape)}), so it finds nothing: "
-                f"{begin}"
+                f"{name}: has no category beside the background ({key} is of shape {tuple(state[key].shape)}), so it finds "
+                f"nothing; {begin} (from Python: reset_predictors=True)"
             )
-        theirs = agreeing(len(state[key]) - 1, "the one", f"the {len(state[key]) - 1}")
         raise CheckpointError(
-            f"{name} has {len(state[key])} classes with the background, model {config.preset!r} here has {config.num_classes} "
-            f"({counted(len(config.categories), 'category')}): name {theirs} that it was trained on (masklake "
-            f"convert --categories FILE; categories= of create_model), or {begin}"
+            f"{name}: trained on {counted(theirs, 'category')}, and model {config.preset!r} here has {ours}; name "
+            f"{agreeing(theirs, 'the one', f'the {theirs}')} of the weights, without the background, with `masklake convert "
+            f"--categories FILE`, or {begin} (from Python: categories=, reset_predictors=True)"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from model.checkpoint import renamed
 from model.errors import CheckpointError
 from model.presets import PRESETS
-from model.weights_file import read_state
+from model.weights_file import CLASSIFIER, read_state
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -89,7 +89,7 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_classifier(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict of torchvision's is a residual network that classifies images, such as ImageNet's."""
-    return {"conv1.weight", "layer1.0.conv1.weight", "fc.weight"} <= state.keys()
+    return state.keys() >= set(CLASSIFIER)
 
 
 def rename_classifier(state: Mapping[str, Tensor], c4: bool) -> dict[str, Tensor]:

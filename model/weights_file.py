@@ -37,7 +37,8 @@ _TRANSPARENT = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 _FIRST_LAYERS = tuple(
     f"backbone.{layer}.weight" for layer in ("body.conv1", "bottom_up.stem.conv1", "stem.conv1", "body.stem.0")
 )
-_CLASSIFIER = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
+CLASSIFIER = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
+"""What the state dict of a residual network that classifies images holds, and no detector's does."""
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (
@@ -228,9 +229,9 @@ def unwrapped(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         plain[_TRANSPARENT.sub("", key)] = tensor
     prefixes = {key.removesuffix(layer) for key in plain for layer in _FIRST_LAYERS if _ends(key, layer)}
     if not prefixes:
-        first = _CLASSIFIER[0]
+        first = CLASSIFIER[0]
         starts = {key.removesuffix(first) for key in plain if _ends(key, first)}
-        prefixes = {start for start in starts if all(start + key in plain for key in _CLASSIFIER)}
+        prefixes = {start for start in starts if all(start + key in plain for key in CLASSIFIER)}
     chosen = {prefix for prefix in prefixes if "ema" not in prefix} or prefixes
     if len(chosen) > 1 and "" not in chosen:
         raise CheckpointError(f"{name} holds several networks, {listed(sorted(chosen))}: save the state_dict() of the one")

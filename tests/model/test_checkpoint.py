@@ -156,7 +156,7 @@ def test_a_head_that_the_weights_lack_is_named(tiny_config: ModelConfig) -> None
 
 def test_another_number_of_classes_is_named_with_the_remedy(saved: Path) -> None:
     categories = [Category(id=1, name="nucleus")]
-    with pytest.raises(CheckpointError, match=r"4 classes with the background.* has 2 \(1 category\).*reset_predictors"):
+    with pytest.raises(CheckpointError, match=r"trained on 3 categories, .* here has 1; name the 3 .*--reset-predictors"):
         create_model("tiny", weights=saved, categories=categories)
 
 
@@ -187,8 +187,14 @@ def test_another_architecture_is_named_before_another_number_of_classes(model: M
 def test_a_head_without_a_class_is_not_told_to_name_none(model: MaskRCNN) -> None:
     state = dict(model.network.state_dict())
     state["box_head.cls_score.bias"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"no class but the background .*\(1,\).*: begin new last layers"):
+    with pytest.raises(CheckpointError, match=r"no category beside the background .*\(1,\).*; begin new last layers"):
         load_state(model.network, state, "the file")
+
+
+def test_a_header_that_no_parser_can_follow_is_refused() -> None:
+    header = b'{"a":' + b"[" * 100_000
+    with pytest.raises(CheckpointError, match="not a MaskLake checkpoint"):
+        load_checkpoint(len(header).to_bytes(8, "little") + header)
 
 
 def test_predictors_can_be_reset_for_other_categories(model: MaskRCNN, saved: Path) -> None:

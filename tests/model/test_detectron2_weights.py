@@ -610,7 +610,7 @@ def test_missing_and_foreign_keys_are_listed() -> None:
     with pytest.raises(CheckpointError, match=r"of another shape are mask_head\.logits\.bias \(\) instead of \(81,\)"):
         create_model(config, weights=as_pickle(numbers))
     few = (Category(id=1, name="a"), Category(id=2, name="b"))
-    with pytest.raises(CheckpointError, match=r"81 classes with the background, model .* here has 3 "):
+    with pytest.raises(CheckpointError, match=r"trained on 80 categories, and model .* here has 2; "):
         create_model(config, weights=as_pickle(seeded(SHAPES["maskrcnn_resnet50_fpn"])), categories=few)
 
 
