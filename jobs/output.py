@@ -44,9 +44,3 @@ def same_place(one: str, other: str) -> bool:
     if not all(at.is_local and os.path.exists(at.key) for at in places):
         return False
     return os.path.samefile(places[0].key, places[1].key)
-
-
-def real_place(uri: str) -> str:
-    """The canonical name with the symbolic links of this machine's paths followed."""
-    at = parse(uri)
-    return os.path.realpath(at.key) if at.is_local else canonical(uri)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.output import check_output, real_place, same_place
+from jobs.output import check_output, same_place
 from model.counts import counted
 from model.errors import ConfigError
 from pipeline.decode import decode
@@ -20,9 +20,10 @@ from pipeline.draw import draw_instances
 from pipeline.errors import InputNotFoundError, StorageError, TableError
 from pipeline.query import connect
 from pipeline.schema import LIKELY_SCORE, Status
-from pipeline.storage import Storage, below, canonical, parse
+from pipeline.storage import Storage, below, canonical, parse, real_place
 from pipeline.storage_errors import describe as describe_error
 from pipeline.stored_values import check_instance
+from pipeline.walk import is_utf8
 
 NAMED = 3
 """Images that a message names."""
@@ -117,20 +118,11 @@ def _check_no_image(connection: duckdb.DuckDBPyConnection, storage: Storage, out
         pairs = ((name, _below(name, folder)) for name in names for folder in (images, real_place(images)))
         conditions["ends_with(uri, '/' || $name)"] = {below for name, below in pairs if below != name}
     for condition, values in conditions.items():
-        for name in filter(_is_utf8, values):
+        for name in filter(is_utf8, values):
             sql = f"SELECT uri FROM current_images WHERE {condition} LIMIT 1"  # noqa: S608 - constants of this function
             if found := _rows(connection, sql, {"name": name}):
                 image = found[0]["uri"]
                 raise ConfigError(f"{output}: is where the table's image {image} lies; name another file for the picture")
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether a table can hold the name: its text is UTF-8, a file's name on Linux may be any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
@@ -143,7 +135,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str,
 def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -> dict[str, Any]:
     """The image's current row: named as in the table, as a path from here, or by a unique ending of its path."""
     columns = "SELECT uri, run, image_id, width, height, bytes, status, error FROM current_images"
-    if not _is_utf8(uri):
+    if not is_utf8(uri):
         raise InputNotFoundError(f"{ascii(uri)[1:-1]}: is not in the table, which holds no name that is not UTF-8")
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):

@@ -295,9 +295,9 @@ def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_
     means = []
     for category in truth.categories:
         shares = [_image_iou(truth, image, category.id, found.get((category.id, image.id), [])) for image in truth.images]
-        counted = [share for share in shares if share is not None]
-        if counted:
-            means.append(float(np.mean(counted)))
+        known = [share for share in shares if share is not None]
+        if known:
+            means.append(float(np.mean(known)))
     return float(np.mean(means)) if means else None
 
 
@@ -314,8 +314,8 @@ def _image_iou(truth: CocoDataset, image: CocoImage, category_id: int, found: li
     guess = _united([nothing, *found])
     either = _united([real, guess])
     ignored = _area(_common(either, crowd)) - _area(_common(real, crowd))
-    counted = _area(either) - ignored
-    return _area(_common(real, guess)) / counted if counted else None
+    area = _area(either) - ignored
+    return _area(_common(real, guess)) / area if area else None
 
 
 def _united(rles: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipeline.errors import InputNotFoundError
 from pipeline.left_out import LeftOut, Reason
 from pipeline.lists import Named, list_kind, read_list
 from pipeline.literal_keys import MAX_KEY_BYTES, is_plain
-from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, canonical, parent, parse, relative_to
+from pipeline.storage import CONCURRENT_HEADS, OBJECT_SCHEMA, Storage, below, canonical, parent, parse, relative_to
 from pipeline.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from pipeline.walk import is_utf8
 
@@ -157,7 +157,7 @@ def _check_no_text(storage: Storage, uri: str) -> None:
 
 def list_images(storage: Storage, uri: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
     """The images below a folder or prefix, by their suffix (any case), without what is hidden or of other systems."""
-    base = _base(uri)
+    base = below(uri)
     for batch in storage.list_objects(uri, left_out):
         batch = _chosen(
             batch, pc.match_substring_regex(batch["uri"], IMAGE_REGEX, ignore_case=True), left_out, Reason.OTHER_FILES
@@ -167,14 +167,9 @@ def list_images(storage: Storage, uri: str, left_out: LeftOut) -> Iterator[pa.Re
             yield batch
 
 
-def _base(uri: str) -> str:
-    """What the names below a folder begin with."""
-    return uri if uri.endswith("/") else f"{uri}/"
-
-
 def _without_hidden(batch: pa.RecordBatch, base: str, left_out: LeftOut) -> pa.RecordBatch:
-    below = pc.utf8_slice_codeunits(batch["uri"], start=len(base))
-    return _chosen(batch, pc.invert(pc.match_substring_regex(below, _HIDDEN)), left_out, Reason.OTHER_SYSTEMS)
+    names = pc.utf8_slice_codeunits(batch["uri"], start=len(base))
+    return _chosen(batch, pc.invert(pc.match_substring_regex(names, _HIDDEN)), left_out, Reason.OTHER_SYSTEMS)
 
 
 def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, left_out: LeftOut, reason: Reason) -> pa.RecordBatch:

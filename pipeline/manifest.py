@@ -28,7 +28,7 @@ from pipeline.lease import Lease
 from pipeline.left_out import LeftOut
 from pipeline.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs, nothing_found
 from pipeline.schema import FINAL_STATUSES, MANIFEST_SCHEMA, RUN_COLUMN, Status
-from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, below, canonical, parse
+from pipeline.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, below, canonical, real_place
 from pipeline.table import RunRecord, Table, input_key, valid_run_id
 
 MEMORY_LIMIT = "2GB"
@@ -110,8 +110,8 @@ def check_apart(source: str, table: str) -> None:
     A later start would list what the table holds, and a query's or a drawing's file there would be labelled.
     """
     pattern = is_glob(source) and not os.path.lexists(source)
-    inside = _real(fixed_folder(source) if pattern else source)
-    place = _real(table)
+    inside = real_place(fixed_folder(source) if pattern else source)
+    place = real_place(table)
     remedy = "give the table a folder of its own, beside the input"
     if place == inside:
         raise ConfigError(f"{table}: is the input's own folder; {remedy}")
@@ -119,10 +119,6 @@ def check_apart(source: str, table: str) -> None:
         raise ConfigError(f"{source}: is inside the table {table}; {remedy}")
     if place.startswith(below(inside)) and (not pattern or _reaches(source, canonical(table))):
         raise ConfigError(f"{table}: is inside the input {source}; {remedy}")
-
-
-def _real(uri: str) -> str:
-    return os.path.realpath(parse(uri).key) if parse(uri).is_local else canonical(uri)
 
 
 def _reaches(pattern: str, folder: str) -> bool:

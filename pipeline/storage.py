@@ -164,6 +164,12 @@ def canonical(uri: str | os.PathLike[str]) -> str:
     return at.uri[:-1] if not at.is_local and re.search("[^/]/$", at.key) else at.uri
 
 
+def real_place(uri: str) -> str:
+    """The canonical name with the symbolic links of this machine's paths followed."""
+    at = parse(uri)
+    return os.path.realpath(at.key) if at.is_local else canonical(uri)
+
+
 def local_etag(stat: os.stat_result) -> str:
     """The version of a local file: size and modification time in nanoseconds."""
     return f"{stat.st_size}-{stat.st_mtime_ns}"
