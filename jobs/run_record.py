@@ -34,6 +34,7 @@ CHANGEABLE: Mapping[str, str] = {
     "threads": "speed alone",
     "max_failures": "patience alone",
     "max_unusable": "a limit alone: what is left out follows from the data",
+    "evaluate_every": "the scores alone; with `--keep best`, whose epochs it chooses, it is a part of that entry",
     "storage": "how the same files are reached",
     "address": "on what it runs",
 }
@@ -83,8 +84,7 @@ def record_of(
         "epochs": recipe.epochs if len(options.course) > 1 else None,
         "model": differing(config, FIRST_DEFAULTS),
         "augmentation": options.augmentation.model_dump(mode="json"),
-        "keep": options.keep,
-        "evaluate_every": options.evaluate_every if options.keep == "best" else None,
+        "keep": options.keep if options.keep == "last" else f"best (--evaluate-every {options.evaluate_every})",
         "max_dets": options.max_dets,
         "allow_missing": options.allow_missing,
         "keep_empty": options.keep_empty,
@@ -94,10 +94,13 @@ def record_of(
 def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> dict[str, Any]:
     """A COCO file by its content, and its images by their names and sizes: both may move, and must not change."""
     names = {relative_to(folder, image.file_name): image.file_name for image in data.images}
-    # From a store's listing, of which a page of a thousand costs one request.
-    found = storage.stat_many(list(names)) if parse(folder).is_local else concat(storage.list_objects(folder))
-    sizes = dict(zip(found["uri"].to_pylist(), found["bytes"].to_pylist(), strict=True))
-    rows = sorted((name, sizes.get(uri)) for uri, name in names.items())
+    sizes: dict[str, int | None] = {}
+    if not parse(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
+        listed = concat(storage.list_objects(folder))
+        sizes = dict(zip(listed["uri"].to_pylist(), listed["bytes"].to_pylist(), strict=True))
+    asked = storage.stat_many([uri for uri in names if uri not in sizes])  # a name may lead out of the folder
+    sizes |= dict(zip(asked["uri"].to_pylist(), asked["bytes"].to_pylist(), strict=True))
+    rows = sorted((name, sizes[uri]) for uri, name in names.items())
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     images = {"count": len(rows), "bytes": sum(size or 0 for _, size in rows), "sha256": digest, "shown": folder}
     return {"file": file_facts(storage, uri), "images": images}
@@ -141,8 +144,6 @@ def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str)
 def differences(known: Mapping[str, Any], record: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """One phrase for each entry of a record that another one has otherwise: `--seed was 0, is 5`."""
     for key in sorted(known.keys() | record.keys()):
-        if key == "evaluate_every" and known.get("keep") != record.get("keep"):
-            continue  # it is recorded with `--keep best` alone
         old, new, where = known.get(key), record.get(key), f"{path}{key}"
         if _same(old, new):
             continue

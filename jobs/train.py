@@ -105,7 +105,7 @@ class TrainOptions(BaseModel):
     max_dets: tuple[Annotated[int, Field(gt=0, le=MOST_DETECTIONS)], ...] = Field(
         default=(1, 10, 100), min_length=1, description="Detections an image that AP and AR count."
     )
-    keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported.")
+    keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported; best needs val.")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
     max_unusable: float | None = Field(
         default=None,
@@ -134,6 +134,13 @@ class TrainOptions(BaseModel):
         if proposals is not None and info.data.get("learn") != "detector":
             raise ValueError('stored proposals are for learn = "detector"; elsewhere the model makes its own')
         return proposals
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, keep: str, info: ValidationInfo) -> str:
+        if keep == "best" and info.data.get("val") is None:
+            raise ValueError("the best epoch is known by its scores: give --val, or keep the last")
+        return keep
 
     @property
     def course(self) -> tuple[Phase, ...]:
@@ -227,6 +234,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     done = latest["epoch"] if latest else 0
     epochs = len(options.course) * recipe.epochs
     known = read_record(storage, options.run_uri)
+    _check_recorded(options, known, done)
     _check_epochs(options, done, epochs)
     finished = _result(storage, options.run_uri, epochs) is not None
     data, validation = _read_data(storage, options, _silent if finished else say)
@@ -236,7 +244,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     if known is not None:
         check_record(known, record, options.name)
     if finished:
-        say(f"run '{options.name}' is complete: {counted(done, 'epoch')}. Its results are in {options.run_uri}.")
+        say(f"run '{options.name}' is complete: {counted(epochs, 'epoch')}. Its results are in {options.run_uri}.")
         return _report(storage, options, done)
     spec = _sample_spec(model.config, options)
     proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
@@ -262,11 +270,16 @@ def _check_places(options: TrainOptions) -> None:
         raise ConfigError(
             f"--output {options.output!r}: no run can be at a key with `//`, `/./`, `/../` or a control character; give another"
         )
-    sources = {"--train": options.train, "--val": options.val, "--weights": options.weights, "--proposals": options.proposals}
-    for option, source in sources.items():
+    sources = {
+        "the file TRAIN": options.train,
+        "the file of --val": options.val,
+        "the file of --weights": options.weights,
+        "the file of --proposals": options.proposals,
+    }
+    for what, source in sources.items():
         if source is not None and f"{canonical(source)}/".startswith(f"{options.run_uri}/"):
             raise ConfigError(
-                f"{source}: the file of {option} lies in the folder of the run '{options.name}', which the run writes; "
+                f"{source}: {what} lies in the folder of the run '{options.name}', which the run writes; "
                 "choose another --name or --output, or move the file"
             )
 
@@ -399,6 +412,15 @@ def _sample_spec(config: ModelConfig, options: TrainOptions) -> SampleSpec:
         seed=options.seed,
         keypoint_offset=config.keypoint_offset,
     )
+
+
+def _check_recorded(options: TrainOptions, known: Mapping[str, Any] | None, done: int) -> None:
+    """Raises ConfigError where a run has epochs and no record: nobody knows of what."""
+    if done and known is None:
+        raise ConfigError(
+            f"the run '{options.name}' in {options.output} has done {counted(done, 'epoch')} and has no {RUN_RECORD}, which "
+            "says what it was started with; restore that file, remove the run's folder, or give another --name"
+        )
 
 
 def _check_epochs(options: TrainOptions, done: int, epochs: int) -> None:

@@ -45,7 +45,7 @@ from pipeline.coco_values import CocoImage
 from pipeline.curves import training_curves
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import TrainingError
-from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, proposal_recall, result_rows
+from pipeline.evaluation import KIND_NAMES, PROPOSAL_COUNTS, IouType, Score, coco_metrics, proposal_recall, result_rows
 from pipeline.fetch import fetch
 from pipeline.image_check import check_unusable, listed_and_left_out, named, wrong_size
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
@@ -60,6 +60,9 @@ TOTAL = "loss"
 
 SECONDS_PER_LINE = 5.0
 """About this long between two progress lines of an epoch, and between two looks at whether the loss is still finite."""
+
+COMPARED = ("mask AP", "box AP", f"proposal AR{PROPOSAL_COUNTS[-1]}")
+"""Scores by which an epoch is better than another, the first that there is."""
 
 EVALUATION_IMAGES = 16
 """Images fetched together while the ones before are evaluated."""
@@ -614,15 +617,15 @@ def _candidates(job: TrainingJob, history: Sequence[dict[str, Any]]) -> list[dic
 
 
 def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last epoch was evaluated and no earlier one scored more (masks where there are any, else boxes)."""
+    """Whether the last epoch was evaluated and no earlier one scored more."""
     scores = [best_score(row) for row in history]
     return bool(scores) and scores[-1] is not None and all(score is None or score <= scores[-1] for score in scores)
 
 
 def best_score(row: Mapping[str, Any]) -> float | None:
-    """What `--keep best` compares."""
-    named = row.get("ap") or {}
-    return next((named[name] for name in ("mask AP", "box AP") if named.get(name) is not None), None)
+    """What `--keep best` compares: the AP of masks where there are any, else of boxes; of an RPN alone, its recall."""
+    named = row.get("ap") or row.get("recall") or {}
+    return next((named[name] for name in COMPARED if named.get(name) is not None), None)
 
 
 def _finish(job: TrainingJob, state: State) -> None:

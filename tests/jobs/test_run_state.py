@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from pydantic import ValidationError
 
-from jobs.run_record import CHANGEABLE, differences
+from jobs.run_record import CHANGEABLE, data_facts, differences
 from jobs.train import TrainOptions, run
 from model.build import create_model
 from model.checkpoint import dumps
 from model.errors import ConfigError, MaskLakeError
+from pipeline.coco import parse_coco
 from pipeline.errors import InputNotFoundError
-from pipeline.storage import Storage
+from pipeline.storage import OBJECT_SCHEMA, Storage
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 
@@ -167,7 +170,7 @@ def test_data_that_changed_is_refused_by_a_finished_run(
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 5}, r"--seed was 0, is 5\."),
-    "keep": ({"keep": "best"}, r"--keep was last, is best\."),
+    "keep": ({"keep": "best"}, r"--keep was last, is best \(--evaluate-every 1\)\."),
     "rate": ({"recipe": {"epochs": 1, "learning_rate": 0.5}}, r"--learning-rate was 0\.001, is 0\.5\."),
     "recipe": ({"recipe": {"epochs": 1, "gamma": 0.5}}, r"\[recipe\] gamma was 0\.1, is 0\.5\."),
     "model": ({"model": {"max_size": 300}}, r"\[model\] max_size was 512, is 300\."),
@@ -243,10 +246,42 @@ def test_differences_name_an_entry_that_one_side_lacks() -> None:
     assert list(differences({"model": {"a": 1}}, {"model": {}})) == ["[model] a was 1, is the default"]
 
 
-def test_what_counts_with_another_option_alone_is_no_difference_beside_it() -> None:
-    last, best = {"keep": "last", "evaluate_every": None}, {"keep": "best", "evaluate_every": 0}
-    assert list(differences(last, best)) == ["--keep was last, is best"]
-    assert list(differences(best, {**best, "evaluate_every": 2})) == ["--evaluate-every was 0, is 2"]
+def test_the_epochs_that_are_scored_count_where_the_best_is_kept(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:
+    run(counting_run(data, tmp_path, epochs=1), quiet)
+    run(counting_run(data, tmp_path, epochs=1, evaluate_every=3), quiet)
+    run(counting_run(data, tmp_path, epochs=1, name="b", keep="best"), quiet)
+    with pytest.raises(ConfigError, match=r": --keep was best \(--evaluate-every 1\), is best \(--evaluate-every 3\)\."):
+        run(counting_run(data, tmp_path, epochs=1, name="b", keep="best", evaluate_every=3), quiet)
+
+
+def test_images_outside_of_a_stores_folder_are_known_by_their_size(data: Path, tmp_path: Path) -> None:
+    class Elsewhere(Storage):
+        def list_objects(self, uri: str, *_: Any) -> Iterator[pa.RecordBatch]:
+            yield pa.record_batch([[f"{uri}/in.jpg"], ["e"], [7]], schema=OBJECT_SCHEMA)
+
+    outside = tmp_path / "out.jpg"
+    images = [{"id": n, "file_name": name, "width": 9, "height": 9} for n, name in enumerate(("in.jpg", str(outside)))]
+    truth = parse_coco({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "x.json")
+    file, facts = str(data / "val" / "instances.json"), []
+    for size in (3, 4):
+        outside.write_bytes(b"0" * size)
+        facts.append(data_facts(Elsewhere(), file, truth, "s3://b/images")["images"])
+    assert [fact["bytes"] for fact in facts] == [10, 11]
+    assert facts[0]["sha256"] != facts[1]["sha256"]
+
+
+def test_epochs_without_a_record_are_of_nobody_knows_what(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:
+    run(counting_run(data, tmp_path, epochs=1), quiet)
+    (tmp_path / "r" / "run.json").unlink()
+    for epochs in (1, 2):
+        with pytest.raises(ConfigError, match=r"has done 1 epoch and has no run\.json"):
+            run(counting_run(data, tmp_path, epochs=epochs), quiet)
+    assert trainer.trained == [1]
+
+
+def test_the_best_epoch_needs_scores(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"known by its scores: give --val"):
+        counting_run(data, tmp_path, keep="best", val=None)
 
 
 # -- any order ---------------------------------------------------------------------------------------------------------

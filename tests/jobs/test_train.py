@@ -173,7 +173,7 @@ def test_frozen_norms_need_weights() -> None:
 def test_weights_of_other_categories_need_new_predictors(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(dumps(create_model("tiny")))
     weights = {"weights": str(tmp_path / "w.safetensors")}
-    with pytest.raises(CheckpointError, match=r"weights .*w\.safetensors has .*--reset-predictors"):
+    with pytest.raises(CheckpointError, match=r"weights .*w\.safetensors: trained on .*--reset-predictors"):
         build_model(options(**weights), shapes(), Storage())
     model = build_model(options(**weights, reset_predictors=True), shapes(), Storage())
     assert [category.name for category in model.config.categories] == ["disk", "triangle", "arrow"]
@@ -341,6 +341,8 @@ def test_the_best_epoch_goes_by_masks_then_boxes() -> None:
     assert _is_best([{"ap": {"mask AP": 0.3, "box AP": 0.9}}, {"ap": {"mask AP": 0.4, "box AP": 0.1}}])
     assert not _is_best([{"ap": {"box AP": 0.3}}, {"ap": {"box AP": 0.2}}])
     assert not _is_best([{"ap": {"box AP": 0.3}}, {}])
+    assert _is_best([{"recall": {"proposal AR1000": 0.3}}, {"recall": {"proposal AR1000": 0.4}}])
+    assert not _is_best([{"recall": {"proposal AR1000": 0.3}}, {"recall": {"proposal AR1000": 0.2}}])
 
 
 def test_our_error_is_found_behind_others() -> None:
