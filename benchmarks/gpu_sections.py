@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,6 @@ class Bench:
     scale: Scale
     scratch: Path
     photographs: Path | None = None
-    _models: dict[str, MaskRCNN] = field(default_factory=dict)
-
-    def __reduce__(self) -> tuple[type[Bench], tuple[Scale, Path, Path | None]]:
-        return (Bench, (self.scale, self.scratch, self.photographs))
 
     def model(self, use: str, device: str = DEVICE) -> MaskRCNN:
         """A fresh copy of the model of this use on ``device``; its weights are made once, by whichever section asks first."""
@@ -161,7 +157,7 @@ class Bench:
         return load_checkpoint(path).to(device)
 
     def state(self, use: str) -> dict[str, Tensor]:
-        """torchvision's state dict of the same weights; KeyError where the weights are random."""
+        """torchvision's state dict of the same weights; FileNotFoundError where they are random, or not made yet."""
         state: dict[str, Tensor] = torch.load(self.scratch / f"{use}.pth", weights_only=True)
         return state
 

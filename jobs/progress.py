@@ -24,6 +24,7 @@ class Counter:
     def __init__(self) -> None:
         self._done = 0
         self._failed = 0
+        self._unwritten = 0
         self._starts = 0
         self._workers: set[str] = set()
         self._takes: dict[int, int] = {}
@@ -33,6 +34,11 @@ class Counter:
         """Count ``images`` more, of which ``failed`` did not end ok."""
         self._done += images
         self._failed += failed
+
+    def take_back(self, images: int, failed: int) -> None:
+        """So many of these were labelled, and their block could not be written."""
+        self._unwritten += images
+        self._failed -= failed
 
     def starting(self, worker: str) -> None:
         """A worker's process begins to load its model. worker: the id of its actor, which outlives the process."""
@@ -66,9 +72,9 @@ class Counter:
         """Blocks that are left to a later round."""
         return self._lost
 
-    def get(self) -> tuple[int, int]:
-        """(finished, failed) so far. A block that ran twice counts twice: a bar's truth, not a report's."""
-        return self._done, self._failed
+    def get(self) -> tuple[int, int, int]:
+        """(finished, failed, taken back) so far. A block that ran twice counts twice: a bar's truth, not a report's."""
+        return self._done, self._failed, self._unwritten
 
 
 def start_counter() -> Any:
@@ -108,15 +114,19 @@ def written_above(line: str) -> None:
 def _follow(counter: Any, bar: Any, before: int, watch: Callable[[], None], stop: threading.Event) -> None:
     import ray
 
-    last = False
+    last, most = False, 0
     while not last:
         last = stop.wait(POLL_S)
         watch()
         try:
-            done, failed = ray.get(counter.get.remote(), timeout=5)
+            done, failed, unwritten = ray.get(counter.get.remote(), timeout=5)
         except ray.exceptions.RayError:
             continue  # busy, or the cluster is going away: the bar stands still, the run itself says what is wrong
         bar.set_postfix(failed=failed, refresh=False)
-        fresh = min(bar.total, before + done) - bar.n
-        if fresh > 0:
-            bar.update(fresh)
+        most = max(most, done)  # of a counter that began anew, too
+        there = min(bar.total, before + most) - unwritten
+        if there > bar.n:
+            bar.update(there - bar.n)
+        elif unwritten:
+            bar.n = there
+            bar.refresh()

@@ -25,7 +25,7 @@ from pipeline.coco import CocoDataset, image_folder, read_coco
 from pipeline.errors import LabellingError
 from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
-from pipeline.storage import Storage, StorageOptions, canonical, relative_to
+from pipeline.storage import Storage, StorageOptions, canonical, parse, relative_to
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +99,23 @@ def _check_output(storage: Storage, options: ProposeOptions) -> None:
     output = options.output
     if not output.endswith(".parquet"):
         raise ConfigError(f"cannot write {output}: a file of proposals is named *.parquet")
+    if parse(output).is_local and Path(parse(output).key).is_dir():
+        raise ConfigError(f"cannot write {output}: it is a folder")
     check_not_read(output, {"the COCO file": options.coco, "the file of --weights": options.weights})
     storage.write_bytes(f"{output}.probe", b"")
     storage.delete(f"{output}.probe")
 
 
 def _rows(data: CocoDataset, folder: str) -> pa.Table:
-    names = [image.file_name for image in data.images]
-    return pa.table({"file_name": names, "uri": [relative_to(folder, name) for name in names]})
+    """The images, with the sizes that their annotations are for."""
+    return pa.table(
+        {
+            "file_name": [image.file_name for image in data.images],
+            "uri": [relative_to(folder, image.file_name) for image in data.images],
+            "width": [image.width for image in data.images],
+            "height": [image.height for image in data.images],
+        }
+    )
 
 
 def _blocks(

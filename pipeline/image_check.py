@@ -22,7 +22,7 @@ from model.errors import MaskLakeError
 from pipeline.coco import MISSING_FILE, MOST_UNUSABLE, NAMED, UNUSABLE_IMAGE, CocoDataset, without_images
 from pipeline.coco_values import CocoImage
 from pipeline.decode import DecodeLimits, read_upright
-from pipeline.errors import AnnotationError, InputNotFoundError
+from pipeline.errors import AnnotationError, InputNotFoundError, StorageError
 from pipeline.schema import Status
 from pipeline.storage import Storage, parse, relative_to
 from pipeline.storage_errors import translated
@@ -42,7 +42,7 @@ def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: flo
     """The data set without the images that cannot be used, counted by reason.
 
     folder: of the images, local or s3://. most: share of images that may be left out. More of them, or all, are an
-    AnnotationError that names the first few with their reasons.
+    AnnotationError that names the first few with their reasons; a storage that is busy or out of reach is a StorageError.
     """
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         reasons = list(pool.map(lambda image: _look(storage, relative_to(folder, image.file_name), image), dataset.images))
@@ -97,7 +97,10 @@ def remedy(most: float) -> str:
 
 
 def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
-    """Why an image cannot be used, as far as its header shows; None where nothing speaks against it."""
+    """Why an image cannot be used, as far as its header shows; None where nothing speaks against it.
+
+    Raises StorageError where the storage is busy or out of reach.
+    """
     limits = DecodeLimits()
     try:
         with translated(uri), _opened(storage, uri) as (file, whole):
@@ -105,6 +108,8 @@ def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
     except InputNotFoundError:
         return MISSING
     except MaskLakeError as error:
+        if isinstance(error, StorageError) and error.may_pass:
+            raise  # a store that is down says nothing about its images
         return str(error)
     if header.status is not Status.OK:  # a part of a file may say too little
         return header.error if whole or header.status is Status.TOO_LARGE else None

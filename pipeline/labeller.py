@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -216,10 +217,15 @@ class LabellingActor(Labeller):
 
         An error is an answer here, never an exception: Ray would count it as a lost block, as it counts a dead worker.
         """
+        rows: pa.Table | None = None
         try:
-            return written(write_block(self._table, self._run_id, super().__call__(block)))
+            rows = super().__call__(block)
+            return written(write_block(self._table, self._run_id, rows))
         except Exception as error:
             log.exception("a block was not labelled")
+            if rows is not None:  # its images were counted as they came
+                ended_ok = pc.sum(pc.equal(rows["status"], Status.OK.value)).as_py()
+                _told(self._progress.take_back.remote(rows.num_rows, rows.num_rows - ended_ok))
             return failed(error)
 
     def prove(self) -> str:

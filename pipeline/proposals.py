@@ -20,6 +20,7 @@ from pipeline.coco import NAMED
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import AnnotationError
 from pipeline.fetch import fetch
+from pipeline.image_check import wrong_size
 from pipeline.storage import Storage
 from pipeline.storage_errors import translated
 
@@ -92,15 +93,20 @@ class Proposer:
         self._model = load_checkpoint(ray.get(checkpoint), device=device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Rows of `file_name` and `uri` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image cannot be used."""
+        """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image
+        cannot be used, or is of another size.
+        """
         limits, rows = DecodeLimits(), []
-        fetched = fetch(self._storage, block["uri"].to_pylist(), max_bytes=limits.max_bytes)
-        for name, got in zip(block["file_name"].to_pylist(), fetched, strict=True):
+        expected = block.to_pylist()
+        fetched = fetch(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
+        for wanted, got in zip(expected, fetched, strict=True):
             decoded = None if got.data is None else decode(got.data, limits)
-            row: dict[str, Any] = {"file_name": name, "error": got.error if decoded is None else decoded.error}
+            row: dict[str, Any] = {"file_name": wanted["file_name"], "error": got.error if decoded is None else decoded.error}
             if decoded is not None and decoded.image is not None:
                 height, width = decoded.image.shape[1:]
-                [boxes] = self._model.propose([decoded.image])
-                row |= {"width": width, "height": height, "boxes": boxes.ravel()}
+                row["error"] = wrong_size((width, height), wanted)
+                if row["error"] is None:
+                    [boxes] = self._model.propose([decoded.image])
+                    row |= {"width": width, "height": height, "boxes": boxes.ravel()}
             rows.append(row)
         return pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA.append(pa.field("error", pa.string())))

@@ -205,7 +205,7 @@ def written(block: Finished) -> pa.Table:
 def failed(error: Exception) -> pa.Table:
     """REPORT_SCHEMA: the block is not written, for a reason of ours."""
     ours = isinstance(error, MaskLakeError)
-    message = str(error) if ours else describe(error)
+    message = str(error) if ours else f"a block could not be labelled ({describe(error)}); the same command goes on"
     return pa.table([[None], [None], [None], [type(error).__name__ if ours else None], [message]], schema=REPORT_SCHEMA)
 
 

@@ -186,15 +186,20 @@ class FullDiskActor(LabellingActor):
 
 
 def test_a_full_disk_stops_the_run_and_blames_no_image(
-    tmp_path: Path, tiny_checkpoint: Path, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    pictures: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, table = pictures(6), tmp_path / "table"
-    job = options(folder, table, tiny_checkpoint, block_rows=2, workers=1)
+    job = options(folder, table, tiny_checkpoint, block_rows=2, workers=1, progress=True)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with monkeypatch.context() as patch:
         patch.setattr(label, "LabellingActor", FullDiskActor)
         with pytest.raises(StorageError, match=r"table/run=\w+/part-.*no space left on the disk"):
             label.run(job)
+    assert re.findall(r"\d/6 ", capsys.readouterr().err)[-1] == "2/6 ", "what could not be written does not count"
     assert open_table(Storage(), str(table)).files() == []
     report = label.run(job)
     assert (report.resumed, report.labelled_now, counts(report)) == (True, 4, {"ok": 6})

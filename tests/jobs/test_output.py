@@ -49,6 +49,12 @@ def test_propose_does_not_overwrite_what_it_reads(tmp_path: Path, read: str) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
+def test_propose_writes_into_no_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").mkdir()
+    with pytest.raises(ConfigError, match=r"it is a folder"):
+        propose.run(propose.ProposeOptions(coco="c.json", weights="w", output=str(tmp_path / "p.parquet")))
+
+
 def test_propose_does_not_overwrite_an_image(tmp_path: Path) -> None:
     coco = tmp_path / "c.json"
     coco.write_text(
@@ -65,7 +71,8 @@ def test_propose_does_not_overwrite_an_image(tmp_path: Path) -> None:
 def test_training_does_not_read_from_the_folder_that_it_writes(tmp_path: Path, option: str) -> None:
     values = {"train": "t.json", "learn": "detector", option: f"{tmp_path}/runs/n/metrics.json"}
     options = train.TrainOptions(output=f"{tmp_path}/runs/", name="n", **values)
-    with pytest.raises(ConfigError, match=rf"the file of --{option} lies in the folder of the run 'n'"):
+    called = "TRAIN" if option == "train" else f"of --{option}"
+    with pytest.raises(ConfigError, match=rf"the file {called} lies in the folder of the run 'n'"):
         train.run(options)
     assert not any(tmp_path.iterdir())
 

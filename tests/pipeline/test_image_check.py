@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.coco import MISSING_FILE, UNUSABLE_IMAGE, CocoDataset, parse_coco
 from pipeline.decode import DecodeLimits, read_upright
-from pipeline.errors import AnnotationError
+from pipeline.errors import AnnotationError, StorageError
 from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from pipeline.storage import Storage
 
@@ -94,6 +94,16 @@ def test_the_limit_counts_what_was_left_out_before() -> None:
     with pytest.raises(AnnotationError, match=r"3 of the 10 images of x.json .*: a.jpg: cut off; b.jpg: gone; and 1 more"):
         check_unusable(["a.jpg: cut off", "b.jpg: gone"], 10, 0.2, "x.json", already=1)
     assert [unusable_share(*given) for given in ((False, None), (True, None), (False, 0.3), (True, 0.0))] == [0, 0.05, 0.3, 0]
+
+
+def test_a_store_that_is_down_is_no_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any) -> Any:
+        raise OSError("Server returned error status code: 503 Service Unavailable")
+
+    monkeypatch.setattr("pipeline.image_check.obstore.head", busy)
+    monkeypatch.setattr(Storage, "object_store", lambda storage, uri: (None, "key"))
+    with pytest.raises(StorageError, match="the store is overloaded"):
+        usable_images(Storage(), data_of(2), "s3://b/in", most=1)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])

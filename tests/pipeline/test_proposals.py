@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from model.config import Category
 from pipeline.coco import parse_coco
 from pipeline.errors import AnnotationError, InputNotFoundError
-from pipeline.proposals import PROPOSAL_SCHEMA, read_proposals
+from pipeline.proposals import PROPOSAL_SCHEMA, Proposer, read_proposals
 from pipeline.storage import Storage
 from pipeline.training_data import Augmentation, SampleSpec, _to_table, load_samples, make_sample, to_training, training_rows
 
@@ -67,8 +69,6 @@ def test_proposals_outside_of_the_window_go_and_the_order_stays() -> None:
 
 
 def test_they_travel_to_the_model(tmp_path: Path) -> None:
-    from PIL import Image
-
     for n in range(3):
         Image.new("RGB", (48, 24)).save(tmp_path / f"{n}.png")
     rows = training_rows(dataset(), str(tmp_path), spec(flip=False), proposals=stored())
@@ -77,6 +77,18 @@ def test_they_travel_to_the_model(tmp_path: Path) -> None:
     assert [target.proposals.tolist() for target in targets] == [[[n, 2, 20, 12]] for n in range(3)]
     without = _to_table(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert [target.proposals for target in to_training(without, spec())[1]] == [None] * 3
+
+
+def test_an_image_of_another_size_than_its_row_has_no_proposals(tmp_path: Path) -> None:
+    """A remote image whose size stands far behind its beginning is decoded here first."""
+    Image.new("RGB", (48, 24)).save(tmp_path / "a.png")
+    proposer = object.__new__(Proposer)
+    proposer._storage = Storage()
+    proposer._model = SimpleNamespace(propose=lambda images: [np.array([[1, 2, 3, 4]], np.float32)])
+    row = {"file_name": "a.png", "uri": str(tmp_path / "a.png"), "width": 48, "height": 24}
+    right, wrong = proposer(pa.Table.from_pylist([row, {**row, "width": 24, "height": 48}])).to_pylist()
+    assert (right["boxes"], right["error"]) == ([1, 2, 3, 4], None)
+    assert (wrong["boxes"], wrong["error"]) == (None, "the upright image is 48 x 24 pixels, its annotations are for 24 x 48")
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
