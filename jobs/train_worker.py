@@ -44,9 +44,9 @@ from pipeline.coco import UNUSABLE_IMAGE, CocoDataset, without_images
 from pipeline.coco_values import CocoImage
 from pipeline.curves import training_curves
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import TrainingError
+from pipeline.errors import StorageError, TrainingError
 from pipeline.evaluation import KIND_NAMES, PROPOSAL_COUNTS, IouType, Score, coco_metrics, proposal_recall, result_rows
-from pipeline.fetch import fetch
+from pipeline.fetch import fetch_patiently
 from pipeline.image_check import check_unusable, listed_and_left_out, named, wrong_size
 from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from pipeline.storage import Storage, relative_to
@@ -540,11 +540,13 @@ def _share(
 
 
 def _load_images(storage: Storage, folder: str, images: Sequence[CocoImage]) -> list[tuple[int, Tensor | str]]:
-    """Each image with its id, or in its place why it cannot be used."""
+    """Each image with its id, or in its place why it cannot be used. StorageError where the storage is out of reach."""
     limits = DecodeLimits()
     uris = [relative_to(folder, image.file_name) for image in images]
     loaded: list[tuple[int, Tensor | str]] = []
-    for image, got in zip(images, fetch(storage, uris, max_bytes=limits.max_bytes), strict=True):
+    for image, got in zip(images, fetch_patiently(storage, uris, max_bytes=limits.max_bytes), strict=True):
+        if got.may_pass:
+            raise StorageError(str(got.error))
         decoded = decode(got.data, limits) if got.data is not None else None
         reason = got.error if decoded is None else decoded.error
         if decoded is not None and decoded.image is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import obstore
 
 from model.errors import MaskLakeError
-from pipeline.errors import InputNotFoundError
+from pipeline.errors import InputNotFoundError, StorageError
 from pipeline.literal_keys import LiteralObject
+from pipeline.patience import PAUSES_S
 from pipeline.schema import Status
 from pipeline.storage import Storage, local_etag, parse, unquoted
 from pipeline.storage_errors import translated
@@ -26,7 +28,8 @@ CONCURRENT_GETS = 32
 class Fetched:
     """One object: its bytes when the status is ok, else None, with the reason.
 
-    etag and bytes describe the version that was read (not the one that was listed); None where nothing answered.
+    etag and bytes describe the version that was read (not the one that was listed); None where nothing answered. may_pass:
+    whether the same request may succeed later (`StorageError.may_pass`).
     """
 
     status: Status
@@ -34,6 +37,7 @@ class Fetched:
     etag: str | None = None
     bytes: int | None = None
     error: str | None = None
+    may_pass: bool = False
 
 
 def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency: int = CONCURRENT_GETS) -> list[Fetched]:
@@ -42,6 +46,19 @@ def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency:
     An object of more than ``max_bytes`` is too_large and its body is not read. Retries and timeouts are the storage's own.
     """
     return asyncio.run(_fetch_all(storage, uris, max_bytes, concurrency))
+
+
+def fetch_patiently(storage: Storage, uris: Sequence[str], *, max_bytes: int) -> list[Fetched]:
+    """`fetch`, and again for a minute in all what may pass: for callers that cannot come back to an image later."""
+    found = fetch(storage, uris, max_bytes=max_bytes)
+    for pause in PAUSES_S:
+        again = [place for place, got in enumerate(found) if got.may_pass]
+        if not again:
+            break
+        time.sleep(pause)
+        for place, got in zip(again, fetch(storage, [uris[place] for place in again], max_bytes=max_bytes), strict=True):
+            found[place] = got
+    return found
 
 
 async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, concurrency: int) -> list[Fetched]:
@@ -56,7 +73,8 @@ async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, conc
                     return await _get(storage, uri, max_bytes)
             except MaskLakeError as error:
                 missing = isinstance(error, InputNotFoundError)
-                return Fetched(Status.MISSING if missing else Status.FETCH_ERROR, error=str(error))
+                may_pass = isinstance(error, StorageError) and error.may_pass
+                return Fetched(Status.MISSING if missing else Status.FETCH_ERROR, error=str(error), may_pass=may_pass)
 
     return await asyncio.gather(*(fetch_one(uri) for uri in uris))
 

@@ -18,8 +18,8 @@ from model.checkpoint import load_checkpoint
 from model.counts import agreeing, counted_of
 from pipeline.coco import NAMED
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import AnnotationError
-from pipeline.fetch import fetch
+from pipeline.errors import AnnotationError, StorageError
+from pipeline.fetch import fetch_patiently
 from pipeline.image_check import wrong_size
 from pipeline.storage import Storage
 from pipeline.storage_errors import translated
@@ -94,12 +94,14 @@ class Proposer:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image
-        cannot be used, or is of another size.
+        cannot be used, or is of another size. Raises StorageError where the storage is busy or out of reach.
         """
         limits, rows = DecodeLimits(), []
         expected = block.to_pylist()
-        fetched = fetch(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
+        fetched = fetch_patiently(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
         for wanted, got in zip(expected, fetched, strict=True):
+            if got.may_pass:
+                raise StorageError(str(got.error))
             decoded = None if got.data is None else decode(got.data, limits)
             row: dict[str, Any] = {"file_name": wanted["file_name"], "error": got.error if decoded is None else decoded.error}
             if decoded is not None and decoded.image is not None:

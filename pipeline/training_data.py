@@ -28,8 +28,8 @@ from model.rle import decode_columns
 from pipeline.coco import CocoDataset, learnable, to_rle
 from pipeline.coco_values import Segmentation
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import AnnotationError, EmptyInputError
-from pipeline.fetch import fetch
+from pipeline.errors import AnnotationError, EmptyInputError, StorageError
+from pipeline.fetch import fetch_patiently
 from pipeline.image_check import wrong_size
 from pipeline.proposals import proposals_of
 from pipeline.schema import Status
@@ -42,6 +42,7 @@ SAMPLE_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
         ("error", pa.string()),  # why the image cannot be used; then the rest is empty
+        ("unreachable", pa.bool_()),  # whether that is the storage's fault and not the image's
         ("replaced", pa.list_(pa.string())),  # images that could not be used, with reasons, in whose place this one is
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -96,6 +97,12 @@ class SampleSpec:
     def by_id(self) -> dict[int, Category]:
         """Categories by their id in the annotations."""
         return {category.id: category for category in self.categories}
+
+
+class Unreachable(str):
+    """Why an image could not be had, where the storage is busy or out of reach: no other image takes its place."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class Loader:
         samples = self._load(rows, epochs)
         replaced: list[list[str]] = [[] for _ in samples]
         for attempt in range(REPLACEMENTS if self.skip_bad else 0):
-            bad = [place for place, (_, sample) in enumerate(samples) if isinstance(sample, str)]
+            bad = [place for place, (_, sample) in enumerate(samples) if _is_bad(sample)]
             if not bad:
                 break
             for place in bad:
@@ -181,6 +188,11 @@ class Loader:
         return int(random.integers(self.rows.num_rows))
 
 
+def _is_bad(sample: Sample | str) -> bool:
+    """Whether an image cannot be used, which another start would not change."""
+    return isinstance(sample, str) and not isinstance(sample, Unreachable)
+
+
 def load_samples(
     rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage
 ) -> list[tuple[int, Sample | str]]:
@@ -190,7 +202,7 @@ def load_samples(
     traceback for a message.
     """
     limits = DecodeLimits()
-    fetched = fetch(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)
+    fetched = fetch_patiently(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)
     samples: list[tuple[int, Sample | str]] = []
     for row, got, seed in zip(rows.to_pylist(), fetched, seeds, strict=True):
         decoded = decode(got.data, limits) if got.data is not None else None
@@ -200,7 +212,8 @@ def load_samples(
             if reason is None:
                 samples.append((seed[2], _sample_of(row, decoded.image, spec, seed)))
         if reason is not None:
-            samples.append((seed[2], reason if reason.startswith(row["uri"]) else f"{row['uri']}: {reason}"))
+            message = reason if reason.startswith(row["uri"]) else f"{row['uri']}: {reason}"
+            samples.append((seed[2], Unreachable(message) if got.may_pass else message))
     return samples
 
 
@@ -391,7 +404,7 @@ def _to_table(samples: Sequence[tuple[int, Sample | str]], replaced: Sequence[li
 
 def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
     if isinstance(sample, str):
-        return {"row": row, "error": sample}
+        return {"row": row, "error": str(sample), "unreachable": isinstance(sample, Unreachable)}
     return {
         "row": row,
         "height": sample.image.shape[1],
@@ -411,9 +424,14 @@ def replaced_in(batch: pa.Table) -> list[str]:
 
 
 def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], list[Target]]:
-    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows. Raises AnnotationError for an image that cannot be used."""
+    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows.
+
+    Raises AnnotationError for an image that cannot be used, StorageError where the storage is busy or out of reach.
+    """
     images, targets = [], []
     for row in batch.to_pylist():
+        if row["unreachable"]:
+            raise StorageError(row["error"])
         if row["error"] is not None:
             raise AnnotationError(f"{row['error']}. Mend or remove it, or leave such images out with --allow-missing.")
         height, width, count = row["height"], row["width"], len(row["labels"])

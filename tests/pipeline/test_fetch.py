@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.fetch import Fetched, fetch
+from pipeline.fetch import Fetched, fetch, fetch_patiently
 from pipeline.schema import Status
 from pipeline.storage import Storage, StorageOptions, local_etag
 
@@ -58,6 +58,26 @@ def test_a_forbidden_file_is_a_fetch_error(tmp_path: Path) -> None:
     assert get([str(secret)])[0].status is Status.FETCH_ERROR
 
 
+def test_only_what_may_pass_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, gone = Fetched(Status.FETCH_ERROR, error="503", may_pass=True), Fetched(Status.MISSING, error="not found")
+    good = Fetched(Status.OK, b"x")
+    answers = iter([[busy, gone, busy], [busy, good], [good]])
+    asked: list[list[str]] = []
+    waited: list[float] = []
+
+    def answered(_: Any, uris: list[str], **__: Any) -> list[Fetched]:
+        asked.append(uris)
+        return next(answers)
+
+    monkeypatch.setattr("pipeline.fetch.fetch", answered)
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert fetch_patiently(Storage(), ["a", "b", "c"], max_bytes=LIMIT) == [good, gone, good]
+    assert asked == [["a", "b", "c"], ["a", "c"], ["a"]]
+    assert waited == [1.0, 2.0]
+    monkeypatch.setattr("pipeline.fetch.fetch", lambda *_, **__: [busy])
+    assert fetch_patiently(Storage(), ["a"], max_bytes=LIMIT) == [busy]
+
+
 def test_nothing_to_fetch() -> None:
     assert get([]) == []
 
@@ -81,4 +101,5 @@ def test_an_endpoint_that_does_not_answer_is_a_fetch_error(s3: Any) -> None:
     found = get(["s3://bucket/a", "s3://bucket/b"], nowhere)
     assert [one.status for one in found] == [Status.FETCH_ERROR] * 2
     assert "s3://bucket/a" in (found[0].error or "")
+    assert found[0].may_pass
     assert time.perf_counter() - started < 30

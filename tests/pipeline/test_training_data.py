@@ -22,8 +22,10 @@ from PIL import Image
 from model.bit_masks import BitMasks
 from model.config import Category
 from pipeline.coco import parse_coco, to_mask
-from pipeline.errors import AnnotationError, EmptyInputError
+from pipeline.errors import AnnotationError, EmptyInputError, StorageError
+from pipeline.fetch import Fetched
 from pipeline.sample_stream import SampleStream, epoch_order
+from pipeline.schema import Status
 from pipeline.storage import Storage
 from pipeline.training_data import (
     Augmentation,
@@ -303,6 +305,16 @@ def test_another_image_takes_the_place_of_one_that_cannot_be_used(tmp_path: Path
         (tmp_path / f"{n}.png").unlink(missing_ok=True)
     with pytest.raises(AnnotationError, match="not found"):
         to_training(loader.load([0], [0]), spec())
+
+
+def test_no_image_takes_a_place_while_the_storage_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = training_rows(dataset_of(tmp_path, 2), str(tmp_path), spec())
+    down = Fetched(Status.FETCH_ERROR, error="the store is overloaded", may_pass=True)
+    monkeypatch.setattr("pipeline.training_data.fetch_patiently", lambda _, uris, **__: [down for _ in uris])
+    batch = Loader(rows, spec(), Storage(), skip_bad=True).load([0, 1], [0, 0])
+    assert replaced_in(batch) == []
+    with pytest.raises(StorageError, match=r"0\.png: the store is overloaded$"):
+        to_training(batch, spec())
 
 
 @pytest.mark.slow
