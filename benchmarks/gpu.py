@@ -81,7 +81,12 @@ class Worker:
         """Events of the section; after ``limit_s`` seconds it is ended."""
         deadline = time.monotonic() + limit_s
         pipe = self._started()
-        pipe.send(section.name)
+        try:
+            pipe.send(section.name)
+        except OSError:  # it ended between two sections
+            self.close()
+            pipe = self._started()
+            pipe.send(section.name)
         event = Event("row")
         while event.kind == "row":
             event = self._next(pipe, deadline)

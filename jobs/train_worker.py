@@ -299,17 +299,24 @@ def _run_epoch(job: TrainingJob, state: State, replica: torch.nn.Module, batches
             f"the images of epoch {state.epoch + 1} ended after {steps} of {counted(job.steps_per_epoch, 'step')}."
         )
     seconds = time.perf_counter() - start
-    replaced = _of_all(replaced)
-    job.images.check(known | replaced)
     images_per_s = steps * job.recipe.batch_size * world / max(seconds, 1e-9)
     row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+    return row | _replaced(job, state, known, replaced)
+
+
+def _replaced(job: TrainingJob, state: State, known: set[str], met: set[str]) -> dict[str, Any]:
+    """The history's entry on the images that had to be replaced, and a line on those that this start has not shown yet.
+
+    known: messages that the history holds; met: those of this worker's epoch. Every worker must call it at the same step.
+    """
+    replaced = _of_all(met)
+    job.images.check(known | replaced)
     if (fresh := replaced - state.told) and ray.train.get_context().get_world_rank() == 0:
         unused = counted(len(fresh), "image could not be used and was replaced", "images could not be used and were replaced")
         job.board.say.remote(f"{unused}: {named(sorted(fresh))}")
     state.told |= replaced
-    if first_met := replaced - known:  # once in a run's history: they are replaced in every epoch
-        row["replaced"] = sorted(first_met)
-    return row
+    first_met = replaced - known  # once in a run's history: they are replaced in every epoch
+    return {"replaced": sorted(first_met)} if first_met else {}
 
 
 def _of_all(messages: set[str]) -> set[str]:

@@ -90,6 +90,17 @@ def serve_fakes(orders: Connection, bench: Bench) -> None:
     gpu._serve(orders, bench)
 
 
+def test_a_worker_that_ended_between_two_sections_is_replaced(bench: Bench) -> None:
+    worker = Worker(bench, serve_fakes, method="fork")
+    try:
+        for _ in range(2):
+            assert [event.kind for event in worker(FAKES["one"], bench, 100.0)] == ["row", "ok"]
+            worker._process.kill()
+            worker._process.join()
+    finally:
+        worker.close()
+
+
 def test_a_section_that_fails_dies_or_hangs_costs_nothing_but_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[str] = []
     monkeypatch.setattr(gpu, "LEAST_S", 1.0)

@@ -330,7 +330,7 @@ class Runs(RuleBasedStateMachine):
         self.trainer.kill = None
 
     @precondition(lambda self: self.keep is not None)
-    @rule(change=st.sampled_from([{"seed": 1}, {"max_dets": [7]}, {"val": None}]))
+    @rule(change=st.sampled_from([{"seed": 1}, {"max_dets": [7]}, {"keep_empty": True}]))
     def change(self, change: dict[str, Any]) -> None:
         before = sorted(path.name for path in (self.output / "r").iterdir())
         with pytest.raises(MaskLakeError, match="was started otherwise"):
