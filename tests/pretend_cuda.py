@@ -473,6 +473,7 @@ def _torch_cuda(log: Log, bf16: bool) -> dict[str, Any]:
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda including_emulation=True: bf16,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: log.sync("synchronize"),
         "set_sync_debug_mode": sync_debug,
         "get_sync_debug_mode": lambda: log.sync_debug_mode,

