@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jobs.shapes import CATEGORIES
-from model.config import ModelConfig
-from model.phases import COURSES, Phase
-from model.presets import PRESETS
-from pipeline.coco import parse_coco
+from masklake.jobs.shapes import CATEGORIES
+from masklake.model.config import ModelConfig
+from masklake.model.phases import COURSES, Phase
+from masklake.model.presets import PRESETS
+from masklake.pipeline.coco.dataset import parse_coco
 
 MASK = ("mask AP", "mask AP50", "mask AP75")
 BOX = ("box AP", "box AP50", "box AP75")
@@ -63,7 +63,7 @@ class Table:
 
 # -- the models --------------------------------------------------------------------------------------------------------
 
-SHAPES = parse_coco({"images": [], "annotations": [], "categories": CATEGORIES}, "jobs.shapes").categories
+SHAPES = parse_coco({"images": [], "annotations": [], "categories": CATEGORIES}, "masklake.jobs.shapes").categories
 ARROW = tuple(category for category in SHAPES if category.keypoints)
 """The one kind of shape with keypoints: what the person category is in tables 5 and 6."""
 

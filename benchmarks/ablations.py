@@ -29,16 +29,16 @@ import torch
 
 from benchmarks.ablation_tables import METRICS, PROPOSALS, SHAPES, TABLES, Table, Variant
 from benchmarks.record import RESULTS, environment, record, report, table
-from jobs.shapes import generate
-from model.config import Category, ModelConfig
-from model.instances import Target
-from model.mask_rcnn import MaskRCNN
-from model.phases import Phase, begin
-from pipeline.coco import CocoDataset, read_coco
-from pipeline.evaluation import KIND_NAMES, coco_metrics, result_rows
-from pipeline.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, recipe_of, set_rate
-from pipeline.storage import Storage
-from pipeline.training_data import Augmentation, Loader, SampleSpec, to_training, training_rows
+from masklake.jobs.shapes import generate
+from masklake.model.config import Category, ModelConfig
+from masklake.model.instances import Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import Phase, begin
+from masklake.pipeline.coco.dataset import CocoDataset, read_coco
+from masklake.pipeline.results.evaluation import KIND_NAMES, coco_metrics, result_rows
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, recipe_of, set_rate
+from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, to_training, training_rows
 
 NAME = "ablations"
 VALIDATION_SEED = 1_000_000

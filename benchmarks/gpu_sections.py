@@ -35,19 +35,19 @@ from benchmarks import kernels
 from benchmarks.record import Timing, side_by_side
 from benchmarks.rle import detections
 from benchmarks.seeded import seeded_state_dict
-from model import PRESETS, MaskRCNN, PredictOptions, create_model, load_checkpoint, save_checkpoint
-from model.boxes import suppress
-from model.coco import PERSON
-from model.config import Precision
-from model.devices import arithmetic
-from model.inference import Detections as Found
-from model.inference import Settings, propose, resolve, select, to_instances
-from model.instances import Instances, Target
-from model.kernels.mask_rle import mask_edges
-from model.prepare import DTYPES
-from model.rle import encode_on_device, pack_edges
-from model.rpn import Regions
-from pipeline.recipe import build_optimizer, clip, recipe_of
+from masklake.model import PRESETS, MaskRCNN, PredictOptions, create_model, load_checkpoint, save_checkpoint
+from masklake.model.boxes import suppress
+from masklake.model.coco_categories import PERSON
+from masklake.model.config import Precision
+from masklake.model.devices import arithmetic
+from masklake.model.inference import Detections as Found
+from masklake.model.inference import Settings, propose, resolve, select, to_instances
+from masklake.model.inference_network import DTYPES
+from masklake.model.instances import Instances, Target
+from masklake.model.kernels.mask_rle import mask_edges
+from masklake.model.masks.rle import encode_on_device, pack_edges
+from masklake.model.proposals.rpn import Regions
+from masklake.pipeline.training.recipe import build_optimizer, clip, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -134,7 +134,7 @@ SMALL = Scale(
     copied=1 << 12,
     product=16,
     repeats=1,
-    tests=("tests/model/test_anchors.py",),
+    tests=("tests/model/proposals/test_anchors.py",),
     tests_s=60.0,
 )
 

@@ -24,10 +24,10 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 from benchmarks.record import Timing, record, report, side_by_side, table
 from benchmarks.rle import DETECTIONS, detections, paste_and_encode
-from model.kernels.roi_align import roi_align
-from model.kernels.winograd import WinogradConv
-from model.keypoints import decode_heatmaps
-from model.rle import encode_boxed_masks
+from masklake.model.heads.keypoint_decoding import decode_heatmaps
+from masklake.model.kernels.roi_align import roi_align
+from masklake.model.kernels.winograd import WinogradConv
+from masklake.model.masks.rle import encode_boxed_masks
 
 STRIDES = (4, 8, 16, 32)
 SCALES = tuple(1 / stride for stride in STRIDES)

@@ -31,9 +31,9 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from benchmarks.record import record, report
 from benchmarks.seeded import seeded_state_dict
-from jobs.shapes import generate
-from pipeline.storage import Storage
-from pipeline.table import open_table
+from masklake.jobs.shapes import generate
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.table import open_table
 
 PRESET = "maskrcnn_resnet50_fpn"
 SYSTEMS = ("plain", "masklake fp32", "masklake bf16")
@@ -94,7 +94,7 @@ def make_weights(images: Path, detections: int, folder: Path) -> Weights:
 
 def masklake(*arguments: str) -> None:
     """Run the command line in a process of its own, as a user does."""
-    subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "masklake.jobs.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def run_once(system: str, images: Path, weights: Weights, output: Path) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from benchmarks.record import record, report, side_by_side, table
-from model.rle import encode_boxed_masks
+from masklake.model.masks.rle import encode_boxed_masks
 
 DETECTIONS = 100
 SIZES = ((800, 1333), (3000, 4000))

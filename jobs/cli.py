@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from jobs.stopped import command_of, stopped_line
-from jobs.stopping import Stopping
-from jobs.usage import USAGE_ERROR, usage_line
-from model.counts import counted
-from model.errors import ConfigError, MaskLakeError
+from masklake.jobs.terminal.signals import Stopping
+from masklake.jobs.terminal.stop_lines import command_of, stopped_line
+from masklake.jobs.terminal.usage import USAGE_ERROR, usage_line
+from masklake.model.errors import ConfigError, MaskLakeError
+from masklake.model.wording import counted
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -117,8 +117,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn another system's weights into a MaskLake checkpoint."""
-    from jobs import convert as command
-    from pipeline.storage import Storage, StorageOptions
+    from masklake.jobs import convert as command
+    from masklake.pipeline.storage.storage import Storage, StorageOptions
 
     report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps, categories)
     if as_json:
@@ -161,9 +161,9 @@ def query(
     Instances are stored from score 0.05 on; `WHERE score >= 0.5` leaves the likely ones. `SHOW TABLES`, `DESCRIBE images` and
     `SUMMARIZE images` say what there is. Only a table on the terminal is cut: a file or a pipe gets every row in full.
     """
-    from jobs import query as command
-    from jobs.answers import Format
-    from pipeline.storage import Storage, StorageOptions
+    from masklake.jobs import query as command
+    from masklake.jobs.terminal.answers import Format
+    from masklake.pipeline.storage.storage import Storage, StorageOptions
 
     storage = Storage(StorageOptions(endpoint_url=endpoint))
     chosen = None if form is None else Format(form)
@@ -192,8 +192,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Draw an image's current instances, those of score 0.5 and more unless --min-score says otherwise."""
-    from jobs import show as command
-    from pipeline.storage import Storage, StorageOptions
+    from masklake.jobs import show as command
+    from masklake.pipeline.storage.storage import Storage, StorageOptions
 
     report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score, images)
     if as_json:
@@ -239,9 +239,9 @@ def label(
 
     The same command goes on after a kill. Exit code 41: more images failed than --max-failed allows (the table holds all).
     """
-    from jobs import label as command
-    from jobs.label_plan import check_failures
-    from jobs.progress import written_above
+    from masklake.jobs import label as command
+    from masklake.jobs.labelling.plan import check_failures
+    from masklake.jobs.labelling.progress import written_above
 
     options = command.options(
         input={"uri": source, "column": column},
@@ -325,7 +325,7 @@ def train(
 
     The same command goes on after the last complete epoch, and says so when the run is complete.
     """
-    from jobs import train as command
+    from masklake.jobs import train as command
 
     options = command.read_options(
         config,
@@ -383,8 +383,8 @@ def propose(
     as_json: AsJson = False,
 ) -> None:
     """Store an RPN's proposals of every image, for `masklake train --learn detector --proposals`."""
-    from jobs import propose as command
-    from pipeline.storage import StorageOptions
+    from masklake.jobs import propose as command
+    from masklake.pipeline.storage.storage import StorageOptions
 
     options = command.ProposeOptions(
         coco=coco,
@@ -429,8 +429,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a table's labels: COCO AP of boxes, masks and keypoints, and the foreground's mean IoU."""
-    from jobs import evaluate as command
-    from pipeline.storage import Storage, StorageOptions
+    from masklake.jobs import evaluate as command
+    from masklake.pipeline.storage.storage import Storage, StorageOptions
 
     storage = Storage(StorageOptions(endpoint_url=endpoint))
     dets = max_dets or (1, 10, 100)
@@ -450,7 +450,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """See the whole product at work on drawn shapes: train, label, score, query."""
-    from jobs import demo as command
+    from masklake.jobs import demo as command
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         report = command.run(output, train_images, unseen_images, epochs, say=lambda line: typer.echo(line, err=as_json))
@@ -495,7 +495,7 @@ def _end(code: int, message: str) -> NoReturn:
 
 def _refused_by_the_machine(error: Exception) -> MaskLakeError | None:
     """The last net: a permission, a path or a full disk that no command looked at by itself is the user's to mend, too."""
-    from pipeline.storage_errors import of_the_machine
+    from masklake.pipeline.storage.errors import of_the_machine
 
     known = of_the_machine(error)
     if known is not None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs.output import check_not_read, same_place
-from model import create_model
-from model.checkpoint import dumps
-from model.config import Category
-from model.errors import ConfigError
-from pipeline.coco import parse_coco
-from pipeline.coco_values import quoted
-from pipeline.storage import Storage
+from masklake.jobs.terminal.output import check_not_read, same_place
+from masklake.model import create_model
+from masklake.model.config import Category
+from masklake.model.errors import ConfigError
+from masklake.model.weights.checkpoint import dumps
+from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.coco.values import quoted
+from masklake.pipeline.storage.storage import Storage
 
 _FORMS = "give a COCO JSON file, a JSON list of names in the order of the classes, or a text file with one name a line"
 

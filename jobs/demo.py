@@ -17,17 +17,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs import evaluate, label, train
-from jobs.answers import write_shown_table
-from jobs.shapes import CATEGORIES, generate
-from model.counts import counted
-from pipeline.decode import decode
-from pipeline.draw import contact_sheet, draw_instances
-from pipeline.evaluation import IouType
-from pipeline.query import query, stream
-from pipeline.schema import LIKELY_SCORE
-from pipeline.storage import Storage
-from pipeline.storage_errors import translated
+from masklake.jobs import evaluate, label, train
+from masklake.jobs.shapes import CATEGORIES, generate
+from masklake.jobs.terminal.answers import write_shown_table
+from masklake.model.wording import counted
+from masklake.pipeline.images.decode import decode
+from masklake.pipeline.results.drawing import contact_sheet, draw_instances
+from masklake.pipeline.results.evaluation import IouType
+from masklake.pipeline.storage.errors import translated
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.query import query, stream
+from masklake.pipeline.table.schema import LIKELY_SCORE
 
 Say = Callable[[str], None]
 

@@ -11,17 +11,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.counts import counted_instances
-from jobs.output import check_output
-from model.counts import agreeing, counted, counted_of
-from model.errors import ConfigError
-from pipeline.coco import CocoDataset, check_dropped, counted_reason, read_coco
-from pipeline.errors import InputNotFoundError
-from pipeline.evaluation import KIND_NAMES, IouType, Score, coco_metrics, mean_iou
-from pipeline.matching import COLUMNS, ImageNames, Matches, TableDetections, check_keypoints, check_sizes, collect
-from pipeline.query import query, stream
-from pipeline.schema import LIKELY_SCORE
-from pipeline.storage import Storage
+from masklake.jobs.terminal.counts import counted_instances
+from masklake.jobs.terminal.output import check_output
+from masklake.model.errors import ConfigError
+from masklake.model.wording import agreeing, counted, counted_of
+from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, read_coco
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.results.coco_results import (
+    COLUMNS,
+    ImageNames,
+    Matches,
+    TableDetections,
+    check_keypoints,
+    check_sizes,
+    collect,
+)
+from masklake.pipeline.results.evaluation import KIND_NAMES, IouType, Score, coco_metrics, mean_iou
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.query import query, stream
+from masklake.pipeline.table.schema import LIKELY_SCORE
 
 
 class EvaluateReport(BaseModel):

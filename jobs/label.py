@@ -1,7 +1,7 @@
 """`masklake label`: plan a run, stream the images through the model, complete what was lost, commit, report (design 3.3).
 
-The same call continues where an earlier one stopped, however it stopped. What it decides is in `jobs.label_plan`; what the
-workers do is in `pipeline.labeller`; which of the written files count is in `pipeline.run_output`.
+The same call continues where an earlier one stopped, however it stopped. What it decides is in `jobs.labelling.plan`; what the
+workers do is in `pipeline.labelling.labeller`; which of the written files count is in `pipeline.labelling.run_output`.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jobs import label_plan
-from jobs.cluster import connect, data_context, last_line
-from jobs.counts import counted_instances
-from jobs.label_plan import Device, Round, WorkerPlan
-from jobs.progress import shown, start_counter
-from jobs.trials import DEATHS, Alone
-from jobs.waiting import has_place, said_while_waiting
-from jobs.weights import read_model
-from model import MaskRCNN, PredictOptions, load_checkpoint
-from model.counts import counted
-from model.errors import CheckpointError, ConfigError, MaskLakeError, faults
-from pipeline import run_output
-from pipeline.decode import DecodeLimits
-from pipeline.errors import InputNotFoundError, LabellingError
-from pipeline.labeller import LabellingActor, LabelSpec
-from pipeline.lease import Lease
-from pipeline.left_out import LeftOut
-from pipeline.listing import InputSpec
-from pipeline.manifest import Plan, plan_run
-from pipeline.patience import patiently
-from pipeline.rows import Outcome, to_table
-from pipeline.run_output import Finished
-from pipeline.schema import LIKELY_SCORE, Status
-from pipeline.storage import Storage, StorageOptions
-from pipeline.table import Table, open_table, valid_run_id
+from masklake.jobs.cluster.connection import connect, data_context, last_line
+from masklake.jobs.cluster.waiting import has_place, said_while_waiting
+from masklake.jobs.labelling import plan as label_plan
+from masklake.jobs.labelling.lost_images import DEATHS, Alone
+from masklake.jobs.labelling.plan import Device, Round, WorkerPlan
+from masklake.jobs.labelling.progress import shown, start_counter
+from masklake.jobs.terminal.counts import counted_instances
+from masklake.jobs.weights import read_model
+from masklake.model import MaskRCNN, PredictOptions, load_checkpoint
+from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError, faults
+from masklake.model.wording import counted
+from masklake.pipeline.errors import InputNotFoundError, LabellingError
+from masklake.pipeline.images.decode import DecodeLimits
+from masklake.pipeline.images.status import Status
+from masklake.pipeline.inputs.listing import InputSpec
+from masklake.pipeline.labelling import run_output
+from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec
+from masklake.pipeline.labelling.lease import Lease
+from masklake.pipeline.labelling.manifest import Plan, plan_run
+from masklake.pipeline.labelling.run_output import Finished
+from masklake.pipeline.storage.left_out import LeftOut
+from masklake.pipeline.storage.retry import patiently
+from masklake.pipeline.storage.storage import Storage, StorageOptions
+from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.schema import LIKELY_SCORE
+from masklake.pipeline.table.table import Table, open_table, valid_run_id
 
 log = logging.getLogger(__name__)
 
@@ -369,7 +370,7 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
         num_cpus=workers.cpus_each,
         num_gpus=workers.gpus_each or None,
         # A node that is cut off is known to be dead some 20 s later: with a limit each block that goes there till then is lost.
-        max_task_retries=-1,  # an image that kills its worker ends it by `jobs.progress.TAKES`
+        max_task_retries=-1,  # an image that kills its worker ends it by `jobs.labelling.progress.TAKES`
     )
 
 

@@ -15,17 +15,17 @@ import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.cluster import connect, data_context, last_line
-from jobs.label import load_model
-from jobs.label_plan import Device, WorkerPlan, plan_workers
-from jobs.output import check_not_read
-from jobs.waiting import said_while_waiting
-from model.errors import ConfigError
-from pipeline.coco import CocoDataset, image_folder, read_coco
-from pipeline.errors import LabellingError
-from pipeline.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
-from pipeline.proposals import PROPOSAL_SCHEMA, Proposer
-from pipeline.storage import Storage, StorageOptions, canonical, parse, relative_to
+from masklake.jobs.cluster.connection import connect, data_context, last_line
+from masklake.jobs.cluster.waiting import said_while_waiting
+from masklake.jobs.label import load_model
+from masklake.jobs.labelling.plan import Device, WorkerPlan, plan_workers
+from masklake.jobs.terminal.output import check_not_read
+from masklake.model.errors import ConfigError
+from masklake.pipeline.coco.dataset import CocoDataset, image_folder, read_coco
+from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
+from masklake.pipeline.errors import LabellingError
+from masklake.pipeline.storage.storage import Storage, StorageOptions, canonical, parse, relative_to
+from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, Proposer
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class ProposeOptions(BaseModel):
     coco: str = Field(description="COCO JSON of the images, local or s3://.")
     images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
     weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
-    output: str = Field(description="The Parquet file to write (`pipeline.proposals.PROPOSAL_SCHEMA`).")
+    output: str = Field(description="The Parquet file to write (`pipeline.training.proposals.PROPOSAL_SCHEMA`).")
     allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
     max_unusable: float | None = Field(
         default=None, ge=0, le=1, description="Share of images that may be left out; default: 0.05 with allow_missing, else 0."

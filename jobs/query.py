@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs.answers import GZIP, Format, format_of, write_file, write_shown_table, write_text
-from jobs.output import check_output
-from model.errors import ConfigError
-from pipeline.query import stream
-from pipeline.storage import Storage
+from masklake.jobs.terminal.answers import GZIP, Format, format_of, write_file, write_shown_table, write_text
+from masklake.jobs.terminal.output import check_output
+from masklake.model.errors import ConfigError
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.query import stream
 
 STDIN = "-"
 

@@ -12,18 +12,19 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.output import check_output, same_place
-from model.counts import counted
-from model.errors import ConfigError
-from pipeline.decode import decode
-from pipeline.draw import draw_instances
-from pipeline.errors import InputNotFoundError, StorageError, TableError
-from pipeline.query import connect
-from pipeline.schema import LIKELY_SCORE, Status
-from pipeline.storage import Storage, below, canonical, parse, real_place
-from pipeline.storage_errors import describe as describe_error
-from pipeline.stored_values import check_instance
-from pipeline.walk import is_utf8
+from masklake.jobs.terminal.output import check_output, same_place
+from masklake.model.errors import ConfigError
+from masklake.model.wording import counted
+from masklake.pipeline.errors import InputNotFoundError, StorageError, TableError
+from masklake.pipeline.images.decode import decode
+from masklake.pipeline.images.status import Status
+from masklake.pipeline.results.drawing import draw_instances
+from masklake.pipeline.storage.errors import describe as describe_error
+from masklake.pipeline.storage.storage import Storage, below, canonical, parse, real_place
+from masklake.pipeline.storage.walk import is_utf8
+from masklake.pipeline.table.query import connect
+from masklake.pipeline.table.schema import LIKELY_SCORE
+from masklake.pipeline.table.stored_values import check_instance
 
 NAMED = 3
 """Images that a message names."""

@@ -1,6 +1,6 @@
 """`masklake train`: check the data and the plan, hand the run to Ray Train, and draw what came of it.
 
-What a worker does is in `jobs.train_worker`. A run is known by its name: the same command goes on after the last complete
+What a worker does is in `jobs.training.worker`. A run is known by its name: the same command goes on after the last complete
 epoch, and says so when nothing is left to do.
 """
 
@@ -23,30 +23,30 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ray.train.torch import TorchTrainer
 
-from jobs.board import Listener, failure_on, start_board, to_stderr
-from jobs.cluster import Capacity, connect, cores, interruptible, last_line
-from jobs.latest import read_latest
-from jobs.run_record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
-from jobs.train_worker import CURVES, METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
-from jobs.waiting import said_while_waiting
-from model.build import create_model, holds_classifier
-from model.checkpoint import dumps
-from model.config import ModelConfig, Task
-from model.counts import agreeing, counted
-from model.errors import ConfigError, faults
-from model.mask_rcnn import MaskRCNN
-from model.phases import COURSES, Course, Phase, with_rpn_backbone
-from model.presets import preset as preset_config
-from pipeline.coco import CocoDataset, check_dropped, counted_reason, image_folder, read_coco
-from pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
-from pipeline.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
-from pipeline.image_check import unusable_share, usable_images
-from pipeline.literal_keys import is_plain
-from pipeline.proposals import read_proposals
-from pipeline.recipe import Recipe, recipe_of
-from pipeline.sample_stream import SampleStream
-from pipeline.storage import Storage, StorageOptions, canonical, parse
-from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
+from masklake.jobs.cluster.connection import Capacity, connect, cores, interruptible, last_line
+from masklake.jobs.cluster.waiting import said_while_waiting
+from masklake.jobs.training.latest import read_latest
+from masklake.jobs.training.messages import Listener, failure_on, start_board, to_stderr
+from masklake.jobs.training.record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
+from masklake.jobs.training.worker import CURVES, METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
+from masklake.model.build import create_model, holds_classifier
+from masklake.model.config import ModelConfig, Task
+from masklake.model.errors import ConfigError, faults
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import COURSES, Course, Phase, with_rpn_backbone
+from masklake.model.presets import preset as preset_config
+from masklake.model.weights.checkpoint import dumps
+from masklake.model.wording import agreeing, counted
+from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, image_folder, read_coco
+from masklake.pipeline.coco.image_check import unusable_share, usable_images
+from masklake.pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
+from masklake.pipeline.results.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
+from masklake.pipeline.storage.literal_keys import is_plain
+from masklake.pipeline.storage.storage import Storage, StorageOptions, canonical, parse
+from masklake.pipeline.training.proposals import read_proposals
+from masklake.pipeline.training.recipe import Recipe, recipe_of
+from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
+from masklake.pipeline.training.stream import SampleStream
 
 TABLES: Mapping[str, type[BaseModel]] = {
     "recipe": Recipe,
@@ -98,7 +98,9 @@ class TrainOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs when there is one a worker.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads of a worker; default: its share of the cores.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Of everything that is random.")
-    recipe: dict[str, Any] = Field(default={}, description="Changes to the preset's recipe (`pipeline.recipe.Recipe`).")
+    recipe: dict[str, Any] = Field(
+        default={}, description="Changes to the preset's recipe (`pipeline.training.recipe.Recipe`)."
+    )
     model: dict[str, Any] = Field(default={}, description="Changes to the preset's configuration (`model.ModelConfig`).")
     augmentation: Augmentation = Augmentation()
     evaluate_every: int = Field(default=0, ge=0, description="Epochs between evaluations; 0: only after the last.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from model import create_model
-from model.build import preset_of_weights
-from model.checkpoint import dumps, is_ours
-from model.errors import CheckpointError
-from model.weights_file import what_it_is
-from pipeline.storage import Storage
+from masklake.model import create_model
+from masklake.model.build import preset_of_weights
+from masklake.model.errors import CheckpointError
+from masklake.model.weights.checkpoint import dumps, is_ours
+from masklake.model.weights.files import what_it_is
+from masklake.pipeline.storage.storage import Storage
 
 
 def read_model(storage: Storage, weights: str) -> bytes:

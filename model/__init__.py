@@ -13,12 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.build import create_model
-    from model.checkpoint import load_checkpoint, save_checkpoint
-    from model.config import Category, ModelConfig, PredictOptions
-    from model.instances import Instances, Target
-    from model.mask_rcnn import MaskRCNN
-    from model.presets import PRESETS
+    from masklake.model.build import create_model
+    from masklake.model.config import Category, ModelConfig, PredictOptions
+    from masklake.model.instances import Instances, Target
+    from masklake.model.mask_rcnn import MaskRCNN
+    from masklake.model.presets import PRESETS
+    from masklake.model.weights.checkpoint import load_checkpoint, save_checkpoint
 
 # torch asks for every large map anew, and the kernel hands out its pages one by one: first writes to 62 MB took 26 ms, with
 # huge pages 7 ms. torch reads this when it first allocates, so it has to be said before torch is imported.
@@ -44,16 +44,16 @@ def _keep_freed_memory() -> None:
 _keep_freed_memory()
 
 _HOME = {
-    "PRESETS": "model.presets",
-    "Category": "model.config",
-    "Instances": "model.instances",
-    "MaskRCNN": "model.mask_rcnn",
-    "ModelConfig": "model.config",
-    "PredictOptions": "model.config",
-    "Target": "model.instances",
-    "create_model": "model.build",
-    "load_checkpoint": "model.checkpoint",
-    "save_checkpoint": "model.checkpoint",
+    "PRESETS": "masklake.model.presets",
+    "Category": "masklake.model.config",
+    "Instances": "masklake.model.instances",
+    "MaskRCNN": "masklake.model.mask_rcnn",
+    "ModelConfig": "masklake.model.config",
+    "PredictOptions": "masklake.model.config",
+    "Target": "masklake.model.instances",
+    "create_model": "masklake.model.build",
+    "load_checkpoint": "masklake.model.weights.checkpoint",
+    "save_checkpoint": "masklake.model.weights.checkpoint",
 }
 
 __all__ = [

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.devices import constant
-from model.torchvision_ops import batched_nms, box_iou, nms
+from masklake.model.devices import constant
+from masklake.model.torchvision_ops import batched_nms, box_iou, nms
 
 __all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "has_area", "suppress", "top_per_image", "wide_enough"]
 

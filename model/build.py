@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import detectron2_weights, torchvision_weights
-from model.checkpoint import BY_CLASS, check_state, is_ours, load_state, parse, read_bytes
-from model.config import Category, ModelConfig
-from model.devices import check_device
-from model.errors import CheckpointError
-from model.mask_rcnn import MaskRCNN
-from model.other_networks import backbone_name, other_network, residual_network
-from model.presets import PRESETS, preset
-from model.weights_file import read_state
+from masklake.model.config import Category, ModelConfig
+from masklake.model.devices import check_device
+from masklake.model.errors import CheckpointError
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS, preset
+from masklake.model.weights import detectron2 as detectron2_weights
+from masklake.model.weights import torchvision as torchvision_weights
+from masklake.model.weights.checkpoint import BY_CLASS, check_state, is_ours, load_state, parse, read_bytes
+from masklake.model.weights.files import read_state
+from masklake.model.weights.other_networks import backbone_name, other_network, residual_network
 
 _BRANCHES = ("mask_head.", "keypoint_head.")
 _CLASSIFIER = ("backbone.body.", "roi_stage.")
@@ -37,7 +38,7 @@ def create_model(
 
     preset_or_config: a name in `PRESETS`, or a configuration, which is then followed to the letter.
     weights: our checkpoint, a torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model zoo,
-    .pth, .safetensors), bare or in a training checkpoint or a wrapper (`model.weights_file`), as path or bytes; or the name of
+    .pth, .safetensors), bare or in a training checkpoint or a wrapper (`model.weights.files`), as path or bytes; or the name of
     torchvision's weights, which are downloaded. None leaves random weights. A preset's name takes on
     what the weights' source says: a checkpoint's own configuration where the preset is the same, the eps of torchvision's
     norms, Detectron2's conventions.

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from model.config import ModelConfig
+from masklake.model.config import ModelConfig
 
 FIRST_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Category": {"keypoints": (), "flip_pairs": (), "skeleton": ()},

@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
-from model.config import ModelConfig, PasteKind, PredictOptions, Task
-from model.devices import constant, sent
-from model.errors import ConfigError
-from model.instances import Instances
-from model.keypoints import decode_heatmaps
-from model.network import Network
-from model.rle import encode_boxed_masks, encode_on_device, on_device
-from model.rpn import Regions
-from model.transform import Canvas, Size
+from masklake.model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
+from masklake.model.config import ModelConfig, PasteKind, PredictOptions, Task
+from masklake.model.devices import constant, sent
+from masklake.model.errors import ConfigError
+from masklake.model.heads.keypoint_decoding import decode_heatmaps
+from masklake.model.instances import Instances
+from masklake.model.masks.rle import encode_boxed_masks, encode_on_device, on_device
+from masklake.model.network import Network
+from masklake.model.proposals.rpn import Regions
+from masklake.model.transform import Canvas, Size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.bit_masks import BitMasks
+from masklake.model.masks.bit_masks import BitMasks
 
 
 @dataclass(frozen=True)

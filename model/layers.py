@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.config import BackboneConfig, ModelConfig, NormKind
+from masklake.model.config import BackboneConfig, ModelConfig, NormKind
 
 
 class FrozenBatchNorm(nn.Module):

@@ -13,21 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.box_head import box_losses
-from model.config import Learn, ModelConfig, Precision, PredictOptions
-from model.counts import agreeing, counted_of
-from model.devices import arithmetic, resolved, sent
-from model.errors import ConfigError
-from model.identity import model_id
-from model.inference import Settings, detect, propose, resolve, to_instances
-from model.instances import Instances, Target
-from model.keypoint_head import keypoint_loss, keypoint_targets
-from model.mask_head import mask_targets
-from model.network import Network
-from model.prepare import DTYPES, fingerprint, prepare
-from model.roi_sampling import Samples, Truth, sample_regions, truth_on_canvas
-from model.rpn import Regions
-from model.transform import Canvas, canvas_size, check_image, filled_up, make_canvas
+from masklake.model.config import Learn, ModelConfig, Precision, PredictOptions
+from masklake.model.devices import arithmetic, resolved, sent
+from masklake.model.errors import ConfigError
+from masklake.model.heads.box import box_losses
+from masklake.model.heads.keypoint import keypoint_loss, keypoint_targets
+from masklake.model.heads.mask import mask_targets
+from masklake.model.identity import model_id
+from masklake.model.inference import Settings, detect, propose, resolve, to_instances
+from masklake.model.inference_network import DTYPES, fingerprint, prepare
+from masklake.model.instances import Instances, Target
+from masklake.model.network import Network
+from masklake.model.proposals.rpn import Regions
+from masklake.model.rois.sampling import Samples, Truth, sample_regions, truth_on_canvas
+from masklake.model.transform import Canvas, canvas_size, check_image, filled_up, make_canvas
+from masklake.model.wording import agreeing, counted_of
 
 DEFAULT_OPTIONS = PredictOptions()
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.backbone import make_backbone
-from model.box_head import BoxHead
-from model.config import ModelConfig
-from model.keypoint_head import KeypointHead
-from model.mask_head import make_mask_head
-from model.resnet import STAGES, make_stage
-from model.roi_features import roi_features
-from model.rpn import RegionProposalNetwork, Regions
+from masklake.model.backbones.backbone import make_backbone
+from masklake.model.backbones.resnet import STAGES, make_stage
+from masklake.model.config import ModelConfig
+from masklake.model.heads.box import BoxHead
+from masklake.model.heads.keypoint import KeypointHead
+from masklake.model.heads.mask import make_mask_head
+from masklake.model.proposals.rpn import RegionProposalNetwork, Regions
+from masklake.model.rois.features import roi_features
 
 
 class Network(nn.Module):

@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from model.checkpoint import load_state
-from model.config import Learn, RpnBackbone
-from model.mask_rcnn import MaskRCNN
+from masklake.model.config import Learn, RpnBackbone
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.weights.checkpoint import load_state
 
 Course = Literal["joint", "rpn", "detector", "separate", "four_step"]
 

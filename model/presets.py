@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from model.coco import COCO_CATEGORIES, COCO_RAW_CATEGORIES, PERSON
-from model.config import BackboneConfig, ModelConfig
-from model.errors import UnknownPresetError
+from masklake.model.coco_categories import COCO_CATEGORIES, COCO_RAW_CATEGORIES, PERSON
+from masklake.model.config import BackboneConfig, ModelConfig
+from masklake.model.errors import UnknownPresetError
 
 _KEYPOINT_SIZES = {"min_sizes": (640, 672, 704, 736, 768, 800)}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.boxes import box_iou
+from masklake.model.boxes import box_iou
 
 BACKGROUND = -1
 IGNORED = -2

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config import ModelConfig
-from model.devices import constant, sent
-from model.errors import ConfigError
+from masklake.model.config import ModelConfig
+from masklake.model.devices import constant, sent
+from masklake.model.errors import ConfigError
 
 Size = tuple[int, int]
 

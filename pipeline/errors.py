@@ -20,7 +20,7 @@ MaskLakeError
 
 from __future__ import annotations
 
-from model.errors import MaskLakeError
+from masklake.model.errors import MaskLakeError
 
 
 class InputNotFoundError(MaskLakeError):

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from model.kernels.operators import IMPLEMENTATIONS
+from masklake.model.kernels.operators import IMPLEMENTATIONS
 
 CUDA = torch.device("cuda", 0)
 T = torch.Tensor
@@ -189,7 +189,7 @@ def where() -> str:
 @cache
 def _of_the_project(filename: str) -> str:
     """The path from the root, or nothing for what is not the project's: asked for at every operator, hence kept."""
-    path = Path(filename)
+    path = Path(filename).resolve()  # `masklake/model` is a link
     inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS
     return str(path.relative_to(ROOT)) if inside else ""
 
@@ -547,7 +547,10 @@ def _interpreted(log: Log, launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forget_what_is_kept_by_device() -> None:
     """Constants that the project made on a device are not of the next one."""
-    for module, name in (("model.devices", "_constant"), ("model.kernels.roi_align_triton", "_device_tables")):
+    for module, name in (
+        ("masklake.model.devices", "_constant"),
+        ("masklake.model.kernels.roi_align_triton", "_device_tables"),
+    ):
         if module in sys.modules:
             getattr(sys.modules[module], name).cache_clear()
 
@@ -572,7 +575,7 @@ def pretend_cuda(kernels: bool = False, bf16: bool = True) -> Iterator[Log]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouper(log)))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", _profiler()))
-        stack.enter_context(mock.patch("model.devices.c_compiler", return_value="cc"))  # nothing is compiled here
+        stack.enter_context(mock.patch("masklake.model.devices.c_compiler", return_value="cc"))  # nothing is compiled here
         if kernels:
             from triton.runtime.interpreter import GridExecutor
 

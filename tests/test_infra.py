@@ -12,8 +12,8 @@ import pytest
 import typer.main
 import yaml
 
-from jobs.cli import app
-from jobs.stopping import GRACE_S
+from masklake.jobs.cli import app
+from masklake.jobs.terminal.signals import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.torchvision_ops import nms
+from masklake.model.torchvision_ops import nms
 from tests.pretend_cuda import Log, pretend_cuda
 
 Use = Callable[[Tensor, Tensor], object]

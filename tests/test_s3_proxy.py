@@ -10,7 +10,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError
 from obstore.store import S3Store
 
-from pipeline.storage import Storage
+from masklake.pipeline.storage.storage import Storage
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """Where pasted masks change: one operator for the masks of a whole batch, Triton on CUDA and the reference elsewhere.
 
 What run-length encodings are made of, so that neither pasted masks nor the small ones have to leave the device. Registered
-with torch as ``torch.ops.masklake.mask_edges``. On a CPU `model.rle` computes the same edges with less work.
+with torch as ``torch.ops.masklake.mask_edges``. On a CPU `model.masks.rle` computes the same edges with less work.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.kernels.layout import warn_once
-from model.kernels.mask_rle_reference import mask_edges_reference
-from model.kernels.operators import register
+from masklake.model.kernels.layout import warn_once
+from masklake.model.kernels.mask_rle_reference import mask_edges_reference
+from masklake.model.kernels.operators import register
 
 Path = Literal["triton", "reference"]
 
@@ -45,7 +45,7 @@ def mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, wi
 def _mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
     if choose_path(masks.device.type) == "triton":
         # Imported where it runs: Triton exists on Linux only.
-        from model.kernels.mask_rle_triton import mask_edges_triton
+        from masklake.model.kernels.mask_rle_triton import mask_edges_triton
 
         return mask_edges_triton(masks, boxes, sizes, threshold, widest, room)
     return mask_edges_reference(masks, boxes, sizes, threshold, widest, room)

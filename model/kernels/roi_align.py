@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled, warn_once
-from model.kernels.operators import NAMESPACE, register
-from model.kernels.roi_align_cpu import roi_align_cpu, roi_align_cpu_backward
-from model.kernels.roi_align_reference import roi_align_reference
+from masklake.model.kernels.layout import BAG_DTYPES, TRITON_DTYPES, TRITON_LEVELS, empty_gradient, empty_pooled, warn_once
+from masklake.model.kernels.operators import NAMESPACE, register
+from masklake.model.kernels.roi_align_cpu import roi_align_cpu, roi_align_cpu_backward
+from masklake.model.kernels.roi_align_reference import roi_align_reference
 
 PoolMode = Literal["avg", "max"]
 Path = Literal["triton", "bag", "reference"]
@@ -149,7 +149,7 @@ def choose_backward_path(path: Path, deterministic: bool) -> Path:
 def _forward(path: Path) -> Callable[..., Tensor]:
     if path == "triton":
         # Imported where it runs: Triton exists on Linux only.
-        from model.kernels.roi_align_triton import roi_align_triton
+        from masklake.model.kernels.roi_align_triton import roi_align_triton
 
         return roi_align_triton
     return roi_align_cpu if path == "bag" else roi_align_reference
@@ -157,7 +157,7 @@ def _forward(path: Path) -> Callable[..., Tensor]:
 
 def _backward(path: Path) -> Callable[..., list[Tensor]]:
     if path == "triton":
-        from model.kernels.roi_align_triton import roi_align_triton_backward
+        from masklake.model.kernels.roi_align_triton import roi_align_triton_backward
 
         return roi_align_triton_backward
     return roi_align_cpu_backward if path == "bag" else _reference_backward

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.layout import FARTHEST, empty_gradient
+from masklake.model.kernels.layout import FARTHEST, empty_gradient
 
 # Rows gathered by one bag call: bounds the memory for indices and keeps a chunk's output in the cache while it is copied.
 ROWS_PER_CHUNK = 1 << 17

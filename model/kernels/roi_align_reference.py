@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.kernels.layout import FARTHEST
+from masklake.model.kernels.layout import FARTHEST
 
 
 def roi_align_reference(

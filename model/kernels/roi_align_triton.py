@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.layout import FARTHEST, TRITON_LEVELS, empty_gradient, empty_pooled
+from masklake.model.kernels.layout import FARTHEST, TRITON_LEVELS, empty_gradient, empty_pooled
 
 FAR = tl.constexpr(FARTHEST)
 FORWARD_ELEMENTS = 4096  # of a program, bins times channels: what registers hold

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks import ablations
 from benchmarks.ablation_tables import ARROW, SHAPES, TABLES, Table, Variant
-from jobs.shapes import generate
-from model.config import ModelConfig
-from model.mask_rcnn import MaskRCNN
-from model.phases import begin
-from pipeline.recipe import build_optimizer, recipe_of
-from pipeline.training_data import Augmentation
+from masklake.jobs.shapes import generate
+from masklake.model.config import ModelConfig
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import begin
+from masklake.pipeline.training.recipe import build_optimizer, recipe_of
+from masklake.pipeline.training.samples import Augmentation
 
 TRAININGS = ablations.lines(list(TABLES.values()))
 

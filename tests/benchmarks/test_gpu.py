@@ -17,8 +17,8 @@ import torch
 from benchmarks import gpu, gpu_sections
 from benchmarks.gpu import Event, Worker, markdown, measure
 from benchmarks.gpu_sections import SECTIONS, SMALL, Bench, Row, Section
-from model.instances import Instances
-from model.rle import encode
+from masklake.model.instances import Instances
+from masklake.model.masks.rle import encode
 
 CHEAP = [name for name in SECTIONS if name != "tests"]
 

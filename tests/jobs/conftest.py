@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import create_model, save_checkpoint
+from masklake.model import create_model, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ class Command:
 
     def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            [sys.executable, "-m", "masklake.jobs.cli", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,14 +15,15 @@ import pytest
 import ray
 import torch
 
-from jobs import train, train_worker
-from jobs.cluster import Capacity
-from jobs.shapes import generate
-from jobs.train import TrainOptions
-from jobs.train_worker import Images, TrainingJob
-from model.checkpoint import dumps, load_checkpoint
-from model.mask_rcnn import MaskRCNN
-from pipeline.storage import Storage
+from masklake.jobs import train
+from masklake.jobs.cluster.connection import Capacity
+from masklake.jobs.shapes import generate
+from masklake.jobs.train import TrainOptions
+from masklake.jobs.training import worker as train_worker
+from masklake.jobs.training.worker import Images, TrainingJob
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.storage.storage import Storage
 
 NARROW: dict[str, Any] = {
     "backbone": {"widths": (8, 8, 8, 8), "stem_channels": 8},

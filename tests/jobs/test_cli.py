@@ -15,19 +15,19 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from jobs.cli import app, main, print_json
-from jobs.stopped import AFTER_A_STOP, command_of, stopped_line
+from masklake.jobs.cli import app, main, print_json
+from masklake.jobs.terminal.stop_lines import AFTER_A_STOP, command_of, stopped_line
 
 COMMANDS = set(get_command(app).commands)  # type: ignore[attr-defined]
 HEAVY = ("torch", "ray", "duckdb", "pyarrow", "matplotlib", "deltalake")
 
 
-def run(*arguments: str, code: str = "from jobs.cli import main; main()") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, code: str = "from masklake.jobs.cli import main; main()") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = f"import sys, jobs.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    code = f"import sys, masklake.jobs.cli; print([name for name in {HEAVY} if name in sys.modules])"
     assert run(code=code).stdout.strip() == "[]"
 
 
@@ -40,8 +40,8 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
 
 
 INTERRUPTED_INSIDE = """
-from jobs import cli
-from model.errors import MaskLakeError
+from masklake.jobs import cli
+from masklake.model.errors import MaskLakeError
 
 class Interrupts:
     def __set_name__(self, owner, name):
@@ -99,7 +99,7 @@ def test_an_interrupt_that_an_error_replaces_is_that_error() -> None:
 
 
 STRAY = """
-from jobs import cli
+from masklake.jobs import cli
 
 @cli.app.command("query")
 def named():
@@ -130,7 +130,7 @@ def test_an_error_that_may_be_a_fault_of_ours_keeps_its_traceback() -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_an_output_that_is_full_is_a_line() -> None:
-    code = "from jobs.cli import main; main()"
+    code = "from masklake.jobs.cli import main; main()"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 24

@@ -13,12 +13,12 @@ import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.convert import read_categories
-from model import create_model, load_checkpoint
-from model.errors import CheckpointError, ConfigError
-from model.torchvision_weights import rename
-from pipeline.storage import Storage
+from masklake.jobs.cli import app
+from masklake.jobs.convert import read_categories
+from masklake.model import create_model, load_checkpoint
+from masklake.model.errors import CheckpointError, ConfigError
+from masklake.model.weights.torchvision import rename
+from masklake.pipeline.storage.storage import Storage
 
 KINDS = ("weight", "bias")
 

@@ -15,18 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from jobs import evaluate
-from jobs.cli import app
-from jobs.shapes import generate
-from model.errors import ConfigError
-from model.rle import pack_counts
-from pipeline.coco import parse_coco, read_coco, to_rle
-from pipeline.errors import AnnotationError, InputNotFoundError, TableError
-from pipeline.evaluation import coco_metrics, mean_iou
-from pipeline.matching import ImageNames, Matches
-from pipeline.schema import FILE_SCHEMA
-from pipeline.storage import Storage
-from pipeline.table import open_table
+from masklake.jobs import evaluate
+from masklake.jobs.cli import app
+from masklake.jobs.shapes import generate
+from masklake.model.errors import ConfigError
+from masklake.model.masks.rle import pack_counts
+from masklake.pipeline.coco.dataset import parse_coco, read_coco, to_rle
+from masklake.pipeline.errors import AnnotationError, InputNotFoundError, TableError
+from masklake.pipeline.results.coco_results import ImageNames, Matches
+from masklake.pipeline.results.evaluation import coco_metrics, mean_iou
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.schema import FILE_SCHEMA
+from masklake.pipeline.table.table import open_table
 
 
 def write_table(uri: str, rows: list[dict[str, Any]], run: str = "run") -> None:

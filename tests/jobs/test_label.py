@@ -15,14 +15,13 @@ import pyarrow.dataset
 import pytest
 import ray
 
-from jobs import label
-from jobs.cluster import connect
-from jobs.label import LabelOptions, LabelReport, describe
-from jobs.progress import start_counter
-from model import load_checkpoint
-from model.errors import CheckpointError, ConfigError
-from pipeline.decode import Decoded, DecodeLimits
-from pipeline.errors import (
+from masklake.jobs import label
+from masklake.jobs.cluster.connection import connect
+from masklake.jobs.label import LabelOptions, LabelReport, describe
+from masklake.jobs.labelling.progress import start_counter
+from masklake.model import load_checkpoint
+from masklake.model.errors import CheckpointError, ConfigError
+from masklake.pipeline.errors import (
     ClusterTooSmallError,
     EmptyInputError,
     InputNotFoundError,
@@ -30,11 +29,13 @@ from pipeline.errors import (
     StorageError,
     TableError,
 )
-from pipeline.labeller import Labeller, LabellingActor, LabelSpec
-from pipeline.manifest import read_manifest
-from pipeline.storage import Storage
-from pipeline.storage_errors import translated
-from pipeline.table import open_table
+from masklake.pipeline.images.decode import Decoded, DecodeLimits
+from masklake.pipeline.labelling import labeller
+from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec
+from masklake.pipeline.labelling.manifest import read_manifest
+from masklake.pipeline.storage.errors import translated
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.table import open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
@@ -133,16 +134,14 @@ class DeadlyActor(LabellingActor):
     """A labeller whose process dies, as in a decoder's memory fault, when it meets a certain file."""
 
     def __init__(self, *arguments: Any) -> None:
-        import pipeline.labeller
-
-        real = pipeline.labeller.decode
+        real = labeller.decode
 
         def decode(data: bytes, limits: DecodeLimits) -> Decoded:
             if data.endswith(POISON):
                 os._exit(7)
             return real(data, limits)
 
-        pipeline.labeller.decode = decode
+        labeller.decode = decode
         super().__init__(*arguments)
 
 
@@ -170,7 +169,7 @@ class FullDiskActor(LabellingActor):
     """A labeller whose disk is full after its first block."""
 
     def __init__(self, *arguments: Any) -> None:
-        from pipeline.storage import Storage
+        from masklake.pipeline.storage.storage import Storage
 
         real, written = Storage.write_bytes, []
 

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.storage import Storage
-from pipeline.table import open_table
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.table import open_table
 from tests.s3_proxy import Rule
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -106,9 +106,9 @@ def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from jobs.board import start_board
-    from jobs.cluster import connect
-    from jobs.progress import start_counter
+    from masklake.jobs.cluster.connection import connect
+    from masklake.jobs.labelling.progress import start_counter
+    from masklake.jobs.training.messages import start_board
 
     node = {"object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **node})

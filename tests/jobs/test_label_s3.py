@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Storage
-from pipeline.table import open_table
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.table import open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

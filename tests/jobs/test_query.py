@@ -17,17 +17,17 @@ import pytest
 from PIL import Image
 from typer.main import get_command
 
-from jobs import show
-from jobs.answers import Format, format_of
-from jobs.cli import TASKS, app, main
-from jobs.query import show as show_answer
-from model.config import Task
-from model.errors import ConfigError
-from model.rle import pack_counts
-from pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
-from pipeline.schema import FILE_SCHEMA, LIKELY_SCORE
-from pipeline.storage import Storage, below
-from pipeline.table import open_table
+from masklake.jobs import show
+from masklake.jobs.cli import TASKS, app, main
+from masklake.jobs.query import show as show_answer
+from masklake.jobs.terminal.answers import Format, format_of
+from masklake.model.config import Task
+from masklake.model.errors import ConfigError
+from masklake.model.masks.rle import pack_counts
+from masklake.pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
+from masklake.pipeline.storage.storage import Storage, below
+from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE
+from masklake.pipeline.table.table import open_table
 
 ORIENTATION = 0x0112
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from pydantic import ValidationError
 
-from jobs.run_record import CHANGEABLE, data_facts, differences
-from jobs.train import TrainOptions, run
-from model.build import create_model
-from model.checkpoint import dumps
-from model.errors import ConfigError, MaskLakeError
-from pipeline.coco import parse_coco
-from pipeline.errors import InputNotFoundError
-from pipeline.storage import OBJECT_SCHEMA, Storage
+from masklake.jobs.train import TrainOptions, run
+from masklake.jobs.training.record import CHANGEABLE, data_facts, differences
+from masklake.model.build import create_model
+from masklake.model.errors import ConfigError, MaskLakeError
+from masklake.model.weights.checkpoint import dumps
+from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.storage.storage import OBJECT_SCHEMA, Storage
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 
@@ -97,7 +97,7 @@ def test_an_error_of_the_evaluator_loses_no_training(
 
     options = counting_run(data, tmp_path, evaluate_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.train_worker._evaluate", broken)
+        patch.setattr("masklake.jobs.training.worker._evaluate", broken)
         for _ in range(2):
             with pytest.raises(KeyError):
                 run(options, quiet)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from jobs import shapes
+from masklake.jobs import shapes
 
 
 def digest(folder: Path) -> str:

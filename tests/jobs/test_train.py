@@ -17,11 +17,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from jobs.cluster import Capacity
-from jobs.latest import read_latest
-from jobs.shapes import CATEGORIES, generate
-from jobs.train import TrainOptions, build_model, describe_data, plan_workers, read_options, run
-from jobs.train_worker import (
+from masklake.jobs.cluster.connection import Capacity
+from masklake.jobs.shapes import CATEGORIES, generate
+from masklake.jobs.train import TrainOptions, build_model, describe_data, plan_workers, read_options, run
+from masklake.jobs.training.latest import read_latest
+from masklake.jobs.training.worker import (
     Images,
     State,
     Validation,
@@ -35,15 +35,15 @@ from jobs.train_worker import (
     predict_share,
     user_error,
 )
-from model.build import create_model
-from model.checkpoint import dumps, load_checkpoint
-from model.errors import CheckpointError, ConfigError, UnknownPresetError
-from pipeline.coco import REPEATED_IMAGE, ZERO_AREA, parse_coco, read_coco, to_document
-from pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
-from pipeline.image_check import usable_images
-from pipeline.recipe import build_optimizer, recipe_of
-from pipeline.storage import Storage
-from pipeline.training_data import Augmentation, Loader, SampleSpec, training_rows
+from masklake.model.build import create_model
+from masklake.model.errors import CheckpointError, ConfigError, UnknownPresetError
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA, parse_coco, read_coco, to_document
+from masklake.pipeline.coco.image_check import usable_images
+from masklake.pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.recipe import build_optimizer, recipe_of
+from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
 
 
 def options(**changes: Any) -> TrainOptions:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import ray
 
-from jobs import train
-from jobs.board import Board
-from jobs.shapes import generate
+from masklake.jobs import train
+from masklake.jobs.shapes import generate
+from masklake.jobs.training.messages import Board
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

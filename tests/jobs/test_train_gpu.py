@@ -14,13 +14,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from jobs import train_worker
-from jobs.train_worker import State, replica_of
-from model import Category, Target, create_model
-from model.checkpoint import dumps, load_checkpoint
-from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS
-from pipeline.recipe import TINY, build_optimizer
+from masklake.jobs.training import worker as train_worker
+from masklake.jobs.training.worker import State, replica_of
+from masklake.model import Category, Target, create_model
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.training.recipe import TINY, build_optimizer
 from tests.pretend_cuda import pretend_cuda
 
 

@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jobs.propose import ProposeOptions
-from jobs.propose import run as propose
-from jobs.shapes import generate
-from jobs.train import TrainOptions, TrainReport, build_model, run
-from jobs.train_worker import TrainingJob, _candidates, _is_due
-from model import PredictOptions
-from model.checkpoint import dumps, load_checkpoint
-from model.errors import CheckpointError, ConfigError, MaskLakeError
-from model.mask_rcnn import MaskRCNN
-from model.phases import COURSES
-from pipeline.coco import read_coco
-from pipeline.errors import AnnotationError
-from pipeline.recipe import Recipe
-from pipeline.storage import Storage
+from masklake.jobs.propose import ProposeOptions
+from masklake.jobs.propose import run as propose
+from masklake.jobs.shapes import generate
+from masklake.jobs.train import TrainOptions, TrainReport, build_model, run
+from masklake.jobs.training.worker import TrainingJob, _candidates, _is_due
+from masklake.model import PredictOptions
+from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import COURSES
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.coco.dataset import read_coco
+from masklake.pipeline.errors import AnnotationError
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.recipe import Recipe
 
 HEADS = {"box_head", "mask_head", "keypoint_head"}
 

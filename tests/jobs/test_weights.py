@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.weights import read_model
-from model.build import create_model, preset_of_weights
-from model.checkpoint import dumps, load_checkpoint
-from model.errors import CheckpointError
-from model.presets import PRESETS
-from pipeline.errors import InputNotFoundError
-from pipeline.storage import Storage
+from masklake.jobs.weights import read_model
+from masklake.model.build import create_model, preset_of_weights
+from masklake.model.errors import CheckpointError
+from masklake.model.presets import PRESETS
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.storage.storage import Storage
 
 
 def test_a_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_torchvisions_names_say_their_preset(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CheckpointError, match="not a whole detector's weights"):
         read_model(Storage(), "ResNet50_Weights.IMAGENET1K_V1")
     model = create_model(PRESETS["tiny"])
-    monkeypatch.setattr("jobs.weights.create_model", lambda preset, weights: model)
+    monkeypatch.setattr("masklake.jobs.weights.create_model", lambda preset, weights: model)
     converted = read_model(Storage(), "MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
     assert load_checkpoint(converted).model_id == model.model_id
 

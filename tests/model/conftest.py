@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from model.config import Category, ModelConfig
-from model.presets import PRESETS
+from masklake.model.config import Category, ModelConfig
+from masklake.model.presets import PRESETS
 
 TorchvisionModel = Callable[..., nn.Module]
 

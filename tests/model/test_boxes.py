@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
-from model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
+from masklake.model.boxes import clip_boxes, decode_boxes, encode_boxes, suppress, top_per_image, wide_enough
 from tests.pretend_cuda import pretend_cuda
 
 CLAMP = math.log(1000 / 16)

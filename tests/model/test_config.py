@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights, MaskRCNN_ResNet50_FPN_Weights
 
-from model.coco import COCO_CATEGORIES, PERSON
-from model.config import Category, ModelConfig, PredictOptions
-from model.presets import PRESETS
+from masklake.model.coco_categories import COCO_CATEGORIES, PERSON
+from masklake.model.config import Category, ModelConfig, PredictOptions
+from masklake.model.presets import PRESETS
 
 
 def test_the_class_logits_are_named_as_torchvisions() -> None:

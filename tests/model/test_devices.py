@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-from model import create_model
-from model.config import ModelConfig
-from model.devices import c_compiler, check_device
-from model.errors import ConfigError
-from model.presets import PRESETS
+from masklake.model import create_model
+from masklake.model.config import ModelConfig
+from masklake.model.devices import c_compiler, check_device
+from masklake.model.errors import ConfigError
+from masklake.model.presets import PRESETS
 
 
 @pytest.fixture

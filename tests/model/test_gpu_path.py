@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import boxes
-from model.config import Learn, ModelConfig, Precision, PredictOptions
-from model.devices import resolved
-from model.instances import Instances, Target
-from model.mask_rcnn import MaskRCNN
-from model.prepare import DTYPES
-from model.presets import PRESETS
-from pipeline.recipe import PAPER, build_optimizer, clip
+from masklake.model import boxes
+from masklake.model.config import Learn, ModelConfig, Precision, PredictOptions
+from masklake.model.devices import resolved
+from masklake.model.inference_network import DTYPES
+from masklake.model.instances import Instances, Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS
+from masklake.pipeline.training.recipe import PAPER, build_optimizer, clip
 from tests.pretend_cuda import Log, pretend_cuda
 
 # The neighbour's models: tests are no package, and are collected by their paths.
@@ -253,9 +253,9 @@ def test_how_often_the_host_waits(picture: Callable[..., Tensor]) -> None:
             ("boolean index", "model/boxes.py"): 1,
             ("tolist", "model/sampling.py"): 2,  # of anchors and of regions
             ("nonzero", "model/sampling.py"): 2,
-            ("tolist", "model/roi_sampling.py"): 1,
+            ("tolist", "model/rois/sampling.py"): 1,
             ("to the host", "model/devices.py"): 1,
-            ("nonzero", "model/keypoint_head.py"): 1,
+            ("nonzero", "model/heads/keypoint.py"): 1,
         }, log.report()
         model.eval()
         for _ in range(2):

@@ -9,13 +9,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from model.build import create_model
-from model.checkpoint import dumps, load_checkpoint
-from model.config import BackboneConfig, Category, ModelConfig
-from model.detectron2_weights import conventions
-from model.identity import FIRST_DEFAULTS, canonical_json, differing, model_id
-from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS
+from masklake.model.build import create_model
+from masklake.model.config import BackboneConfig, Category, ModelConfig
+from masklake.model.identity import FIRST_DEFAULTS, canonical_json, differing, model_id
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.model.weights.detectron2 import conventions
 
 SMALL: dict[str, Any] = {
     "backbone": {"depths": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_channels": 8},

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model.fpn import add_upsampled
-from model.layers import Pointwise
+from masklake.model.backbones.fpn import add_upsampled
+from masklake.model.layers import Pointwise
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.build import create_model
-from model.checkpoint import save_checkpoint
-from model.config import ModelConfig, PredictOptions
-from model.errors import ConfigError
-from model.instances import Instances, Target
-from model.mask_rcnn import MaskRCNN
-from model.rle import decode
+from masklake.model.build import create_model
+from masklake.model.config import ModelConfig, PredictOptions
+from masklake.model.errors import ConfigError
+from masklake.model.instances import Instances, Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.masks.rle import decode
+from masklake.model.weights.checkpoint import save_checkpoint
 
 LOOSE = PredictOptions(score_threshold=0.0, max_detections=30)  # random weights: report something
 
@@ -239,7 +239,7 @@ def test_a_large_image_with_many_detections_needs_little_memory(tmp_path: Path, 
     save_checkpoint(model, tmp_path / "tiny.safetensors")
     script = (
         "import resource, sys, torch\n"
-        "from model import PredictOptions, load_checkpoint\n"
+        "from masklake.model import PredictOptions, load_checkpoint\n"
         "model = load_checkpoint(sys.argv[1])\n"
         "options = PredictOptions(max_detections=300)\n"
         "model.predict([torch.zeros(3, 96, 96, dtype=torch.uint8)], options)\n"
@@ -281,7 +281,7 @@ def test_masks_cut_on_the_device_are_those_cut_on_the_host(
     """What a GPU does after the network, here with the reference in the kernel's place; keypoints come in the same copy."""
     pictures = [picture(60, 90), picture(50, 80)]
     expected = model.predict(pictures, LOOSE)
-    monkeypatch.setattr("model.inference.on_device", lambda masks, paste: paste == "torchvision")
+    monkeypatch.setattr("masklake.model.inference.on_device", lambda masks, paste: paste == "torchvision")
     for left, right in zip(model.predict(pictures, LOOSE), expected, strict=True):
         assert left.rles == right.rles
         assert_same(left, right)

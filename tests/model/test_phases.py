@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.build import create_model
-from model.checkpoint import dumps, load_checkpoint
-from model.config import BackboneConfig, ModelConfig, PredictOptions
-from model.errors import ConfigError
-from model.instances import Target
-from model.mask_rcnn import MaskRCNN
-from model.phases import COURSES, Phase, begin, with_rpn_backbone
+from masklake.model.build import create_model
+from masklake.model.config import BackboneConfig, ModelConfig, PredictOptions
+from masklake.model.errors import ConfigError
+from masklake.model.instances import Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import COURSES, Phase, begin, with_rpn_backbone
+from masklake.model.weights.checkpoint import dumps, load_checkpoint
 
 LOOSE = PredictOptions(score_threshold=0.0, max_detections=20)  # random weights: report something
 FIRST = {"rpn_objectness", "rpn_box"}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import create_model
-from model.config import Category, ModelConfig
-from model.errors import UnknownPresetError
-from model.instances import Target
-from model.mask_head import make_mask_head
-from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS, preset
+from masklake.model import create_model
+from masklake.model.config import Category, ModelConfig
+from masklake.model.errors import UnknownPresetError
+from masklake.model.heads.mask import make_mask_head
+from masklake.model.instances import Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS, preset
 
 CATEGORIES = (Category(id=1, name="disk"), Category(id=2, name="arrow", keypoints=("tip", "tail")))
 BACKBONES = sorted({name.split("_", 1)[1].rpartition("_")[0] for name in PRESETS if name.endswith("_c4")})

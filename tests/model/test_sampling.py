@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.sampling import BACKGROUND, IGNORED, match, sample
+from masklake.model.sampling import BACKGROUND, IGNORED, match, sample
 
 TRUTH = torch.tensor([[0.0, 0, 10, 10], [100, 100, 120, 120]])
 

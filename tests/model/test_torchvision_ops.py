@@ -11,7 +11,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import torchvision_ops
+from masklake.model import torchvision_ops
 
 
 def random_boxes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +48,8 @@ def test_box_iou() -> None:
 
 def test_a_model_predicts_without_the_package_and_without_torchs_compiler() -> None:
     code = (
-        "import sys, torch; from model import create_model; create_model('tiny').predict([torch.zeros(3, 64, 64).byte()]);"
+        "import sys, torch; from masklake.model import create_model; "
+        "create_model('tiny').predict([torch.zeros(3, 64, 64).byte()]);"
         "sys.exit(not {'torchvision', 'torch._dynamo'}.isdisjoint(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from model.config import ModelConfig
-from model.detectron2_weights import conventions
-from model.errors import ConfigError
-from model.presets import PRESETS
-from model.transform import canvas_size, check_image, make_canvas, resize_like_pillow, resized_size
+from masklake.model.config import ModelConfig
+from masklake.model.errors import ConfigError
+from masklake.model.presets import PRESETS
+from masklake.model.transform import canvas_size, check_image, make_canvas, resize_like_pillow, resized_size
+from masklake.model.weights.detectron2 import conventions
 
 FULL = PRESETS["maskrcnn_resnet50_fpn"]
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.schema import FILE_SCHEMA
-from pipeline.storage import Storage
-from pipeline.table import Table, open_table
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.schema import FILE_SCHEMA
+from masklake.pipeline.table.table import Table, open_table
 
 DAY_ONE = datetime(2026, 1, 1, tzinfo=UTC)
 

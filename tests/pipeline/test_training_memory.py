@@ -11,9 +11,9 @@ STEP = """
 import resource
 import numpy as np
 import torch
-from model import create_model
-from model.config import Category
-from pipeline.training_data import Augmentation, SampleSpec, _to_table, make_sample, to_training
+from masklake.model import create_model
+from masklake.model.config import Category
+from masklake.pipeline.training.samples import Augmentation, SampleSpec, _to_table, make_sample, to_training
 
 side, count = 3000, 250
 random = np.random.default_rng(0)

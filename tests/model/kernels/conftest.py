@@ -33,5 +33,5 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         mend_ranges()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import model.kernels.mask_rle_triton
-        import model.kernels.roi_align_triton  # noqa: F401
+        import masklake.model.kernels.mask_rle_triton
+        import masklake.model.kernels.roi_align_triton  # noqa: F401

@@ -23,13 +23,13 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 pytest.importorskip("triton")
 
-import model
-from model import rle
-from model.kernels import mask_rle
-from model.kernels.layout import warn_once
-from model.kernels.mask_rle import choose_path, mask_edges
-from model.kernels.mask_rle_reference import mask_edges_reference
-from model.kernels.mask_rle_triton import mask_edges_triton
+import masklake
+from masklake.model.kernels import mask_rle
+from masklake.model.kernels.layout import warn_once
+from masklake.model.kernels.mask_rle import choose_path, mask_edges
+from masklake.model.kernels.mask_rle_reference import mask_edges_reference
+from masklake.model.kernels.mask_rle_triton import mask_edges_triton
+from masklake.model.masks import rle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 fused_like_ours = pytest.mark.skipif(
@@ -163,7 +163,7 @@ def test_many_masks_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     masks, boxes = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(6)), torch.tensor([[0.0, 0, 9, 6]]).repeat(3, 1)
     arguments = (masks.to(DEVICE), boxes.to(DEVICE), torch.tensor([[8, 12]] * 3).to(DEVICE), 0.5, 12, 60)
     whole = mask_edges_triton(*arguments)
-    monkeypatch.setattr("model.kernels.mask_rle_triton.MAX_STRETCHES", 2 * 12 * 8)
+    monkeypatch.setattr("masklake.model.kernels.mask_rle_triton.MAX_STRETCHES", 2 * 12 * 8)
     for part, expected in zip(mask_edges_triton(*arguments), whole, strict=True):
         assert torch.equal(part, expected)
 
@@ -232,7 +232,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import mask_rle_triton as kernels
+from masklake.model.kernels import mask_rle_triton as kernels
 
 pointers = {"masks": "*fp32", "regions": "*i64", "counts": "*i32", "ends": "*i64", "edges": "*i64", "threshold": "fp32"}
 for write in (False, True):
@@ -252,7 +252,7 @@ for write in (False, True):
 
 @pytest.mark.slow
 def test_kernel_compiles_for_an_h100_without_one_and_rounds_as_torch_does(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(model.__file__).parents[1])}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(masklake.__file__).parents[1])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-c", COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

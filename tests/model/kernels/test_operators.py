@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import operators
+from masklake.model.kernels import operators
 
 
 def _distance_from_ten(values: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import Category, ModelConfig, PredictOptions
-from model.instances import Instances, Target
-from model.mask_rcnn import MaskRCNN
-from model.presets import PRESETS
+from masklake.model.config import Category, ModelConfig, PredictOptions
+from masklake.model.instances import Instances, Target
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.presets import PRESETS
 from tests.pretend_cuda import pretend_cuda
 
 pytest.importorskip("triton")

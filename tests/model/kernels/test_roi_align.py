@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 
-from model.kernels.layout import warn_once
-from model.kernels.roi_align import Path, choose_backward_path, choose_path, roi_align
-from model.kernels.roi_align_cpu import _sum_bags
-from model.kernels.roi_align_reference import roi_align_reference
+from masklake.model.kernels.layout import warn_once
+from masklake.model.kernels.roi_align import Path, choose_backward_path, choose_path, roi_align
+from masklake.model.kernels.roi_align_cpu import _sum_bags
+from masklake.model.kernels.roi_align_reference import roi_align_reference
 
 SCALES = (0.25, 0.125, 0.0625)
 
@@ -139,7 +139,9 @@ def test_memory_order_of_inputs_does_not_matter() -> None:
 def test_the_bag_reads_a_contiguous_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """One image's NCHW features can be seen as a transposed table, which torch reads ten times slower."""
     seen = []
-    monkeypatch.setattr("model.kernels.roi_align_cpu._sum_bags", lambda t, *rest: seen.append(t) or _sum_bags(t, *rest))
+    monkeypatch.setattr(
+        "masklake.model.kernels.roi_align_cpu._sum_bags", lambda t, *rest: seen.append(t) or _sum_bags(t, *rest)
+    )
     single = [f[:1].contiguous() for f in pyramid()]
     rois, levels = scattered_rois(20)
     roi_align(single, rois[rois[:, 0] == 0], levels[rois[:, 0] == 0], SCALES, 4)
@@ -151,7 +153,7 @@ def test_results_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) ->
     features, (rois, levels) = pyramid(), scattered_rois(50)
     for sampling in (0, 2):
         expected = roi_align(features, rois, levels, SCALES, 4, sampling)
-        monkeypatch.setattr("model.kernels.roi_align_cpu.ROWS_PER_CHUNK", 1)
+        monkeypatch.setattr("masklake.model.kernels.roi_align_cpu.ROWS_PER_CHUNK", 1)
         assert torch.equal(roi_align(features, rois, levels, SCALES, 4, sampling), expected)
         monkeypatch.undo()
 

@@ -2,7 +2,7 @@
 
 The oracle is arithmetic on Python floats, one sample at a time, written from the operator's definition alone. Where our
 interface differs, `like_torchvision` bridges: ours takes several levels, square outputs only, and RoIs as one (R, 5) tensor
-(lists of boxes belong to `model.roi_features`).
+(lists of boxes belong to `model.rois.features`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torchvision
 
 pytest.importorskip("triton")
 
-from model.kernels import roi_align as dispatch
-from model.kernels.roi_align import roi_align
+from masklake.model.kernels import roi_align as dispatch
+from masklake.model.kernels.roi_align import roi_align
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

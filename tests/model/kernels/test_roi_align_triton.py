@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import GridExecutor
 
-import model
-from model.kernels import roi_align as dispatch
-from model.kernels import roi_align_triton as kernels
-from model.kernels.roi_align import roi_align
-from model.kernels.roi_align_cpu import roi_align_cpu_backward
-from model.kernels.roi_align_reference import roi_align_reference
-from model.kernels.roi_align_triton import roi_align_triton, roi_align_triton_backward
+import masklake
+from masklake.model.kernels import roi_align as dispatch
+from masklake.model.kernels import roi_align_triton as kernels
+from masklake.model.kernels.roi_align import roi_align
+from masklake.model.kernels.roi_align_cpu import roi_align_cpu_backward
+from masklake.model.kernels.roi_align_reference import roi_align_reference
+from masklake.model.kernels.roi_align_triton import roi_align_triton, roi_align_triton_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALES = (0.25, 0.125)
@@ -289,9 +289,9 @@ import os, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import roi_align as dispatch
-from model.kernels import roi_align_triton as kernels
-from model.kernels.roi_align import roi_align
+from masklake.model.kernels import roi_align as dispatch
+from masklake.model.kernels import roi_align_triton as kernels
+from masklake.model.kernels.roi_align import roi_align
 
 
 def machine_code(cubin):
@@ -345,7 +345,7 @@ for kernel in (kernels._forward_kernel, kernels._backward_kernel):
 @pytest.mark.slow
 def test_kernels_compile_for_an_h100_without_one(tmp_path: Path) -> None:
     """The interpreter accepts more than the compiler does."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(model.__file__).parents[1])}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(masklake.__file__).parents[1])}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],

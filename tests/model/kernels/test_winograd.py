@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model.kernels import winograd
-from model.kernels.winograd import WinogradConv
+from masklake.model.kernels import winograd
+from masklake.model.kernels.winograd import WinogradConv
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 56), (1, 13, 19), (3, 14, 14), (40, 14, 14), (2, 1, 1), (1, 1, 200), (0, 14, 14)])

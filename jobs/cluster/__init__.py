@@ -1,0 +1,1 @@
+"""Ray: joining or starting a cluster, and noticing when it is lost or busy."""

@@ -1,0 +1,81 @@
+"""Says when a cluster is lost: Ray's core would wait for the head for a minute and then end the process without a word."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from masklake.jobs.cluster.checks import reaches
+from masklake.pipeline.errors import ClusterLostError
+
+POLL_S = 5.0
+PATIENCE_S = 40.0
+"""How long the head may be unreachable; Ray's core gives up after 60 s."""
+
+
+def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
+    """Why the cluster is lost, or None. silent_s: for how long nothing could connect to the head."""
+    if silent_s >= PATIENCE_S:
+        return f"the head of the Ray cluster at {address} has been gone for {silent_s:.0f} s"
+    if not node_alive:
+        return f"the Ray cluster at {address} has lost this host's node"
+    return None
+
+
+def watch_cluster() -> None:
+    """Watch the cluster that this process is connected to, in a thread, for as long as it is."""
+    import ray
+
+    node = ray.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    arguments = (_client(), node, _log_folder())
+    threading.Thread(target=_watch, args=arguments, name="cluster", daemon=True).start()
+
+
+def _client() -> Any:
+    """This process's client of the head, an object of its own for every connection; None once it is disconnected."""
+    import ray._private.worker
+
+    return getattr(ray._private.worker.global_worker, "gcs_client", None)
+
+
+def _log_folder() -> str:
+    import ray._private.worker
+
+    node: Any = ray._private.worker._global_node
+    return str(node.get_logs_dir_path())
+
+
+def _watch(client: Any, node: Any, logs: str) -> None:
+    address = str(client.address)
+    heard = time.monotonic()
+    while True:
+        time.sleep(POLL_S)
+        reachable = reaches(address)
+        if reachable:
+            heard = time.monotonic()
+        alive = not reachable or _knows(client, node)
+        if _client() is not client:  # the process may disconnect at any moment: nothing else of the worker is touched here
+            return
+        if reason := verdict(address, time.monotonic() - heard, alive):
+            _end(reason, logs)
+
+
+def _knows(client: Any, node: Any) -> bool:
+    """Whether the head counts the node among the living; True as well where it is too busy to say."""
+    import ray
+
+    try:
+        return bool(client.check_alive([node], timeout=POLL_S)[0])
+    except ray.exceptions.RayError:
+        return True
+
+
+def _end(reason: str, logs: str) -> None:
+    """The process cannot be left to an exception: any call into Ray may wait for the head until the core ends it."""
+    line = f"masklake: error: {reason}. What was finished is kept; start the same command again. Ray's own logs: {logs}\n"
+    sys.stderr.flush()
+    os.write(2, line.encode())
+    os._exit(ClusterLostError.exit_code)

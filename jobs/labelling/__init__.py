@@ -1,0 +1,1 @@
+"""The driver's side of a labelling run: its plan, its progress, its lost images."""

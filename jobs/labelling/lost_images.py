@@ -1,0 +1,160 @@
+"""What a labelling run's stream lost, image by image: which of them end a worker's process, and which were only beside one.
+
+An image is `crashed` when there is evidence: `DEATHS` workers, each of which had labelled a picture of our own before, ended
+with that image alone in hand while their nodes lived on. Whatever else fails here (a worker that cannot start, a block that
+cannot be written) stops the run with its own error and says nothing about an image.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from masklake.jobs.cluster.connection import last_line
+from masklake.pipeline.errors import LabellingError
+from masklake.pipeline.labelling.run_output import Finished, reported
+
+DEATHS = 3
+"""Workers that must end with an image alone in hand before it is `crashed`: one may be killed from outside."""
+FAILED_STARTS = 3
+"""Workers in a row that end before they have labelled anything: then it is not an image."""
+WAIT_S = 20.0
+"""Seconds without an answer after which a person is told what is waited for."""
+
+
+class Trials:
+    """Which image is tried next, and what the deaths so far say. One that ended its worker waits until others had a turn."""
+
+    def __init__(self, image_ids: Iterable[int]) -> None:
+        self._waiting = deque(image_ids)
+        self._deaths: dict[int, int] = {}
+        self.crashed: list[int] = []
+
+    def __len__(self) -> int:
+        """Images that wait for a turn."""
+        return len(self._waiting)
+
+    def next(self) -> int:
+        """The image to try; IndexError when none waits."""
+        return self._waiting.popleft()
+
+    def died(self, image_id: int, *, with_node: bool) -> None:
+        """Its worker ended with this image in hand. with_node: the whole node did, which no image causes."""
+        deaths = self._deaths.get(image_id, 0) + (not with_node)
+        self._deaths[image_id] = deaths
+        if deaths >= DEATHS:
+            self.crashed.append(image_id)
+        else:
+            self._waiting.append(image_id)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A worker's actor. node: its node's id, None until it has proved itself. known: nodes that lived when it was started."""
+
+    actor: Any
+    known: frozenset[str]
+    node: str | None = None
+
+
+class Alone:
+    """Runs trials on up to ``workers`` actors that ``start`` makes (`LabellingActor`, never restarted by Ray)."""
+
+    def __init__(self, start: Callable[[], Any], rows: pa.Table, workers: int, say: Callable[[str], None]) -> None:
+        """rows: MANIFEST_SCHEMA, the images to try."""
+        ids: list[int] = rows["image_id"].to_pylist()
+        self._start = start
+        self._rows = {image_id: rows.slice(number, 1) for number, image_id in enumerate(ids)}
+        self._most = workers
+        self._say = say
+        self._trials = Trials(ids)
+        self._idle: list[_Worker] = []
+        self._calls: dict[Any, tuple[_Worker, int | None]] = {}  # what is waited for: an image's block, or a start (None)
+        self._failed_starts = 0
+        self._written: list[Finished] = []
+
+    def run(self) -> tuple[list[Finished], list[int]]:
+        """Blocks of one image that were written, and the images that are `crashed`."""
+        try:
+            while len(self._trials) or self._in_hand():
+                self._give_out()
+                for call in self._answered():
+                    self._take(call)
+            return self._written, sorted(self._trials.crashed)
+        finally:
+            for worker in [*self._idle, *(worker for worker, _ in self._calls.values())]:
+                _end(worker)
+
+    def _in_hand(self) -> int:
+        return sum(image is not None for _, image in self._calls.values())
+
+    def _give_out(self) -> None:
+        """Images to idle workers, and as many starts as there are images left for them."""
+        while self._idle and len(self._trials):
+            worker, image = self._idle.pop(), self._trials.next()
+            self._calls[worker.actor.alone.remote(self._rows[image])] = (worker, image)
+        starting = len(self._calls) - self._in_hand()
+        for _ in range(min(self._most - len(self._calls), len(self._trials) - starting)):
+            worker = _Worker(self._start(), known=_living_nodes())
+            self._calls[worker.actor.prove.remote()] = (worker, None)
+
+    def _answered(self) -> list[Any]:
+        import ray
+
+        ready: list[Any] = []
+        while not ready:
+            ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_S)
+            if not ready and not self._in_hand():
+                self._say(f"waiting for a worker to start; free in the cluster: {_free(ray.available_resources())}")
+        return ready
+
+    def _take(self, call: Any) -> None:
+        import ray
+
+        worker, image = self._calls.pop(call)
+        try:
+            answer = ray.get(call)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+            _end(worker)  # Ray may only have lost sight of it
+            self._ended(worker, image, error)
+            return
+        except ray.exceptions.RayError as error:
+            raise LabellingError(f"a worker cannot label: {last_line(error)}; the same command goes on") from error
+        self._failed_starts = 0
+        if image is None:
+            self._idle.append(replace(worker, node=answer))
+        else:
+            self._idle.append(worker)
+            self._written += reported(answer)
+
+    def _ended(self, worker: _Worker, image: int | None, error: Exception) -> None:
+        living = _living_nodes()
+        if image is not None:
+            self._trials.died(image, with_node=worker.node not in living)
+            return
+        # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
+        self._failed_starts += worker.known <= living
+        if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
+            raise LabellingError(
+                f"workers end before they have an image in hand: {last_line(error)}; the same command goes on"
+            ) from error
+
+
+def _end(worker: _Worker) -> None:
+    import ray
+
+    ray.kill(worker.actor)
+
+
+def _living_nodes() -> frozenset[str]:
+    import ray
+
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def _free(resources: dict[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

@@ -1,0 +1,177 @@
+"""What a labelling run does, as pure functions: its identity, its workers, its rounds, and what its outcome means."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from masklake.jobs.cluster.connection import RESERVED_CPUS, Capacity
+from masklake.model.config import ModelConfig, Precision, PredictOptions
+from masklake.model.identity import canonical_json, differing
+from masklake.model.inference import resolve
+from masklake.model.wording import agreeing, counted
+from masklake.pipeline.errors import ClusterTooSmallError, TooManyFailuresError
+from masklake.pipeline.images.decode import DecodeLimits
+from masklake.pipeline.images.status import Status
+
+Device = Literal["auto", "cpu", "cuda"]
+
+BLOCK_ROWS = 64
+"""Most images of a block: what a killed driver labels again, at most, for each worker."""
+BLOCKS_PER_WORKER = 4
+"""Least blocks a worker, where the manifest is short: so that all end at about the same time."""
+RETRY_ROWS = 8
+"""Images of a block when the blocks that were lost run again, before each image runs alone."""
+FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
+FIRST_LIMITS: Mapping[str, Any] = {"max_bytes": 256 * 2**20, "max_pixels": 100_000_000, "max_side": 65_535}
+"""The values that leave no trace in a `label_id`: a new option's (or limit's) when it was introduced, so that it labels nothing
+again where it is not used. Add to them; never change one."""
+LOST_BLOCKS = 64
+"""Blocks that may be lost, whatever a run's length: more than the workers of one node have in hand, so that its death, or a few
+images that kill workers, never end a run."""
+PART_ROWS = 2**18
+"""Images that pass through Ray Data at a time: what the driver holds of a manifest, about 50 MB."""
+STARTS = 3
+"""Starts of a worker in a row that may fail."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """The model replicas of a run. concurrency: blocks that a worker has in hand at once."""
+
+    workers: int
+    cpus_each: int
+    gpus_each: int
+    device: Literal["cpu", "cuda"]
+    concurrency: int
+    decode_threads: int
+
+    @property
+    def needs(self) -> str:
+        """What a worker asks of the cluster, as a clause for people."""
+        gpus = f" and {counted(self.gpus_each, 'GPU')}" if self.gpus_each else ""
+        return f"a worker needs {counted(self.cpus_each, 'CPU')}{gpus}"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass of Ray Data over what is not labelled yet.
+
+    rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
+    max_lost: blocks that may be lost before the run stops.
+    """
+
+    rows: int
+    alone: bool
+    max_lost: int
+
+
+def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits: DecodeLimits) -> str:
+    """16 hex digits over everything that changes a row: the model, the options in their effective values, the limits.
+
+    What only changes the speed (batch size, workers) is no part of it. ConfigError for a task that the model cannot do.
+    """
+    settings = resolve(predict, config)
+    facts = {
+        "model_id": model_id,
+        "precision": predict.precision,
+        "score_threshold": settings.score_threshold,
+        "nms_iou": settings.nms_iou,
+        "max_detections": settings.max_detections,
+        "mask_threshold": settings.mask_threshold,
+        "tasks": settings.tasks,
+        "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS}),
+    }
+    used = {name: value for name, value in facts.items() if name not in FIRST_OPTIONS or value != FIRST_OPTIONS[name]}
+    return hashlib.sha256(canonical_json(used)).hexdigest()[:16]
+
+
+def precision(asked: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:
+    """What `auto` means. cluster: the run is for a cluster elsewhere; gpu: this machine has a GPU with bf16.
+
+    The answer is part of the labels' name and so must not depend on which nodes happen to be up: another answer tomorrow would
+    label every image again. On a cluster it follows from `--device` alone.
+    """
+    if asked != "auto":
+        return asked
+    on_gpu = device == "cuda" if cluster else device != "cpu" and gpu
+    return "bf16" if on_gpu else "fp32"
+
+
+def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:
+    """Divide a cluster among model replicas: one a GPU, else one a core. ClusterTooSmallError when the plan does not fit.
+
+    A plan that does not fit would not fail in Ray, it would wait for ever.
+    """
+    on_gpu = device == "cuda" or (device == "auto" and capacity.gpus >= 1)
+    spare = capacity.spare_cpus
+    most = int(capacity.gpus) if on_gpu else spare
+    workers = requested or max(1, min(most, math.ceil(images / RETRY_ROWS)))
+    # The embedded cluster's cores all go to the workers; elsewhere they may be spread over nodes of any size.
+    cpus_each = max(1, spare // workers) if capacity.embedded and not on_gpu else 1
+    if on_gpu and workers > most:
+        remedy = f"give --workers {most}" if most else "give --device cpu"
+        need = counted(workers, "worker needs", "workers need")
+        raise ClusterTooSmallError(f"{need} {counted(workers, 'GPU')}, the cluster has {most}: {remedy}")
+    _check_cpus(capacity, workers, cpus_each)
+    return WorkerPlan(
+        workers=workers,
+        cpus_each=cpus_each,
+        gpus_each=int(on_gpu),
+        device="cuda" if on_gpu else "cpu",
+        concurrency=2 if on_gpu else 1,  # a GPU must not wait for a block's first bytes; on a CPU they share the core anyway
+        decode_threads=min(8, max(2, spare // workers)) if on_gpu else cpus_each,
+    )
+
+
+def _check_cpus(capacity: Capacity, workers: int, cpus_each: int) -> None:
+    needed, spare = workers * cpus_each, capacity.spare_cpus
+    if needed > spare:
+        remedy = f"give --workers {spare // cpus_each}" if spare >= cpus_each else "take a larger machine or cluster"
+        beside = "" if capacity.embedded else f" beside the {RESERVED_CPUS} that Ray Data needs itself"
+        need, there = counted(workers, "worker needs", "workers need"), agreeing(spare, "is", "are")
+        raise ClusterTooSmallError(f"{need} {counted(needed, 'CPU')}{beside}, there {there} {spare}: {remedy}")
+
+
+def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator[Round]:
+    """The passes of Ray Data over a run: all images in blocks, then what blocks were lost with in small blocks.
+
+    What is missing after them is tried image by image (`jobs.labelling.lost_images`). The first round stops when more blocks
+    are lost than `LOST_BLOCKS` and a twentieth of them all: then it is not a few images that kill workers.
+    """
+    rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
+    yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
+    if rows > RETRY_ROWS:
+        yield Round(RETRY_ROWS, alone=True, max_lost=images)
+
+
+def lost_line(images: int, rows: int) -> str:
+    """What is said when workers ended with images in hand; rows: how many of them run together now."""
+    if images == 1:
+        return f"1 image was lost with its worker; it runs again{', alone' if rows == 1 else ''}"
+    return f"{images:,} images were lost with their workers; they run again, {rows} at a time"
+
+
+def cannot_start(starts: int, workers: int) -> bool:
+    """Whether workers end while they load their model. starts: begun since one last completed."""
+    return starts > STARTS * workers
+
+
+def failed_share(statuses: Mapping[str, int]) -> float:
+    """The share of images that did not end ok; 0 for a run without images."""
+    images = sum(statuses.values())
+    return (images - statuses.get(Status.OK, 0)) / images if images else 0.0
+
+
+def check_failures(statuses: Mapping[str, int], max_failed: float) -> None:
+    """TooManyFailuresError when more images failed than the share that was allowed."""
+    share = failed_share(statuses)
+    if share > max_failed:
+        failed = ", ".join(f"{count:,} {name}" for name, count in sorted(statuses.items()) if count and name != Status.OK)
+        raise TooManyFailuresError(
+            f"{share:.1%} of the images failed ({failed}), --max-failed allows {max_failed:.1%}; "
+            "the table holds every one of them with its status and error: see the view current_images"
+        )

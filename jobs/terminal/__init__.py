@@ -1,0 +1,1 @@
+"""What a person reads and types: answers, usage errors, counts, and the lines of a stop."""

@@ -1,0 +1,46 @@
+"""Whether a command's one file could be written in the end: asked before the work begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from masklake.model.errors import ConfigError
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.storage.storage import canonical, parse
+
+
+def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:
+    """Raises where `output` names no file that can be written: ConfigError for its name, InputNotFoundError for its folder.
+
+    table: a table, whose folder is its own; whoever reads that folder would take the file for a part of it.
+    sources: what the command reads, by what it is (`the truth`), as in `check_not_read`.
+    """
+    at = parse(output)
+    if not at.key or output.endswith("/") or (at.is_local and os.path.isdir(at.key)):
+        raise ConfigError(f"{output}: is a folder; name the file to write in it")
+    if table is not None and f"{at.uri}/".startswith(f"{canonical(table)}/"):
+        raise ConfigError(f"{output}: lies in the table's own folder; write to another place")
+    if at.is_local and not os.path.isdir(os.path.dirname(at.key)):
+        raise InputNotFoundError(f"{output}: there is no folder {os.path.dirname(at.key)}; make it, or check the path")
+    check_not_read(output, sources or {})
+
+
+def check_not_read(output: str, sources: Mapping[str, str | None]) -> None:
+    """Raises ConfigError where `output` is one of the `sources` that the command reads, which it would overwrite.
+
+    sources: a place by what it is, as a message names it; None where an option was not given.
+    """
+    for name, source in sources.items():
+        if source is not None and same_place(output, source):
+            raise ConfigError(f"{output}: is {name}, which this would overwrite; name another file")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two names are of one object, also by a link where both are files of this machine."""
+    if canonical(one) == canonical(other):
+        return True
+    places = parse(one), parse(other)
+    if not all(at.is_local and os.path.exists(at.key) for at in places):
+        return False
+    return os.path.samefile(places[0].key, places[1].key)

@@ -1,0 +1,1 @@
+"""The driver's and the workers' side of a training run."""

@@ -1,0 +1,185 @@
+"""What a training run is: the record that its first start leaves, and what a later start under the same name may change.
+
+A run is its data, its model before the first step, and every option that changes the result. `CHANGEABLE` lists the options
+that do not, and may be others at each start; a test holds the two against `TrainOptions`, so that a new option has to choose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from masklake.model.build import is_weight_name
+from masklake.model.config import ModelConfig
+from masklake.model.errors import ConfigError
+from masklake.model.identity import FIRST_DEFAULTS, differing
+from masklake.model.wording import counted
+from masklake.pipeline.coco.dataset import CocoDataset
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.storage.storage import Storage, concat, parse, relative_to
+from masklake.pipeline.training.recipe import Recipe
+
+FORMAT = 2
+RUN_RECORD = "run.json"
+
+CHANGEABLE: Mapping[str, str] = {
+    "output": "where the run is; with it the run moves",
+    "name": "what the run is called; with its folder's",
+    "images": "the images are known by their names and sizes, wherever they are",
+    "val_images": "as above",
+    "workers": "the cluster may have grown or shrunk; the rate follows the images of a step",
+    "device": "as above",
+    "threads": "speed alone",
+    "max_failures": "patience alone",
+    "max_unusable": "a limit alone: what is left out follows from the data",
+    "evaluate_every": "the scores alone; with `--keep best`, whose epochs it chooses, it is a part of that entry",
+    "storage": "how the same files are reached",
+    "address": "on what it runs",
+}
+"""Options that may be others at each start, and why. So may the epochs of a run of one phase, down to those that are done."""
+
+WORDS: Mapping[str, str] = {
+    "train": "TRAIN",
+    "train_images": "--images",
+    "val": "--val",
+    "val_images": "--val-images",
+    "recipe.learning_rate": "--learning-rate",
+    "recipe.batch_size": "--batch-size",
+    "epochs": "--epochs",
+    "augmentation.crop": "--crop",
+    "max_dets": "max_dets",
+    "keep_empty": "keep_empty",
+}
+"""How an entry of the record is called on the command line, where it is not its name with dashes."""
+
+
+def record_of(
+    options: Any,
+    recipe: Recipe,
+    config: ModelConfig,
+    train: Mapping[str, Any],
+    val: Mapping[str, Any] | None,
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record of a start. options: `jobs.train.TrainOptions`.
+
+    train, val: of `data_facts`. files: of `file_facts`, for the weights and the proposals. The model's part holds what differs
+    from the defaults that its fields were introduced with (`model.identity`): a later version's new fields change no run.
+    """
+    return {
+        "format": FORMAT,
+        "train": train["file"],
+        "train_images": train["images"],
+        "val": None if val is None else val["file"],
+        "val_images": None if val is None else val["images"],
+        **files,
+        "preset": options.preset,
+        "tasks": sorted(config.tasks),
+        "learn": options.learn,
+        "reset_predictors": options.reset_predictors,
+        "seed": options.seed,
+        "recipe": recipe.model_dump(mode="json", exclude={"epochs"}),
+        "epochs": recipe.epochs if len(options.course) > 1 else None,
+        "model": differing(config, FIRST_DEFAULTS),
+        "augmentation": options.augmentation.model_dump(mode="json"),
+        "keep": options.keep if options.keep == "last" else f"best (--evaluate-every {options.evaluate_every})",
+        "max_dets": options.max_dets,
+        "allow_missing": options.allow_missing,
+        "keep_empty": options.keep_empty,
+    }
+
+
+def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> dict[str, Any]:
+    """A COCO file by its content, and its images by their names and sizes: both may move, and must not change."""
+    names = {relative_to(folder, image.file_name): image.file_name for image in data.images}
+    sizes: dict[str, int | None] = {}
+    if not parse(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
+        listed = concat(storage.list_objects(folder))
+        sizes = dict(zip(listed["uri"].to_pylist(), listed["bytes"].to_pylist(), strict=True))
+    asked = storage.stat_many([uri for uri in names if uri not in sizes])  # a name may lead out of the folder
+    sizes |= dict(zip(asked["uri"].to_pylist(), asked["bytes"].to_pylist(), strict=True))
+    rows = sorted((name, sizes[uri]) for uri, name in names.items())
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    images = {"count": len(rows), "bytes": sum(size or 0 for _, size in rows), "sha256": digest, "shown": folder}
+    return {"file": file_facts(storage, uri), "images": images}
+
+
+def file_facts(storage: Storage, uri: str | None) -> dict[str, Any] | None:
+    """A file by its content; torchvision's weights by their name. None for none. Raises the storage's errors."""
+    if uri is None:
+        return None
+    if is_weight_name(uri):
+        return {"sha256": uri, "shown": uri}
+    return {"sha256": hashlib.sha256(storage.read_bytes(uri)).hexdigest(), "shown": uri}
+
+
+def read_record(storage: Storage, run_uri: str) -> dict[str, Any] | None:
+    """The record of a run's first start; None for a new run. ConfigError for a damaged one and one that says too little."""
+    uri = Storage.join(run_uri, RUN_RECORD)
+    try:
+        known = json.loads(storage.read_bytes(uri))
+    except InputNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{uri} is damaged ({error}); remove that run's folder, or give another --name") from error
+    if not isinstance(known, dict) or known.get("format") != FORMAT:
+        raise ConfigError(
+            f"{uri} was written by another version of MaskLake and does not say all that the run was started with, so the "
+            "run cannot go on. What it has made stays as it is: give this one another --name, or remove that folder"
+        )
+    return known
+
+
+def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str) -> None:
+    """Raises ConfigError where a start differs from the run of that name; names each option with both values."""
+    changes = list(differences(known, json.loads(json.dumps(record))))
+    if changes:
+        raise ConfigError(
+            f"the run '{name}' was started otherwise: {'; '.join(changes)}. Give what it was started with, or another --name"
+        )
+
+
+def differences(known: Mapping[str, Any], record: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """One phrase for each entry of a record that another one has otherwise: `--seed was 0, is 5`."""
+    for key in sorted(known.keys() | record.keys()):
+        old, new, where = known.get(key), record.get(key), f"{path}{key}"
+        if _same(old, new):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and "sha256" not in old:
+            yield from differences(old, new, f"{where}.")
+        elif isinstance(old, dict) and isinstance(new, dict) and old["shown"] == new["shown"]:
+            yield f"{_word(where)}: {_content(old, new)}"
+        else:
+            default = "none" if not path else "the default"  # what a table leaves out
+            yield f"{_word(where)} was {_shown(old, default)}, is {_shown(new, default)}"
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict) and "sha256" in old:
+        return bool(old["sha256"] == new.get("sha256"))
+    return bool(old == new)
+
+
+def _content(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    if "count" in old:
+        return (
+            f"{new['shown']} had {counted(old['count'], 'image')} of {counted(old['bytes'], 'byte')} for this file and has "
+            f"{new['count']:,} of {new['bytes']:,}, by name and size others than then"
+        )
+    return f"the content of {new['shown']} has changed (SHA-256 {old['sha256'][:12]} then, {new['sha256'][:12]} now)"
+
+
+def _shown(value: Any, absent: str) -> str:
+    if isinstance(value, dict) and "shown" in value:
+        return str(value["shown"])
+    text = absent if value is None else json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _word(where: str) -> str:
+    if where in WORDS:
+        return WORDS[where]
+    table, _, field = where.partition(".")
+    return f"[{table}] {field}" if field else f"--{where.replace('_', '-')}"

@@ -1,0 +1,1 @@
+"""The first stage: anchors and the region proposal network (Ren et al. 2015)."""

@@ -1,0 +1,209 @@
+"""Checkpoints: one safetensors file with the weights, and the configuration as JSON in its metadata.
+
+Nothing here unpickles: reading an untrusted file runs no code of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from masklake.model.config import ModelConfig
+from masklake.model.devices import check_device
+from masklake.model.errors import CheckpointError, faults
+from masklake.model.identity import COUNTER
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.network import Network
+from masklake.model.wording import agreeing, counted
+
+FORMAT = "masklake/1"
+LISTED = 20  # of the keys that do not fit, in a message
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
+"""The layers whose shape the categories decide: their number, and their keypoints."""
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+
+
+def dumps(model: MaskRCNN) -> bytes:
+    """The model as the bytes of a checkpoint file."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    return save_tensors(state, metadata={"format": FORMAT, "config": model.config.model_dump_json()})
+
+
+def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
+    """Write the model to one file, which appears under its name only when it is complete and on the disk.
+
+    Raises CheckpointError where the folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own: two processes may write one checkpoint
+    try:
+        try:
+            with partial.open("xb") as file:
+                file.write(dumps(model))
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}") from error
+
+
+def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu") -> MaskRCNN:
+    """The model in a file of `save_checkpoint`, or in its bytes, ready to predict.
+
+    Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture, and ConfigError
+    for a device that this machine cannot use.
+    """
+    device = check_device(device)
+    name = "checkpoint" if isinstance(source, bytes) else f"checkpoint {source}"
+    config, state = parse(read_bytes(source), name)
+    model = MaskRCNN(config)
+    load_state(model.network, state, name)
+    return model.to(device).eval()
+
+
+def read_bytes(source: str | Path | bytes) -> bytes:
+    """The file's content; raises CheckpointError where there is none."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {source}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"cannot read checkpoint {source}: it is a folder; name a file in it") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {source}: {error.strerror}") from error
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether these bytes begin as a safetensors file that MaskLake wrote."""
+    return _metadata(data).get("format") == FORMAT
+
+
+def has_safetensors_header(data: bytes) -> bool:
+    """Whether these bytes begin as safetensors of whatever program: the length of a header, and its first brace."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= _HEADER_LIMIT
+
+
+def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights of a checkpoint's bytes; `name` is what messages call it."""
+    metadata = _metadata(data)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{name} is not a MaskLake checkpoint (safetensors of format {FORMAT!r}); "
+            "convert other weights with `masklake convert`"
+        )
+    try:
+        return ModelConfig.model_validate_json(metadata["config"]), load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is cut off or damaged: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{name} has no configuration") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{name} has no configuration that this version can read: {faults(error)}") from error
+
+
+def _metadata(data: bytes) -> Mapping[str, str]:
+    """The metadata of safetensors bytes: 8 bytes of header length, then the header as JSON. Empty where it is none."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > _HEADER_LIMIT:
+        return {}
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError):
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Another system's weights under our names. Raises CheckpointError where two of its names are one of ours."""
+    theirs: dict[str, str] = {}
+    for key in state:
+        if (first := theirs.setdefault(our_name(key), key)) != key:
+            raise CheckpointError(f"the weights hold one thing under two names: {first} and {key}")
+    return {ours: state[key] for ours, key in theirs.items()}
+
+
+def load_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
+    """Put weights into a network that has exactly these; otherwise raise CheckpointError as `check_state` does.
+
+    Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
+    """
+    check_state(network, state, name, recorded)
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
+    if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
+        raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
+    network.load_state_dict(state, strict=False)
+
+
+def check_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
+    """Raises CheckpointError, naming what does not fit, unless a network has exactly these weights by name and shape.
+
+    Either may be on the meta device. recorded: the preset that our own checkpoint of these weights names, which explains best
+    why they do not fit another.
+    """
+    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
+    wrong = [key for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]
+    complaints = {
+        "it lacks": sorted(own.keys() - state.keys()),
+        "the model has no": sorted(state.keys() - own.keys()),
+        "of another shape are": [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
+    }
+    found = [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]
+    if state and not own.keys() & state.keys():
+        raise CheckpointError(
+            f"{name} is of another architecture than model {network.config.preset!r}, and of none that is known: the names in "
+            f"it are no layers' of a Mask R-CNN ({listed(sorted(state))}). docs/models.md lists what can be taken"
+        )
+    another = recorded not in (None, network.config.preset)
+    if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(BY_CLASS) for key in wrong):
+        _check_classes(network.config, own, state, name)
+    if found:
+        origin = f"a MaskLake checkpoint of preset {recorded!r} (use --preset {recorded}), " if another else ""
+        raise CheckpointError(
+            f"{name} is {origin}of another architecture than model {network.config.preset!r}: {'; '.join(found)}"
+        )
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether these are numbers, all of them: copying would cut complex ones in half, and has nothing to copy of others."""
+    dense = tensor.dtype in _NUMBERS and tensor.layout == torch.strided and not tensor.is_meta
+    return dense and bool(tensor.isfinite().all())
+
+
+def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    key = "box_head.cls_score.bias"
+    if key in state and state[key].dim() == 1 and state[key].shape != own[key].shape:
+        begin = "begin new last layers with `masklake train --reset-predictors`"
+        theirs, ours = len(state[key]) - 1, len(config.categories)
+        if theirs < 1:
+            raise CheckpointError(
+                f"{name}: has no category beside the background ({key} is of shape {tuple(state[key].shape)}), so it finds "
+                f"nothing; {begin} (from Python: reset_predictors=True)"
+            )
+        raise CheckpointError(
+            f"{name}: trained on {counted(theirs, 'category')}, and model {config.preset!r} here has {ours}; name "
+            f"{agreeing(theirs, 'the one', f'the {theirs}')} of the weights, without the background, with `masklake convert "
+            f"--categories FILE`, or {begin} (from Python: categories=, reset_predictors=True)"
+        )
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first `LISTED` of them, and how many more there are."""
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return f"{', '.join(keys[:LISTED])}{more}"

@@ -1,0 +1,248 @@
+"""Files of other programs' weights: from the bytes of any container to tensors by name, or to the reason why not.
+
+Understands `torch.save`d state dicts and training checkpoints, bare or wrapped, safetensors, and the pickles of Detectron2's
+model zoo. Nothing of a file is run: tensors are read as such, and what else lies beside them, such as a run's options, becomes
+an empty stand-in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from masklake.model.errors import CheckpointError
+from masklake.model.plain_text import is_text
+from masklake.model.weights.checkpoint import has_safetensors_header, listed
+from masklake.model.weights.detectron2 import is_pickle, read_pickle
+
+NESTED = (
+    *("model", "state_dict", "model_state_dict", "model_state", "weights", "network", "net", "module", "params"),
+    *("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema"),
+)
+"""Under which of a training checkpoint's keys the weights are; averaged ones serve where there are no others."""
+_DEPTH = 4  # dictionaries within dictionaries
+
+_TRANSPARENT = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What `torch.compile` and FSDP put into the names of parts that they wrap."""
+
+_FIRST_LAYERS = tuple(
+    f"backbone.{layer}.weight" for layer in ("body.conv1", "bottom_up.stem.conv1", "stem.conv1", "body.stem.0")
+)
+CLASSIFIER = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
+"""What the state dict of a residual network that classifies images holds, and no detector's does."""
+
+_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer, not the file that it stands for: fetch that (git lfs pull)",
+    ),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and TensorFlow write them"),
+    (b"GGUF", "a GGUF file of a language model"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
+    (b"\xfd7zXZ\0", "compressed by xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first"),
+    (b"BZh", "compressed by bzip2: unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"%PDF", "a PDF document"),
+)
+
+
+def read_state(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a file of another program, by its names, without those of wrappers (`module.`, `_orig_mod.`, `model.`).
+
+    name: what messages call the file. Raises CheckpointError, which says what the file is, for one without weights.
+    """
+    if (what := what_it_is(data)) is not None:
+        raise CheckpointError(f"{name} is neither a MaskLake checkpoint nor a state dict of tensors: it is {what}")
+    if has_safetensors_header(data):
+        return unwrapped(_read_safetensors(data, name), name)
+    return unwrapped(read_pickle(data, name) if is_pickle(data) else read_pth(data, name), name)
+
+
+# -- containers --------------------------------------------------------------------------------------------------------
+
+
+def what_it_is(data: bytes) -> str | None:
+    """What these bytes are, where they are known to be no weights; else None."""
+    if not data:
+        return "empty"
+    for beginning, what in _BEGINNINGS:
+        if data.startswith(beginning):
+            return what
+    text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page (HTML), as servers send instead of a file that they do not give out: download it again"
+    if text.startswith(b"<?xml"):
+        return "an XML document, as object stores send instead of a file that they do not give out: download it again"
+    if data[4:8] == b"TFL3":
+        return "a TensorFlow Lite model"
+    if data[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if data.startswith(b"PK"):
+        return _kind_of_zip(data)
+    if re.match(rb"\x08[\x01-\x20](\x12|\x1a|\x22|\x3a)", data):  # field 1, the version; then producer, domain or graph
+        return "an ONNX model: convert the weights that it was exported from"
+    return "text" if is_text(data[:4096]) else None
+
+
+def _kind_of_zip(data: bytes) -> str | None:
+    """What a zip archive is, unless `torch.save` wrote it."""
+    try:
+        names = [name.partition("/")[2] or name for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
+    except zipfile.BadZipFile:
+        return "cut off or damaged: it begins as a zip archive, such as torch.save writes, and has no end. Download it again"
+    if "constants.pkl" in names:
+        return "a TorchScript archive, which holds a program: save the model's state_dict() where it was exported"
+    if "data.pkl" in names:
+        return None
+    if any(name.endswith(".weights.h5") for name in names):
+        return "a Keras model"
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)"
+    return f"a zip archive without a state dict ({listed(sorted(names))}): unpack it first"
+
+
+def _read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
+    try:
+        state = load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is safetensors that are cut off or damaged: {error}") from error
+    except KeyError as error:  # a type of numbers that torch lacks
+        raise CheckpointError(f"{name} holds numbers of a type that cannot be read: {error}") from error
+    if "backbone.body.stem.0.weight" in state:
+        raise CheckpointError(
+            f"{name} has MaskLake's weights without their configuration: another program has saved it anew. Give the original "
+            "file, or keep its metadata"
+        )
+    return state
+
+
+# -- torch.save --------------------------------------------------------------------------------------------------------
+
+
+class _StandIn:
+    """What a class of another program becomes: nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _Table(_StandIn):
+    """What a dictionary of another kind becomes: a plain one."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+_TABLES = ("collections.defaultdict",)
+
+
+def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a `torch.save`d state dict, or of a training checkpoint that holds one, by name.
+
+    Objects of other classes than torch's are not unpickled: each becomes an empty stand-in, which is named in the message where
+    it is in the weights' place. Raises CheckpointError for a file without a state dict.
+    """
+    refused = f"{name} is neither a MaskLake checkpoint nor a state dict of tensors"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *_stand_ins(data)]):
+            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes make of torch's reader; its own message advises to unpickle them
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        cause = f"it holds a pickled {asked[1]}" if asked else f"it cannot be read ({type(error).__name__})"
+        raise CheckpointError(f"{refused}: {cause}; other objects are refused, since reading them could run code") from error
+    state = _find(content)
+    if state is None:
+        objects = sorted({*_pickled(content)})
+        if objects:
+            raise CheckpointError(
+                f"{refused}: it holds a pickled {listed(objects)}; other objects are refused: reading them could run code; "
+                "save the model's state_dict() where it was trained"
+            )
+        raise CheckpointError(f"{name} is no state dict: expected tensors by name, found {_inventory(content)}")
+    return state
+
+
+def _stand_ins(data: bytes) -> list[tuple[type, str]]:
+    """A stand-in for each class that the pickle in a zip archive names and torch does not know."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # noqa: BLE001 - of any kind, for a file that is of the older form or damaged: its reader says what it is
+        return []
+    return [(type(name, (_Table if name in _TABLES else _StandIn,), {}), name) for name in names]
+
+
+def _find(content: Any, depth: int = _DEPTH) -> dict[str, Tensor] | None:
+    """The state dict in what a file holds."""
+    if not isinstance(content, Mapping) or not depth:
+        return None
+    state = {key: value for key, value in content.items() if not str(key).endswith("_extra_state")}
+    if state and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        return state
+    return next((found for key in NESTED if (found := _find(content.get(key), depth - 1)) is not None), None)
+
+
+def _pickled(content: Any, depth: int = _DEPTH) -> Iterable[str]:
+    """The classes of the stand-ins that are where weights should be."""
+    if isinstance(content, _StandIn):
+        yield type(content).__name__
+    elif isinstance(content, Mapping) and depth:
+        nested = [content[key] for key in NESTED if key in content] or list(content.values())
+        for value in nested:
+            yield from _pickled(value, depth - 1)
+
+
+def _inventory(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"one {type(content).__name__}"
+    return listed([f"{key} ({type(value).__name__})" for key, value in content.items()]) or "nothing"
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def unwrapped(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state dict of the network itself, without what wrappers put before its names and beside it.
+
+    DistributedDataParallel says `module.`, `torch.compile` says `_orig_mod.`, Lightning the attribute's name; an average of
+    weights holds the network beside counts of its own. Averaged weights (`ema`) serve where there are no others. Raises
+    CheckpointError where the names hold several networks otherwise.
+    """
+    plain: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        plain[_TRANSPARENT.sub("", key)] = tensor
+    prefixes = {key.removesuffix(layer) for key in plain for layer in _FIRST_LAYERS if _ends(key, layer)}
+    if not prefixes:
+        first = CLASSIFIER[0]
+        starts = {key.removesuffix(first) for key in plain if _ends(key, first)}
+        prefixes = {start for start in starts if all(start + key in plain for key in CLASSIFIER)}
+    chosen = {prefix for prefix in prefixes if "ema" not in prefix} or prefixes
+    if len(chosen) > 1 and "" not in chosen:
+        raise CheckpointError(f"{name} holds several networks, {listed(sorted(chosen))}: save the state_dict() of the one")
+    prefix = "" if "" in chosen or not chosen else chosen.pop()
+    others = tuple(prefixes - {prefix, ""})
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in plain.items()
+        if key.startswith(prefix) and not (others and key.startswith(others))
+    }
+
+
+def _ends(key: str, layer: str) -> bool:
+    return key == layer or key.endswith(f".{layer}")

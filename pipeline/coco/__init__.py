@@ -1,0 +1,1 @@
+"""COCO annotation files, checked number by number."""

@@ -1,0 +1,146 @@
+"""Which images of a COCO file can be used: looked at before a run is planned, counted while it goes on, limited in both.
+
+Before: every file is there, its header says an image, of the size that its row says. Only a decoder finds the rest (a file that
+is cut short, one that goes away meanwhile): the loader puts another image in the place of such a one, so that epochs keep
+their length, and says so.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import obstore
+
+from masklake.model.errors import MaskLakeError
+from masklake.model.wording import agreeing, counted_of
+from masklake.pipeline.coco.dataset import MISSING_FILE, MOST_UNUSABLE, NAMED, UNUSABLE_IMAGE, CocoDataset, without_images
+from masklake.pipeline.coco.values import CocoImage
+from masklake.pipeline.errors import AnnotationError, InputNotFoundError, StorageError
+from masklake.pipeline.images.decode import DecodeLimits, read_upright
+from masklake.pipeline.images.status import Status
+from masklake.pipeline.storage.errors import translated
+from masklake.pipeline.storage.storage import Storage, parse, relative_to
+
+HEAD_BYTES = 8192
+"""Of a remote object: the size of nearly every JPEG and PNG stands there."""
+LOOKS_AT_ONCE = 32
+MISSING = "there is no such file"
+
+
+def unusable_share(allow_missing: bool, most: float | None) -> float:
+    """Share of images that may be left out: `most` where it is given, else 5 % with `allow_missing` and none without."""
+    return most if most is not None else (MOST_UNUSABLE if allow_missing else 0.0)
+
+
+def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: float = 0.0) -> CocoDataset:
+    """The data set without the images that cannot be used, counted by reason.
+
+    folder: of the images, local or s3://. most: share of images that may be left out. More of them, or all, are an
+    AnnotationError that names the first few with their reasons; a storage that is busy or out of reach is a StorageError.
+    """
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        reasons = list(pool.map(lambda image: _look(storage, relative_to(folder, image.file_name), image), dataset.images))
+    found = {image.id: (image.file_name, reason) for image, reason in zip(dataset.images, reasons, strict=True) if reason}
+    if not found:
+        return dataset
+    missing = {number for number, (_, reason) in found.items() if reason == MISSING}
+    if len(missing) == len(dataset.images) or len(missing) > most * len(dataset.images):
+        names = ", ".join(found[number][0] for number in list(missing)[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        others = [f"{name}: {reason}" for number, (name, reason) in found.items() if number not in missing]
+        also = f" {len(others):,} more cannot be used: {named(others)}." if others else ""
+        absent = counted_of(len(missing), len(dataset.images), "image")
+        raise AnnotationError(
+            f"{absent} of {dataset.source} {agreeing(len(missing), 'is', 'are')} not in {folder}: {names}. Check the "
+            f"image folder{'' if len(missing) == len(dataset.images) else f', or {remedy(most)}'}.{also}"
+        )
+    check_unusable([f"{name}: {reason}" for name, reason in found.values()], len(dataset.images), most, dataset.source)
+    left = without_images(dataset, missing, MISSING_FILE)
+    return without_images(left, found.keys() - missing, UNUSABLE_IMAGE)
+
+
+def check_unusable(messages: Sequence[str], images: int, most: float, source: str, already: int = 0) -> None:
+    """Raises AnnotationError when more than the share `most` of so many images cannot be used, or when none can.
+
+    messages: one an image that cannot, with its reason. already: images that were left out before, for reasons told then.
+    """
+    unusable = len(messages) + already
+    if messages and (unusable > most * images or unusable >= images):
+        raise AnnotationError(
+            f"{counted_of(unusable, images, 'image')} of {source} cannot be used: {named(messages, unusable)}. Mend or remove "
+            f"{agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
+        )
+
+
+def named(messages: Sequence[str], of: int | None = None) -> str:
+    """The first few messages in one line, and how many of them all (or of so many) are not shown."""
+    more = (len(messages) if of is None else of) - len(messages[:NAMED])
+    return "; ".join(messages[:NAMED]) + (f"; and {more:,} more" if more else "")
+
+
+def listed_and_left_out(dataset: CocoDataset) -> tuple[int, int]:
+    """How many images a data set's file lists, and how many of them `usable_images` left out."""
+    left_out = sum(dataset.dropped.get(reason, 0) for reason in (MISSING_FILE, UNUSABLE_IMAGE))
+    return len(dataset.images) + left_out, left_out
+
+
+def remedy(most: float) -> str:
+    """How more images than the share `most` are left out."""
+    if most == 0:
+        return f"leave such images out with --allow-missing (up to {MOST_UNUSABLE:.0%} of all; --max-unusable says how many)"
+    return f"allow more than {100 * most:.3g}% of the images to be left out with --max-unusable"
+
+
+def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
+    """Why an image cannot be used, as far as its header shows; None where nothing speaks against it.
+
+    Raises StorageError where the storage is busy or out of reach.
+    """
+    limits = DecodeLimits()
+    try:
+        with translated(uri), _opened(storage, uri) as (file, whole):
+            header = read_upright(file, limits)
+    except InputNotFoundError:
+        return MISSING
+    except MaskLakeError as error:
+        if isinstance(error, StorageError) and error.may_pass:
+            raise  # a store that is down says nothing about its images
+        return str(error)
+    if header.status is not Status.OK:  # a part of a file may say too little
+        return header.error if whole or header.status is Status.TOO_LARGE else None
+    return wrong_size((header.width, header.height), image, turned=not header.upright)
+
+
+@contextmanager
+def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bool]]:
+    """A local file, or the first bytes of a remote one; and whether it is the whole."""
+    at = parse(uri)
+    if at.is_local:
+        if not stat.S_ISREG(Path(at.key).stat().st_mode):
+            raise InputNotFoundError(f"{uri}: not a regular file")
+        with Path(at.key).open("rb") as file:
+            yield file, True
+        return
+    if storage.literal_object(uri) is not None:  # a key that obstore cannot name: the loader judges it
+        yield io.BytesIO(), False
+        return
+    store, key = storage.object_store(uri)
+    if obstore.head(store, key)["size"] == 0:
+        yield io.BytesIO(), True
+        return
+    part = obstore.get(store, key, options={"range": (0, HEAD_BYTES)})
+    head = bytes(part.bytes())
+    yield io.BytesIO(head), len(head) == part.meta["size"]
+
+
+def wrong_size(size: tuple[int, int], row: CocoImage | Mapping[str, int], turned: bool = False) -> str | None:
+    """What is wrong with an upright image's width and height, given its row; turned: they may be exchanged."""
+    width, height = (row.width, row.height) if isinstance(row, CocoImage) else (row["width"], row["height"])
+    if size == (width, height) or (turned and size == (height, width)):
+        return None
+    return f"the upright image is {size[0]} x {size[1]} pixels, its annotations are for {width} x {height}"

@@ -1,0 +1,1 @@
+"""What a run is given: folders, globs and lists of images."""

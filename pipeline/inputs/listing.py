@@ -1,0 +1,293 @@
+"""What an input names: the images of a folder, a pattern, a list, or one image.
+
+Everything streams, as Arrow batches. What is no image of the input, or could never be read, is left out here, once, and
+counted by reason; a row that reaches a run can be asked for by exactly the name that it has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field
+
+from masklake.model.errors import ConfigError
+from masklake.model.plain_text import is_text
+from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.inputs.lists import Named, list_kind, read_list
+from masklake.pipeline.inputs.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
+from masklake.pipeline.storage.left_out import LeftOut, Reason
+from masklake.pipeline.storage.literal_keys import MAX_KEY_BYTES, is_plain
+from masklake.pipeline.storage.storage import (
+    CONCURRENT_HEADS,
+    OBJECT_SCHEMA,
+    Storage,
+    below,
+    canonical,
+    parent,
+    parse,
+    relative_to,
+)
+from masklake.pipeline.storage.walk import is_utf8
+
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_PACKED = (".zst", ".zstd", ".lz4", ".lzma", ".lzo", ".br", ".sz", ".z")
+_SHEETS = (".xlsx", ".xls", ".ods")
+_HEAD_BYTES = 4096
+_TEXT_IMAGE = re.compile(rb"P[123]\s")  # PBM, PGM and PPM may be written in digits
+_OTHER_SYSTEMS = "@eaDir|__MACOSX|#recycle|#snapshot|@Recycle|@Recently-Snapshot|\\$RECYCLE\\.BIN|System Volume Information"
+_HIDDEN = rf"(?:^|/)(?:\.(?:[^./]|\.[^/])|(?:{_OTHER_SYSTEMS})/)"
+"""RE2 on a path below the input's folder: a part that begins with a dot (`._x.jpg`, `.thumbnails/`; not `.` and `..`), and the
+folders in which macOS, Windows, Synology and QNAP keep thumbnails and waste."""
+
+
+def nothing_found(storage: Storage, uri: str) -> str:
+    """What an input without an image has to be told: where it is right, its path is not what to check."""
+    if is_glob(uri) and not storage.exists(uri):
+        return "matches no image; check the pattern"
+    if list_kind(uri) is not None and not uri.endswith("/") and storage.is_file(uri):
+        return "is a list that names no image; write one a row"
+    return "holds no image; check the path"
+
+
+class InputSpec(BaseModel):
+    """What to label. A run is continued by a later start with an equal specification."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str = Field(
+        description="A folder or prefix (recursive), a glob (*, ?, [], **), one image, or a Parquet, CSV, text or JSON list "
+        "of URIs. With a last slash it is a folder, also where an object has the same name."
+    )
+    column: str | None = Field(
+        default=None, description="The column (JSON: key) of a list; default: `uri`, or the only one. Without a header: from 1."
+    )
+
+    def canonical(self) -> InputSpec:
+        """The same input, named the same way from everywhere; a last slash stays."""
+        uri = parse(self.uri).uri
+        folder = self.uri.endswith("/") and not uri.endswith("/") and not is_glob(uri)
+        return self.model_copy(update={"uri": f"{uri}/" if folder else uri})
+
+    def resolved(self, storage: Storage) -> InputSpec:
+        """The canonical input without a last slash that tells nothing: one spelling for one folder.
+
+        ConfigError: a pattern for the bucket, a name that cannot be kept. InputNotFoundError: a local file with a last slash.
+        """
+        if not is_utf8(self.uri):
+            raise ConfigError(f"{os.fsencode(self.uri)!r}: is not UTF-8, as a table needs it; rename it, or link to it")
+        if _WINDOWS.match(self.uri) and not os.path.lexists(self.uri):
+            raise ConfigError(f"{self.uri}: is a Windows path, and this system has no drives; give its path here (/mnt/c/...)")
+        spec = self.canonical()
+        at = parse(spec.uri)
+        if is_glob(at.bucket):
+            raise ConfigError(f"{spec.uri}: a pattern cannot choose the bucket; name it")
+        if at.is_local and spec.uri.endswith("/") and os.path.isfile(at.key):
+            raise InputNotFoundError(f"{spec.uri}: is a file where a folder is needed; leave out its last slash")
+        plain = at.key if at.is_local else canonical(spec.uri)
+        twin = not at.is_local and spec.uri.endswith("/") and storage.is_file(plain)
+        return spec if twin else spec.model_copy(update={"uri": plain})
+
+
+def is_glob(uri: str) -> bool:
+    """Whether `uri` may be a pattern."""
+    return any(sign in uri for sign in "*?[")
+
+
+def list_inputs(storage: Storage, spec: InputSpec, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
+    """Every image of the input as OBJECT_SCHEMA batches; a list's names may repeat, a folder's do not.
+
+    Folders and prefixes give names with an image suffix, without hidden ones; a glob and a list give what they name. A list's
+    relative names are below its own folder, and rows without an `etag` are asked of the storage, in parallel; etag stays null
+    where nothing is. left_out: hears of the rest. InputNotFoundError: no such folder, bucket or list. ConfigError: no such
+    column, no list of its kind.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    spec = spec.resolved(storage)
+    if _is_one_object(storage, spec.uri):
+        yield from _list_file(storage, spec, left_out)
+    elif is_glob(spec.uri) and not storage.exists(spec.uri):
+        yield from _list_glob(storage, spec.uri, left_out)
+    else:
+        yield from list_images(storage, spec.uri, left_out)
+
+
+def _is_one_object(storage: Storage, uri: str) -> bool:
+    """Whether the input is an object and no folder. An empty S3 object beside a prefix of its name marks a folder."""
+    if uri.endswith("/") or not storage.is_file(uri):
+        return False
+    if parse(uri).is_local or storage.stat(uri).bytes:
+        return True
+    return next(storage.list_objects(f"{uri}/"), None) is None
+
+
+def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
+    if spec.uri.lower().endswith(_ARCHIVES):
+        raise ConfigError(f"{spec.uri}: is an archive; unpack it, and give the folder")
+    if spec.uri.lower().endswith(_SHEETS):
+        raise ConfigError(f"{spec.uri}: is a spreadsheet; save it as CSV")
+    if spec.uri.lower().endswith(_PACKED):
+        raise ConfigError(f"{spec.uri}: is compressed in a way that lists cannot be; unpack it, or use .gz, .bz2 or .xz")
+    if list_kind(spec.uri) is None:
+        _check_no_text(storage, spec.uri)
+        yield storage.stat_many([spec.uri])
+        return
+    base = parent(spec.uri)
+    for rows in read_list(storage, spec.uri, spec.column, left_out):
+        named = [(uri, row) for row in rows if (uri := _listed_uri(base, row.name, left_out)) is not None]
+        faults = _unreadable_files([uri for uri, _ in named if parse(uri).is_local])
+        for uri, row in named:
+            if uri in faults:
+                left_out.add(faults[uri], row.name)
+        readable = [(uri, row) for uri, row in named if uri not in faults]
+        yield _with_etags(storage, [uri for uri, _ in readable], [row for _, row in readable])
+
+
+def _check_no_text(storage: Storage, uri: str) -> None:
+    """Raises ConfigError for text that is not called an image: it may be a list, which its name does not show."""
+    if uri.lower().endswith((*IMAGE_SUFFIXES, *OTHER_SUFFIXES)):
+        return
+    with storage.open_input(uri) as source:
+        head = source.read(_HEAD_BYTES)
+    if head and is_text(head) and not _TEXT_IMAGE.match(head):
+        raise ConfigError(f"{uri}: is text and no image; if it is a list, name it .txt (a name a line), .csv or .jsonl")
+
+
+# -- folders and patterns ----------------------------------------------------------------------------------------------
+
+
+def list_images(storage: Storage, uri: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
+    """The images below a folder or prefix, by their suffix (any case), without what is hidden or of other systems."""
+    base = below(uri)
+    for batch in storage.list_objects(uri, left_out):
+        batch = _chosen(
+            batch, pc.match_substring_regex(batch["uri"], IMAGE_REGEX, ignore_case=True), left_out, Reason.OTHER_FILES
+        )
+        batch = _without_hidden(batch, base, left_out)
+        if batch.num_rows:
+            yield batch
+
+
+def _without_hidden(batch: pa.RecordBatch, base: str, left_out: LeftOut) -> pa.RecordBatch:
+    names = pc.utf8_slice_codeunits(batch["uri"], start=len(base))
+    return _chosen(batch, pc.invert(pc.match_substring_regex(names, _HIDDEN)), left_out, Reason.OTHER_SYSTEMS)
+
+
+def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, left_out: LeftOut, reason: Reason) -> pa.RecordBatch:
+    """The rows of the mask; the others are counted, and the first of them named by its file name."""
+    chosen = batch.filter(mask)
+    if chosen.num_rows < batch.num_rows:
+        first = batch["uri"][pc.index(mask, False).as_py()].as_py()
+        left_out.add(reason, first.rpartition("/")[2], batch.num_rows - chosen.num_rows)
+    return chosen
+
+
+def fixed_folder(pattern: str) -> str:
+    """The folder that a pattern's names are below: its part before the first wildcard, without the last name."""
+    fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    return fixed[: fixed.rindex("/") + 1]
+
+
+def _list_glob(storage: Storage, pattern: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
+    base = fixed_folder(pattern)
+    names_hidden = re.search(r"(^|/)\.[^/]", pattern[len(base) :])  # as in a shell, * finds what is hidden only when told to
+    regex = glob_regex(pattern)
+    for batch in storage.list_objects(canonical(base), left_out):
+        try:
+            batch = batch.filter(pc.match_substring_regex(batch["uri"], regex))
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"{pattern}: not a pattern that can be matched ({error}); check its brackets") from error
+        if not names_hidden:
+            batch = _without_hidden(batch, base, left_out)
+        if batch.num_rows:
+            yield batch
+
+
+def glob_regex(pattern: str) -> str:
+    """The RE2 expression of a shell pattern: `*` and `?` stay within a folder, `**/` is any number of folders."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "^(?s:" + "".join(wild.get(part) or _literal_or_class(part) for part in parts) + ")$"
+
+
+def _literal_or_class(part: str) -> str:
+    if re.fullmatch(r"\[[^\]]+\]", part):
+        negated, members = part[1] == "!", part[1:-1].removeprefix("!").replace("\\", "\\\\")
+        return f"[{'^' if negated else ''}{members}]"
+    return re.escape(part)
+
+
+# -- lists -------------------------------------------------------------------------------------------------------------
+
+
+def _listed_uri(base: str, name: str, left_out: LeftOut) -> str | None:
+    """The URI that a list's row names, or None where nothing could ever be read by it."""
+    uri: str | None = None
+    try:
+        reason = _unnameable(name)
+        if reason is None:
+            uri = relative_to(base, name)
+            reason = _unreadable(uri)
+    except ConfigError:  # another scheme, or no bucket
+        reason = Reason.NO_CLIENT
+    if reason is not None:
+        left_out.add(reason, name)
+    return uri if reason is None else None
+
+
+def _unnameable(name: str) -> Reason | None:
+    if _WINDOWS.match(name):
+        return Reason.WINDOWS_PATHS
+    if not is_utf8(name):
+        return Reason.NOT_UTF8
+    return Reason.SLASH_AT_END if name.endswith("/") else None
+
+
+def _unreadable(uri: str) -> Reason | None:
+    """Why no request for this key could ever succeed."""
+    at = parse(uri)
+    if at.is_local:
+        return None
+    if at.scheme != "s3":
+        return None if is_plain(at.key) else Reason.NO_CLIENT
+    return None if at.key and len(at.key.encode()) <= MAX_KEY_BYTES else Reason.NO_SUCH_NAME
+
+
+def _unreadable_files(paths: Sequence[str]) -> dict[str, Reason]:
+    """The local paths that no fetch could ever read, asked in parallel: a network's file system takes a while for each."""
+    with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
+        reasons = pool.map(_unreadable_file, paths)
+        return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
+
+
+def _unreadable_file(path: str) -> Reason | None:
+    """Why this path cannot be read; one at which nothing is (yet) is no such case, nor one that is forbidden (so far)."""
+    try:
+        mode = Path(path).stat().st_mode
+    except ValueError:  # a zero byte
+        return Reason.NO_SUCH_NAME
+    except OSError as error:
+        return {errno.ENAMETOOLONG: Reason.NO_SUCH_NAME, errno.ELOOP: Reason.BROKEN_LINKS}.get(error.errno or 0)
+    if stat.S_ISDIR(mode):
+        return Reason.FOLDERS
+    return None if stat.S_ISREG(mode) else Reason.NOT_REGULAR
+
+
+def _with_etags(storage: Storage, uris: Sequence[str], rows: Sequence[Named]) -> pa.RecordBatch:
+    """OBJECT_SCHEMA rows; what the list's author left out (etag, bytes) comes from the storage."""
+    unknown = [uri for uri, row in zip(uris, rows, strict=True) if row.etag is None]
+    asked = iter(storage.stat_many(unknown).to_pylist()) if unknown else iter(())
+    known: list[tuple[str | None, int | None]] = []
+    for row in rows:
+        found = next(asked) if row.etag is None else None
+        known.append((found["etag"], found["bytes"]) if found is not None else (row.etag, row.bytes))
+    columns = [list(uris), [etag for etag, _ in known], [size for _, size in known]]
+    return pa.record_batch(columns, schema=OBJECT_SCHEMA)

@@ -1,0 +1,1 @@
+"""A labelling run: its manifest, lease, worker and output."""

@@ -1,0 +1,331 @@
+"""The labelling step: a block of manifest rows in, a block of finished table rows out.
+
+One labeller holds one model replica. It fetches its own images, so that neither compressed bytes nor pixels travel through
+Ray's object store, decodes them in threads (the decoders release the interpreter lock), and predicts while the next images
+are decoded. Whatever happens to an image, its row comes back, with a status and a reason.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+
+from masklake.model import PredictOptions, load_checkpoint
+from masklake.model.config import ModelConfig
+from masklake.model.instances import Instances
+from masklake.model.transform import canvas_size
+from masklake.pipeline.images.decode import Decoded, DecodeLimits, decode, read_header
+from masklake.pipeline.images.fetch import Fetched, fetch
+from masklake.pipeline.images.status import Status
+from masklake.pipeline.labelling.run_output import REPORT_SCHEMA, failed, write_block, written
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.table import Table
+
+FETCH_WINDOW_BYTES = 128 * 2**20
+"""Compressed bytes that a labeller holds at once (one larger file goes alone)."""
+DECODE_WINDOW_PIXELS = 32_000_000
+"""Pixels that are decoded together, 96 MB; twice that is alive, since the next window is decoded during prediction."""
+BATCHES_PER_WINDOW = 4
+"""Batches that a window of decoded images fills: enough to find images of equal canvas, few enough to show progress."""
+_ERROR_LENGTH = 300
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Predictor(Protocol):
+    """What a labeller needs of a model."""
+
+    config: ModelConfig
+
+    def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
+        """Detections of uint8 RGB images (3, H, W), in their order."""
+
+
+@dataclass(frozen=True)
+class LabelSpec:
+    """What every labeller of a run does alike. All of it travels to the workers."""
+
+    storage: Storage
+    model_id: str
+    label_id: str
+    predict: PredictOptions
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    device: str = "cpu"
+    torch_threads: int = 1
+    decode_threads: int = 2
+    decode_timeout_s: float = 60.0
+    """Seconds after which an image counts as one that hangs its decoder (`crashed`)."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A row of the manifest."""
+
+    image_id: int
+    uri: str
+    etag: str | None
+    bytes: int | None
+
+    def outcome(self, fetched: Fetched, decoded: Decoded | None = None, instances: Instances | None = None) -> Outcome:
+        """This image's row, as far as it got. The version that was read counts, not the one that was listed."""
+        last = decoded or fetched
+        return Outcome(
+            image_id=self.image_id,
+            uri=self.uri,
+            etag=fetched.etag if fetched.etag is not None else self.etag,
+            bytes=fetched.bytes if fetched.bytes is not None else self.bytes,
+            status=last.status,
+            error=last.error,
+            width=decoded.width if decoded else None,
+            height=decoded.height if decoded else None,
+            instances=instances,
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image that is worth decoding. Sizes are pixels as stored."""
+
+    source: _Source
+    fetched: Fetched
+    data: bytes
+    width: int
+    height: int
+
+
+class Labeller:
+    """Labels blocks of the manifest with one model. Calls may overlap: the model itself serves one at a time."""
+
+    def __init__(self, spec: LabelSpec, model: Predictor, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """``on_progress(images, failed)`` is told of finished images as they come."""
+        self._spec = spec
+        self._model = model
+        self._on_progress = on_progress or (lambda images, failed: None)
+        self._model_lock = Lock()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """MANIFEST_SCHEMA rows in, FILE_SCHEMA rows out: one each, in the same order."""
+        sources = [_Source(**row) for row in block.select(["image_id", "uri", "etag", "bytes"]).to_pylist()]
+        outcomes: dict[int, Outcome] = {}
+        for window in _windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES):
+            for outcome in self._label(window):
+                outcomes[outcome.image_id] = outcome
+        return to_table(
+            [outcomes[source.image_id] for source in sources],
+            model_id=self._spec.model_id,
+            label_id=self._spec.label_id,
+            category_names=self._model.config.category_names,
+        )
+
+    def _label(self, sources: Sequence[_Source]) -> Iterator[Outcome]:
+        """Fetch, judge the headers, then decode and predict window by window, images of like shape together."""
+        found = fetch(self._spec.storage, [source.uri for source in sources], max_bytes=self._spec.limits.max_bytes)
+        jobs: list[_Job] = []
+        for source, fetched in zip(sources, found, strict=True):
+            job = _judge(source, fetched, self._spec.limits)
+            if isinstance(job, Outcome):
+                yield from self._finished([job])
+            else:
+                jobs.append(job)
+        jobs.sort(key=lambda job: canvas_size((job.height, job.width), self._model.config))
+        most = BATCHES_PER_WINDOW * self._spec.predict.batch_size
+        windows = list(_windows(jobs, lambda job: job.height * job.width, DECODE_WINDOW_PIXELS, most))
+        with _decoder(self._spec) as decoder:
+            for window, decoded in _one_ahead(windows, decoder):
+                yield from self._finished(self._predict(window, decoded))
+
+    def _finished(self, outcomes: list[Outcome]) -> list[Outcome]:
+        self._on_progress(len(outcomes), sum(outcome.status is not Status.OK for outcome in outcomes))
+        return outcomes
+
+    def _predict(self, jobs: Sequence[_Job], decoded: Sequence[Decoded]) -> list[Outcome]:
+        """The outcomes of one window. Images that the model fails on are tried again by themselves."""
+        images = [each.image for each in decoded if each.image is not None]
+        with self._model_lock:
+            answers = iter(self._answers(images))
+        outcomes = []
+        for job, each in zip(jobs, decoded, strict=True):
+            answer = next(answers) if each.image is not None else None
+            if isinstance(answer, str):
+                each = Decoded(Status.MODEL_ERROR, width=each.width, height=each.height, error=answer)
+            outcomes.append(job.source.outcome(job.fetched, each, answer if isinstance(answer, Instances) else None))
+        return outcomes
+
+    def _answers(self, images: Sequence[torch.Tensor]) -> Sequence[Instances | str]:
+        """Instances of each image, or the reason why the model has none."""
+        if not images:
+            return []
+        try:
+            return self._model.predict(images, self._spec.predict)
+        except torch.AcceleratorError:
+            # The device's context is broken for good: every later image would fail. A fresh process may do better.
+            log.exception("the accelerator failed; this worker ends so that another one replaces it")
+            os._exit(1)
+        except Exception as error:  # noqa: BLE001 - one image must not take its block with it; the row carries the reason
+            if len(images) == 1:
+                return [f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]]
+        return [answer for image in images for answer in self._answers([image])]
+
+
+class LabellingActor(Labeller):
+    """A `Labeller` as it lives on a worker: it writes what it labels, so that a node's death takes what it had in hand only."""
+
+    def __init__(self, spec: LabelSpec, checkpoint: list[Any], progress: Any, table: Table, run_id: str) -> None:
+        """checkpoint: a list of one Ray reference to the bytes (references outside of lists are resolved by Ray itself).
+        progress: handle of an actor like `jobs.labelling.progress.Counter`.
+        """
+        import ray
+
+        self._progress = progress
+        _told(progress.starting.remote(ray.get_runtime_context().get_actor_id()))
+        torch.set_num_threads(spec.torch_threads)
+        model = load_checkpoint(ray.get(checkpoint[0]), device=spec.device)
+        super().__init__(spec, model, on_progress=lambda images, failed: progress.add.remote(images, failed))
+        self._table = table
+        self._run_id = run_id
+        _told(progress.ready.remote())
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Label and write a block; REPORT_SCHEMA, one row: the file that holds it, or why it could not be written.
+
+        No row where workers died with this block: Ray gives it to the next one for ever, and it is left out here.
+        """
+        first = int(block["image_id"][0].as_py())
+        if _told(self._progress.take.remote(first)) is False:
+            return REPORT_SCHEMA.empty_table()
+        report = self.alone(block)
+        self._progress.lay_down.remote(first)
+        return report
+
+    def alone(self, block: pa.Table) -> pa.Table:
+        """The same for a caller that gives the block to nobody else.
+
+        An error is an answer here, never an exception: Ray would count it as a lost block, as it counts a dead worker.
+        """
+        rows: pa.Table | None = None
+        try:
+            rows = super().__call__(block)
+            return written(write_block(self._table, self._run_id, rows))
+        except Exception as error:
+            log.exception("a block was not labelled")
+            if rows is not None:  # its images were counted as they came
+                ended_ok = pc.sum(pc.equal(rows["status"], Status.OK.value)).as_py()
+                _told(self._progress.take_back.remote(rows.num_rows, rows.num_rows - ended_ok))
+            return failed(error)
+
+    def prove(self) -> str:
+        """Label a picture made here; the id of the node. What this worker is given next and dies of is not its own fault."""
+        import ray
+
+        picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(picture).resize((640, 480), Image.Resampling.NEAREST).save(buffer, format="JPEG")
+        image = decode(buffer.getvalue(), self._spec.limits).image
+        self._model.predict([] if image is None else [image], self._spec.predict)
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def _told(answer: Any) -> Any:
+    """Wait until the counter has heard it, for this process may end at any moment; without a counter go on all the same."""
+    import ray
+
+    try:
+        return ray.get(answer, timeout=10)
+    except ray.exceptions.RayError:
+        log.warning("the progress counter does not answer")
+        return None
+
+
+def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:
+    """A job where the bytes came and their header is fine, else the row that says why not."""
+    if fetched.data is None:
+        return source.outcome(fetched)
+    header = read_header(fetched.data, limits)
+    if header.status is not Status.OK:
+        refused = Decoded(header.status, width=header.width or None, height=header.height or None, error=header.error)
+        return source.outcome(fetched, refused)
+    return _Job(source, fetched, fetched.data, header.width, header.height)
+
+
+def _windows(items: Sequence[T], weight: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
+    """Consecutive items of at most ``most`` weight (at least one item) and at most ``count`` items."""
+    window: list[T] = []
+    total = 0
+    for item in items:
+        if window and (total + weight(item) > most or len(window) == count):
+            yield window
+            window, total = [], 0
+        window.append(item)
+        total += weight(item)
+    if window:
+        yield window
+
+
+def _one_ahead(windows: Sequence[list[_Job]], decoder: _Decoder) -> Iterator[tuple[list[_Job], list[Decoded]]]:
+    """Each window with its decoded images; while the caller works on one, the next is decoded."""
+    ahead = decoder.start(windows[0]) if windows else []
+    for number, window in enumerate(windows):
+        decoded = decoder.finish(window, ahead)
+        if number + 1 < len(windows):
+            ahead = decoder.start(windows[number + 1])
+        yield window, decoded
+
+
+class _Decoder:
+    """Decodes in threads, with a time limit. A thread that hangs is left behind and replaced: threads cannot be killed."""
+
+    def __init__(self, spec: LabelSpec) -> None:
+        self._spec = spec
+        self._pool = self._new_pool()
+
+    def start(self, jobs: Iterable[_Job]) -> list[Future[Decoded]]:
+        """Decode ``jobs`` in the background."""
+        return [self._pool.submit(decode, job.data, self._spec.limits) for job in jobs]
+
+    def finish(self, jobs: Sequence[_Job], futures: list[Future[Decoded]]) -> list[Decoded]:
+        """What `start` began, in its order. An image that hangs is `crashed`; those queued behind it start anew."""
+        late = wait(futures, timeout=self._spec.decode_timeout_s).not_done
+        if not late:
+            return [future.result() for future in futures]
+        waiting = {number for number, future in enumerate(futures) if future in late and future.cancel()}
+        self.close()
+        self._pool = self._new_pool()
+        again = [jobs[number] for number in sorted(waiting)]
+        redone = iter(self.finish(again, self.start(again)))
+        reason = f"decoding did not end within {self._spec.decode_timeout_s:g} s"
+        hung = [Decoded(Status.CRASHED, width=job.width, height=job.height, error=reason) for job in jobs]
+        return [
+            next(redone) if number in waiting else hung[number] if future in late else future.result()
+            for number, future in enumerate(futures)
+        ]
+
+    def close(self) -> None:
+        """Let the threads go; one that hangs is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=False)
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._spec.decode_threads, thread_name_prefix="decode")
+
+
+@contextmanager
+def _decoder(spec: LabelSpec) -> Iterator[_Decoder]:
+    decoder = _Decoder(spec)
+    try:
+        yield decoder
+    finally:
+        decoder.close()

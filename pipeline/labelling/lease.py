@@ -1,0 +1,354 @@
+"""One writer a run: the lease `_masklake/<run_id>/lease` (design, section 3.3).
+
+Two drivers on one run would each write every row; Ray Data's checkpoint protects sequential restarts only. In an object store
+the lease is an object created and renewed by conditional puts, so that of two drivers one is refused by the store itself. On a
+local file system it is a lock of the operating system, which the kernel drops when the driver dies.
+
+A put whose reply is lost is asked about and never mistaken for another driver's (`pipeline.storage.conditional`).
+
+An expired lease is taken over. A holder on this host whose process is gone counts as expired at once; of a holder elsewhere
+we only know its last renewal, and clocks differ between hosts, so we watch the lease for its whole lifetime on our own clock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from masklake.model.errors import MaskLakeError
+from masklake.pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
+from masklake.pipeline.storage.conditional import ConditionalObject, RefusedError, bare_tags
+from masklake.pipeline.storage.errors import describe, translated
+from masklake.pipeline.storage.storage import Storage, parse
+
+if TYPE_CHECKING:  # it exists in obstore's stubs alone
+    from obstore import UpdateVersion
+
+logger = logging.getLogger(__name__)
+
+TTL_S = 30.0
+"""Seconds a lease lives without renewal; a driver renews it three times in that time."""
+
+OnWait = Callable[[str], None]
+
+_HELD_HERE: set[str] = set()  # tokens of the leases in objects that this process holds or is about to take
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease. host: name, boot and process namespace, so that equal pids in two containers stay apart."""
+
+    host: str
+    pid: int
+    pid_started: str  # the kernel's start tick: a later process of the same pid is another one
+    token: str
+    acquired_at: str
+    renewed_at: str
+    ttl_s: float
+    released: bool = False
+
+    @classmethod
+    def this_process(cls, ttl_s: float) -> Holder:
+        """A new holder that names the calling process."""
+        now = _now()
+        pid = os.getpid()
+        return cls(_this_host(), pid, _start_tick(pid) or "", uuid.uuid4().hex, now, now, ttl_s)
+
+    @classmethod
+    def from_json(cls, data: bytes, uri: str) -> Holder:
+        """Read a lease's content; StorageError when it is not one."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{uri}: not a lease ({error}); remove it if no driver of this run lives") from error
+
+    def to_json(self) -> bytes:
+        """The lease's content."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this holder surely does not write any more: it said so, or it or its process on this host ended."""
+        if self.released:
+            return True
+        if self.host != _this_host():
+            return False
+        if (self.pid, self.pid_started) == (os.getpid(), _start_tick(os.getpid()) or ""):
+            return self.token not in _HELD_HERE
+        return not _lives(self.pid, self.pid_started)
+
+    def __str__(self) -> str:
+        age = (datetime.now(UTC) - datetime.fromisoformat(self.acquired_at)).total_seconds()
+        return f"{self.host.split('/')[0]} (process {self.pid}), for {max(age, 0):.0f} s"
+
+
+class Lease(ABC):
+    """The right to write one run; a context manager that renews itself and gives the lease back at its end."""
+
+    def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self.ttl_s = ttl_s
+
+    @staticmethod
+    def acquire(storage: Storage, table_uri: str, run_id: str, ttl_s: float = TTL_S, on_wait: OnWait | None = None) -> Lease:
+        """Take the lease of a run, or raise LeaseHeldError naming who holds it.
+
+        on_wait: told why and how long, when the lease of a holder on another host has to be watched until it expires.
+        """
+        uri = storage.join(table_uri, "_masklake", run_id, "lease")
+        if parse(uri).is_local:
+            return FileLease(uri, run_id, ttl_s)
+        return ObjectLease(storage, uri, run_id, ttl_s, on_wait or logger.warning)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise LeaseLostError if the lease is known to be lost or too old; asks no server. Cheap: call it often."""
+
+    @abstractmethod
+    def confirm(self) -> None:
+        """`check`, and ask the storage: call it right before a commit. StorageError when the storage does not answer."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the lease back; nothing happens where it is already lost."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def _held_by(self, holder: Holder | str) -> LeaseHeldError:
+        return LeaseHeldError(
+            f"run {self.run_id} is being written by {holder}; wait until it ends, or stop it and start again ({self.uri})"
+        )
+
+    def _lost(self, reason: str) -> LeaseLostError:
+        return LeaseLostError(
+            f"the lease of run {self.run_id} is lost: {reason}; nothing was committed, start again ({self.uri})"
+        )
+
+
+class FileLease(Lease):
+    """A lock of the operating system on a local file; it ends with the process, so it needs no renewal."""
+
+    def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
+        super().__init__(uri, run_id, ttl_s)
+        self._path = Path(parse(uri).key)
+        with translated(uri):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+b")
+            try:
+                self._lock()
+                self._write(Holder.this_process(self.ttl_s).to_json())
+            except BaseException:
+                self._file.close()  # an open file would hold the lock until this process ends
+                raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            content = self._path.read_bytes()
+            # The holder writes its name right after it locks: between the two the file may still be empty.
+            raise self._held_by(Holder.from_json(content, self.uri) if content else "another process") from None
+
+    def _write(self, content: bytes) -> None:
+        self._file.truncate(0)
+        self._file.write(content)
+        self._file.flush()
+
+    def check(self) -> None:
+        """Raise LeaseLostError if the lock's file was removed or replaced: another driver may hold the new one."""
+        if self._file.closed:
+            raise self._lost("it was released")
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise self._lost("its file was removed")
+
+    def confirm(self) -> None:
+        """The same as `check`: the operating system is the storage."""
+        self.check()
+
+    def release(self) -> None:
+        """Drop the lock. The file stays: removing it would let two waiting drivers lock two different files."""
+        if self._file.closed:
+            return
+        try:
+            with self._file:
+                self._write(b"")
+        except OSError as error:  # closed all the same, and whoever comes next goes by the lock, not by the file's content
+            logger.warning("%s: still names this process, which gave the lease back (%s)", self.uri, describe(error))
+
+
+class ObjectLease(Lease):
+    """An object held by conditional puts and renewed by a thread three times a lifetime."""
+
+    def __init__(self, storage: Storage, uri: str, run_id: str, ttl_s: float, on_wait: OnWait) -> None:
+        super().__init__(uri, run_id, ttl_s)
+        self._on_wait = on_wait
+        self._holder = Holder.this_process(ttl_s)
+        self._lock = threading.Lock()  # a renewal and a confirmation must not use one version twice
+        self._stop = threading.Event()
+        self._reason: str | None = None  # why it is lost
+        self._trouble: MaskLakeError | None = None  # why the last renewal failed
+        _HELD_HERE.add(self._holder.token)
+        try:
+            bare = bare_tags(storage, uri.rpartition("/")[0])
+            self._object = ConditionalObject(_impatient(storage, ttl_s), uri, self._holder.token, bare)
+            with translated(uri):
+                self._version, self._renewed = self._take()
+        except BaseException:
+            _HELD_HERE.discard(self._holder.token)  # should the put arrive after all, this process may take it over
+            raise
+        self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease-{run_id}", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> tuple[UpdateVersion, float]:
+        """The version of our lease object, and when it was asked for: others count its lifetime from a later moment."""
+        started = time.monotonic()
+        try:
+            return self._object.create(self._holder.to_json()), started
+        except RefusedError as error:
+            return self._take_over(error)
+
+    def _take_over(self, refused: RefusedError) -> tuple[UpdateVersion, float]:
+        if refused.found is None:
+            raise StorageError(f"{self.uri}: could neither be created nor read; is it being removed?") from refused
+        holder = Holder.from_json(refused.found.content, self.uri)
+        if not holder.is_gone:
+            self._watch_until_expired(holder, refused.found.version)
+        started = time.monotonic()
+        try:
+            version = self._object.replace(self._holder.to_json(), refused.found.version)
+        except RefusedError as error:
+            raise self._held_by(self._named(error)) from None
+        logger.info("took over the lease of run %s from %s", self.run_id, holder)
+        return version, started
+
+    def _named(self, refused: RefusedError) -> Holder | str:
+        return Holder.from_json(refused.found.content, self.uri) if refused.found else "another driver"
+
+    def _watch_until_expired(self, holder: Holder, version: UpdateVersion) -> None:
+        """Return when the lease was not renewed for its lifetime; LeaseHeldError as soon as it is, or on this host at once."""
+        if holder.host == _this_host():
+            raise self._held_by(holder)
+        self._on_wait(
+            f"run {self.run_id} is leased to {holder}; if it does not renew within {holder.ttl_s:.0f} s, this driver takes over"
+        )
+        deadline = time.monotonic() + holder.ttl_s
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, holder.ttl_s / 10))
+            now = self._object.read()
+            # Released just now: planning again is right, writing its run again is not.
+            if now is None or now.version != version:
+                raise self._held_by(Holder.from_json(now.content, self.uri) if now else holder)
+
+    def _renew_for_ever(self) -> None:
+        while not self._stop.wait(self.ttl_s / 3):
+            try:
+                self._renew()
+            except MaskLakeError as error:
+                self._trouble = error
+                logger.warning("the lease of run %s could not be renewed: %s", self.run_id, error)
+            if self._reason:
+                return
+
+    def _renew(self) -> None:
+        """Put the lease anew; sets the reason where another driver's, or nothing, stands there. StorageError and its kin."""
+        with self._lock, translated(self.uri):
+            started = time.monotonic()  # others count the lifetime from the put's arrival, which is later: ours ends first
+            self._holder = replace(self._holder, renewed_at=_now())
+            try:
+                self._version = self._object.replace(self._holder.to_json(), self._version)
+            except RefusedError as error:
+                self._reason = f"{self._named(error)} took it over" if error.found else "its object was removed"
+            else:
+                self._renewed, self._trouble = started, None
+
+    def check(self) -> None:
+        """Raise LeaseLostError if a renewal was refused, or none succeeded within the lease's lifetime."""
+        if self._reason:
+            raise self._lost(self._reason)
+        if (silent := time.monotonic() - self._renewed) > self.ttl_s:
+            why = f" ({self._trouble})" if self._trouble else ""
+            raise self._lost(f"it could not be renewed for {silent:.0f} s{why}")
+
+    def confirm(self) -> None:
+        """`check`, then renew it now."""
+        self.check()
+        self._renew()
+        self.check()
+
+    def release(self) -> None:
+        """Mark the lease as given back, unless another driver has it by now."""
+        self._stop.set()
+        self._thread.join()
+        _HELD_HERE.discard(self._holder.token)
+        if self._reason:
+            return
+        self._reason = "it was released"
+        content = replace(self._holder, released=True, renewed_at=_now()).to_json()
+        try:
+            with translated(self.uri):
+                self._object.replace(content, self._version)
+        except RefusedError:
+            return  # it had expired meanwhile, and is another driver's
+        except MaskLakeError as error:
+            logger.warning("the lease of run %s could not be given back, it expires: %s", self.run_id, error)
+
+
+def _impatient(storage: Storage, ttl_s: float) -> Storage:
+    """The same storage with requests that end well within the lifetime: a silent one must not cost the lease."""
+    limit = min(storage.options.request_timeout_s, max(ttl_s / 6, 1.0))
+    return Storage(storage.options.model_copy(update={"request_timeout_s": limit}))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _this_host() -> str:
+    """Host name, boot id and process namespace; the latter two where the system has them (Linux)."""
+    parts = [socket.gethostname()]
+    if os.path.exists("/proc/self/ns/pid"):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return "/".join(parts)
+
+
+def _start_tick(pid: int) -> str | None:
+    """When a process started, as the kernel's tick count; None where there is no such process or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]  # field 22; the name in field 2 may hold spaces and brackets
+
+
+def _lives(pid: int, started: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives and belongs to someone else
+    tick = _start_tick(pid)
+    return tick is None or not started or tick == started

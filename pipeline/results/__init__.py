@@ -1,0 +1,1 @@
+"""What labels are worth and look like: COCO metrics, mIoU, drawings."""

@@ -1,0 +1,197 @@
+"""Conditional puts that survive a lost reply, and the proof that a store has them.
+
+A put whose reply is lost may have been done, and the same put again is then refused because of the object it wrote itself. So
+a refusal is an answer only after the object was read: content that bears our own token is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+from masklake.model.errors import MaskLakeError
+from masklake.pipeline.errors import StorageError
+from masklake.pipeline.storage.errors import describe, fault, is_known, translated
+from masklake.pipeline.storage.storage import Storage, parse
+
+if TYPE_CHECKING:  # they exist in its stubs alone
+    from obstore import PutMode, PutResult, UpdateVersion
+
+logger = logging.getLogger(__name__)
+
+_REFUSALS = (AlreadyExistsError, PreconditionError)
+_PAUSES_S = (0.1, 0.5, 2.0)  # between puts of which no reply came
+
+
+class RefusedError(Exception):
+    """The condition does not hold: another writer's content is there (`found`), or nothing any more (None)."""
+
+    def __init__(self, uri: str, found: Found | None) -> None:
+        super().__init__(f"{uri}: the condition of a put does not hold")
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object as it was read; version: what a put may name as its condition."""
+
+    content: bytes
+    version: UpdateVersion
+
+
+class ConditionalObject:
+    """One object of a store, written under conditions alone.
+
+    token: text that each content put here bears, and no other writer's. bare_tags: name entity tags without their quotes
+    (`bare_tags`). Methods raise what obstore raises, and RefusedError.
+    """
+
+    def __init__(self, storage: Storage, uri: str, token: str, bare_tags: bool) -> None:
+        self.uri = uri
+        self._store, self._key = storage.object_store(uri)
+        self._token = token.encode()
+        self._bare_tags = bare_tags
+
+    def read(self) -> Found | None:
+        """The object now, or None where there is none."""
+        try:
+            answer = obstore.get(self._store, self._key)
+            return Found(bytes(answer.bytes()), self._version(answer.meta["e_tag"], answer.meta["version"]))
+        except FileNotFoundError:
+            return None
+
+    def create(self, content: bytes) -> UpdateVersion:
+        """Put where no object is; RefusedError where one is that is not ours."""
+        return self._put(content, "create")
+
+    def replace(self, content: bytes, version: UpdateVersion) -> UpdateVersion:
+        """Put where the object is still of this version, or ours; RefusedError where it is not."""
+        return self._put(content, version)
+
+    def _put(self, content: bytes, condition: PutMode) -> UpdateVersion:
+        pauses = iter(_PAUSES_S)
+        while True:
+            try:
+                return self._result(obstore.put(self._store, self._key, content, mode=condition))
+            except (BaseError, OSError) as error:
+                refused = isinstance(error, _REFUSALS)
+                if not refused and fault(error).is_refusal:
+                    raise
+                found = self._read_after(error)
+                if found is not None and found.content == content:
+                    return found.version  # it had been done, and only the reply was lost
+                pause = next(pauses, None)
+                if pause is None:
+                    if refused:
+                        raise RefusedError(self.uri, found) from error
+                    raise
+                if refused:
+                    condition = self._next_condition(condition, found, error)
+                else:
+                    time.sleep(pause)
+
+    def _read_after(self, error: BaseException) -> Found | None:
+        """The object after a put that failed; `error` itself where that cannot be told either."""
+        try:
+            return self.read()
+        except (BaseError, OSError):
+            raise error from None
+
+    def _next_condition(self, condition: PutMode, found: Found | None, error: BaseException) -> PutMode:
+        """What to put under after a refusal: an earlier put of ours, of which no reply came, moved the object on."""
+        if found is None and condition == "create":
+            return "create"  # what stood in the way is gone
+        if found is None or self._token not in found.content or found.version == condition:
+            raise RefusedError(self.uri, found) from error
+        return found.version
+
+    def _result(self, result: PutResult) -> UpdateVersion:
+        return self._version(result["e_tag"], result["version"])
+
+    def _version(self, e_tag: str | None, version: str | None) -> UpdateVersion:
+        if e_tag is None:
+            raise _lacks(self.uri, "gives no entity tags")
+        tag = e_tag.strip('"') if self._bare_tags else e_tag
+        return {"e_tag": tag} if version is None else {"e_tag": tag, "version": version}
+
+
+# -- proof -------------------------------------------------------------------------------------------------------------
+
+_PROVEN: dict[tuple[str | None, str, str], bool] = {}  # (endpoint, scheme, bucket): whether it wants bare tags
+
+
+def bare_tags(storage: Storage, folder: str) -> bool:
+    """Whether the store that holds `folder` wants entity tags without their quotes, as Ceph's gateway 16.2 does.
+
+    Proves, once a process and bucket, with an object of its own in `folder`, that the store refuses to create what exists,
+    replaces under the right tag and refuses a wrong one. StorageError says in one line what a store lacks.
+    """
+    at = parse(folder)
+    place = (storage.options.endpoint_url, at.scheme, at.bucket)
+    if place not in _PROVEN:
+        uri = storage.join(folder, f"probe-{uuid.uuid4().hex}")
+        try:
+            _PROVEN[place] = _prove(storage, uri)
+        finally:
+            _remove(storage, uri)
+    return _PROVEN[place]
+
+
+def _prove(storage: Storage, uri: str) -> bool:
+    ours, other = uuid.uuid4().hex, uuid.uuid4().hex
+    with translated(uri), _implemented(uri):
+        probe = ConditionalObject(storage, uri, ours, bare_tags=False)
+        first = probe.create(f"{ours} 1".encode())
+        if not _is_refused(lambda: ConditionalObject(storage, uri, other, bare_tags=False).create(other.encode())):
+            raise _lacks(uri, "overwrites what a put was only to create (it ignores If-None-Match)")
+        second = f"{ours} 2".encode()
+        bare = _is_refused(lambda: probe.replace(second, first))
+        if bare:
+            first = {**first, "e_tag": (first["e_tag"] or "").strip('"')}
+            probe = ConditionalObject(storage, uri, ours, bare_tags=True)
+            if _is_refused(lambda: probe.replace(second, first)):
+                raise _lacks(uri, "refuses a put under the object's own entity tag, with its quotes and without (If-Match)")
+        if not _is_refused(lambda: ConditionalObject(storage, uri, other, bare).replace(other.encode(), first)):
+            raise _lacks(uri, "overwrites an object under an entity tag that it no longer has (it ignores If-Match)")
+    return bare
+
+
+def _is_refused(put: Callable[[], object]) -> bool:
+    try:
+        put()
+    except RefusedError:
+        return True
+    return False
+
+
+@contextmanager
+def _implemented(uri: str) -> Iterator[None]:
+    """A store that says itself that it has no such puts; a bad key or an expired token is another matter."""
+    try:
+        yield
+    except BaseError as error:
+        if fault(error).status in (400, 405, 501) and not is_known(error):
+            raise _lacks(uri, f"does not implement conditional puts ({describe(error)})") from error
+        raise
+
+
+def _lacks(uri: str, what: str) -> StorageError:
+    return StorageError(
+        f"{uri}: this store {what}, so a run could not be protected against a second driver; "
+        "use a store with conditional puts (docs/labelling.md names those that were tried)"
+    )
+
+
+def _remove(storage: Storage, uri: str) -> None:
+    try:
+        storage.delete(uri)
+    except MaskLakeError as error:  # what ended the proof, or will end the run, is told by itself
+        logger.warning("the probe of conditional puts was left behind: %s", error)

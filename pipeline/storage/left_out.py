@@ -1,0 +1,93 @@
+"""What a listing leaves out, counted by reason: nobody should have to guess why 10,000 files gave 9,990 images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+
+from masklake.model.wording import counted
+
+_NAME_LENGTH = 120  # characters of a name that a line shows
+
+
+class Reason(StrEnum):
+    """Why something is no image of the input."""
+
+    OTHER_FILES = "other_files"
+    OTHER_SYSTEMS = "other_systems"
+    UNREADABLE_FOLDERS = "unreadable_folders"
+    UNREADABLE_FILES = "unreadable_files"
+    BROKEN_LINKS = "broken_links"
+    LINKED_FOLDERS = "linked_folders"
+    NOT_REGULAR = "not_regular"
+    FOLDERS = "folders"
+    GONE = "gone"
+    NOT_UTF8 = "not_utf8"
+    SLASH_AT_END = "slash_at_end"
+    NO_SUCH_NAME = "no_such_name"
+    NO_CLIENT = "no_client"
+    WINDOWS_PATHS = "windows_paths"
+    COMMENTS = "comments"
+    UNNAMED = "unnamed"
+
+
+_WORDS = {
+    Reason.OTHER_FILES: ("without an image's suffix", "without an image's suffix"),
+    Reason.OTHER_SYSTEMS: ("hidden or of other systems", "hidden or of other systems"),
+    Reason.UNREADABLE_FOLDERS: ("unreadable folder", "unreadable folders"),
+    Reason.UNREADABLE_FILES: ("unreadable file", "unreadable files"),
+    Reason.BROKEN_LINKS: ("link that leads nowhere", "links that lead nowhere"),
+    Reason.LINKED_FOLDERS: ("link to a folder", "links to folders"),
+    Reason.NOT_REGULAR: ("pipe, socket or device", "pipes, sockets or devices"),
+    Reason.FOLDERS: ("folder", "folders"),
+    Reason.GONE: ("removed meanwhile", "removed meanwhile"),
+    Reason.NOT_UTF8: ("name that is not UTF-8", "names that are not UTF-8"),
+    Reason.SLASH_AT_END: ("name that ends in a slash", "names that end in a slash"),
+    Reason.NO_SUCH_NAME: ("name that its storage cannot hold", "names that their storage cannot hold"),
+    Reason.NO_CLIENT: ("address that no storage client here reads", "addresses that no storage client here reads"),
+    Reason.WINDOWS_PATHS: ("Windows path", "Windows paths"),
+    Reason.COMMENTS: ("comment", "comments"),
+    Reason.UNNAMED: ("row without a name", "rows without a name"),
+}
+
+
+class LeftOut:
+    """Counts by reason, and the first name of each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Reason] = Counter()
+        self._first: dict[Reason, str] = {}
+
+    def add(self, reason: Reason, name: str, count: int = 1) -> None:
+        """``count`` more are left out for this reason; ``name`` is one of them."""
+        if count:
+            self._counts[reason] += count
+            self._first.setdefault(reason, name)
+
+    def counts(self) -> dict[str, int]:
+        """How many, by reason; reasons that did not occur are left out."""
+        return {reason.value: count for reason, count in self._counts.items()}
+
+    def names(self) -> dict[str, str]:
+        """The first name of each reason, as a line shows it."""
+        return {reason.value: _shown(name) for reason, name in self._first.items()}
+
+    def restore(self, counts: Mapping[str, int], names: Mapping[str, str]) -> None:
+        """Take over what `counts` and `names` gave in an earlier start of the same run."""
+        for reason, count in counts.items():
+            self.add(Reason(reason), names.get(reason, ""), count)
+
+    def __str__(self) -> str:
+        """One line, empty when nothing was left out: `left out: 3 Windows paths (C:\\a.jpg), 1 unreadable folder (/a/b)`."""
+        parts = [
+            counted(count, *_WORDS[reason]) + (f" ({_shown(self._first[reason])})" if self._first[reason] else "")
+            for reason, count in self._counts.items()
+        ]
+        return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def _shown(name: str) -> str:
+    """A name on one line: control characters and foreign bytes escaped, long ones cut in the middle."""
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH // 2]}...{text[-_NAME_LENGTH // 2 :]}"

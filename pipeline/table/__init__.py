@@ -1,0 +1,1 @@
+"""The table of labels: schema, rows, commits (Delta Lake), and SQL over it (DuckDB)."""

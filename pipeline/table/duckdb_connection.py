@@ -1,0 +1,65 @@
+"""DuckDB connections that Ctrl-C and SIGTERM interrupt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import duckdb
+
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+AGAIN_S = 0.05  # between calls for an interrupt: one that comes just before a statement starts is forgotten by it
+
+
+@contextmanager
+def connected() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to a database in memory, closed at the end of the block.
+
+    While DuckDB computes Python handles no signal: a long query ran on after Ctrl-C. The signal's number comes through a
+    socket, whatever the main thread does; a second thread waits for it there and calls DuckDB off. Then, and only then, any
+    error that leaves the block is a KeyboardInterrupt.
+    """
+    with duckdb.connect() as connection:
+        if threading.current_thread() is threading.main_thread():
+            with _interrupted(connection):
+                yield connection
+        else:  # no signal comes here
+            yield connection
+
+
+@contextmanager
+def _interrupted(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    pressed, ended = threading.Event(), threading.Event()
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        while numbers := receiver.recv(64):
+            if before != -1:  # who waited for signals before us (`jobs.terminal.signals`) hears of them, too
+                os.write(before, numbers)
+            if STOPS.intersection(numbers):
+                pressed.set()
+                break
+        while pressed.is_set() and not ended.wait(AGAIN_S):
+            connection.interrupt()
+
+    watcher = threading.Thread(target=watch, name="ctrl-c", daemon=True)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    watcher.start()
+    try:
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            ended.set()
+            sender.close()
+            watcher.join()  # it reads what was sent till now: DuckDB notices some signals itself and raises before it has
+            receiver.close()
+    except Exception as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise

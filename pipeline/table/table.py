@@ -1,0 +1,441 @@
+"""The table: a Delta Lake of Parquet files with one row an image, committed one run at a time (design, section 3.2).
+
+    <table>/_delta_log/                   one transaction a run
+    <table>/run=<run_id>/*.parquet        data; nothing else has the suffix
+    <table>/_masklake/table.json          schema version
+    <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
+    <table>/_masklake/<run_id>/           manifest, lease, run record
+
+Readers see a run entirely or not at all: they follow the log, and the log gains a run's files in one transaction.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import deltalake
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from masklake.model.errors import ConfigError
+from masklake.model.wording import counted
+from masklake.pipeline.errors import InputNotFoundError, StorageError, TableError
+from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES
+from masklake.pipeline.storage.errors import describe, os_error_number, translate
+from masklake.pipeline.storage.literal_keys import is_plain
+from masklake.pipeline.storage.nearby import first_missing, near, within
+from masklake.pipeline.storage.storage import Storage, canonical, parse
+from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
+
+logger = logging.getLogger(__name__)
+
+COMMIT_ATTEMPTS = 20
+# A checkpoint of the log is a Parquet file in the table: whoever reads `**/*.parquet` would count its rows as images.
+# Without checkpoints no entry of the log may ever be cleaned up.
+_NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+class RunRecord(BaseModel):
+    """What a run set out to do: `_masklake/<run_id>/run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    run_id: str
+    label_id: str
+    input: dict[str, Any] = Field(description="The input's specification: what a restart must equal to continue this run.")
+    images: int = Field(description="Rows of the frozen manifest.")
+    status: Literal["planned", "committed"] = "planned"
+    planned_at: datetime
+    committed_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file in a run's folder. path: relative to the table."""
+
+    path: str
+    bytes: int
+    rows: int
+
+
+def valid_run_id(run_id: str, given: str = "run id") -> str:
+    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere.
+
+    given: what the id is where it comes from, such as `--tick`.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"{given} {run_id!r}: use 1 to 100 letters from a to z, digits, '-' and '_' (it names a folder and a partition)"
+        )
+    return run_id
+
+
+def input_key(label_id: str, spec: dict[str, Any]) -> str:
+    """Which runs continue each other: 16 hex digits over the label_id and the input's specification."""
+    return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_table(storage: Storage, uri: str) -> Table:
+    """The table at `uri`, which need not exist yet; TableError when something else is there, or a newer version's table."""
+    table = Table(storage, canonical(uri))
+    if re.search(r"%[0-9A-Fa-f]{2}|[\\\n]", table.uri):
+        raise ConfigError(f"{table.uri}: Delta keeps no table at a path with %XX, a backslash or a line break; give another")
+    at = parse(table.uri)
+    if not at.is_local and at.key and not is_plain(at.key):
+        raise ConfigError(
+            f"{table.uri!r}: no table can be at a key with `//`, `/./`, `/../` or a control character; give another"
+        )
+    if storage.is_file(table.uri):
+        expanded = " (a pattern such as 'photos/*.jpg' needs quotes, or the shell expands it)"
+        hint = expanded if table.uri.lower().endswith(IMAGE_SUFFIXES) else ""
+        raise TableError(f"{table.uri}: is a file; a table is a folder, give another path{hint}")
+    version = table.schema_version()
+    if version is None and storage.exists(storage.join(table.uri, "_delta_log")):
+        raise TableError(f"{table.uri}: is a Delta table that MaskLake did not write; give another path")
+    if version is not None and version > SCHEMA_VERSION:
+        raise TableError(
+            f"{table.uri}: has schema version {version}, this MaskLake reads up to {SCHEMA_VERSION}; install a newer MaskLake"
+        )
+    return table
+
+
+class Table:
+    """One table; make it with `open_table`, which checks what is there. Holds no connection and no snapshot."""
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        self.storage = storage
+        self.uri = uri
+
+    def __repr__(self) -> str:
+        return f"Table({self.uri!r})"
+
+    # -- places --------------------------------------------------------------------------------------------------------
+
+    def run_folder(self, run_id: str) -> str:
+        """Where a run's data files are written."""
+        return self.storage.join(self.uri, f"{RUN_COLUMN}={valid_run_id(run_id)}")
+
+    def private(self, run_id: str, *names: str) -> str:
+        """A place in `_masklake/<run_id>/`: what a run needs to resume, no part of the table."""
+        return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
+
+    def manifest_uri(self, run_id: str) -> str:
+        """Where a run's frozen manifest is written: Parquet by another name, so that `**/*.parquet` finds images only."""
+        return self.private(run_id, "images.manifest")
+
+    def find_manifest(self, run_id: str) -> str:
+        """The run's frozen manifest as it is there; earlier versions named it `manifest.parquet`."""
+        earlier = self.private(run_id, "manifest.parquet")
+        return earlier if self.storage.is_file(earlier) else self.manifest_uri(run_id)
+
+    def _schema_uri(self) -> str:
+        return self.storage.join(self.uri, "_masklake", "table.json")
+
+    def _open_run_uri(self, key: str) -> str:
+        return self.storage.join(self.uri, "_masklake", f"open-{key}.json")
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def schema_version(self) -> int | None:
+        """The version in `_masklake/table.json`; None where there is no table yet."""
+        try:
+            content = self.storage.read_bytes(self._schema_uri())
+        except InputNotFoundError:
+            return None
+        try:
+            return int(json.loads(content)["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TableError(
+                f"{self._schema_uri()}: is not a table's description ({error}); restore it or remove the table"
+            ) from error
+
+    def initialise(self) -> None:
+        """Write the table's description where there is none; the Delta log begins with the first commit."""
+        if self.schema_version() is None:
+            description = {"schema_version": SCHEMA_VERSION, "created_at": datetime.now(UTC).isoformat()}
+            self.storage.write_bytes(self._schema_uri(), json.dumps(description, indent=1).encode())
+
+    def delta(self) -> DeltaTable | None:
+        """The newest snapshot, or None before the first commit."""
+        try:
+            with self._translated():
+                return DeltaTable(self.uri, storage_options=self.storage.delta_options(self.uri))
+        except _NoLogYetError:
+            return None
+
+    def version(self) -> int:
+        """The newest snapshot's version; -1 before the first commit."""
+        delta = self.delta()
+        return delta.version() if delta else -1
+
+    def is_committed(self, run_id: str) -> bool:
+        """Whether the log holds this run."""
+        delta = self.delta()
+        return delta is not None and delta.transaction_version(run_id) is not None
+
+    def files(self) -> list[tuple[str, str]]:
+        """(path relative to the table, run_id) of every file of the newest snapshot; empty before the first commit."""
+        delta = self.delta()
+        if delta is None:
+            return []
+        actions = pa.table(delta.get_add_actions(flatten=True))
+        return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
+
+    def dataset(self) -> pyarrow.dataset.Dataset:
+        """The newest snapshot as a pyarrow dataset of TABLE_SCHEMA; TableError before the first commit.
+
+        Built from the log's own file list, never from a listing of folders: those also hold what is being written.
+        """
+        files = self.files()
+        if not files:
+            raise TableError(self._why_empty())
+        filesystem, root = self.storage.arrow(self.uri)
+        parquet = pyarrow.dataset.ParquetFileFormat()
+        run = pyarrow.dataset.field(RUN_COLUMN)
+        fragments = [
+            parquet.make_fragment(f"{root}/{path}", filesystem=filesystem, partition_expression=run == run_id)
+            for path, run_id in files
+        ]
+        return pyarrow.dataset.FileSystemDataset(fragments, TABLE_SCHEMA, parquet, filesystem)
+
+    def _why_empty(self) -> str:
+        """Why nothing can be read here, with what may have been meant."""
+        storage = self.storage
+        if self.schema_version() is not None:
+            return f"{self.uri}: holds no committed run yet; label images into it first (masklake label)"
+        if storage.exists(self.uri):
+            meant = within(storage, self.uri, lambda uri: is_table(storage, uri))
+            return f"{self.uri}: is a folder and no table; {f'did you mean {meant}?' if meant else 'check the path'}"
+        missing = first_missing(storage, self.uri)
+        meant = near(storage, missing, self.uri, lambda uri: is_table(storage, uri))
+        which = "" if missing == self.uri else f" {missing}"
+        return f"{self.uri}: the folder{which} does not exist; {f'did you mean {meant}?' if meant else 'check the path'}"
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def run_record(self, run_id: str) -> RunRecord | None:
+        """The run's record, or None where no such run was planned."""
+        uri = self.private(run_id, "run.json")
+        try:
+            return RunRecord.model_validate_json(self.storage.read_bytes(uri))
+        except InputNotFoundError:
+            return None
+        except ValidationError as error:
+            raise TableError(
+                f"{uri}: is not a run's record ({counted(error.error_count(), 'error')}); restore or remove it"
+            ) from error
+
+    def begin_run(self, record: RunRecord) -> None:
+        """Remember a planned run, so that a restart with the same input and label_id continues it."""
+        self._write_record(record)
+        pointer = json.dumps({"run_id": record.run_id}).encode()
+        self.storage.write_bytes(self._open_run_uri(input_key(record.label_id, record.input)), pointer)
+
+    def find_open_run(self, label_id: str, spec: dict[str, Any]) -> RunRecord | None:
+        """The planned, uncommitted run of this label_id and input; closes one whose driver died right after its commit."""
+        uri = self._open_run_uri(input_key(label_id, spec))
+        try:
+            pointer = self.storage.read_bytes(uri)
+        except InputNotFoundError:
+            return None
+        try:
+            run_id = valid_run_id(json.loads(pointer)["run_id"])
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise TableError(f"{uri}: does not name a run ({error}); remove it, and the input is planned anew") from error
+        record = self.run_record(run_id)
+        if record is not None and self.is_committed(record.run_id):
+            self._close_run(record)
+            return None
+        return record
+
+    def _write_record(self, record: RunRecord) -> None:
+        self.storage.write_bytes(self.private(record.run_id, "run.json"), record.model_dump_json(indent=1).encode())
+
+    def _close_run(self, record: RunRecord) -> None:
+        self.tidy(record.run_id)
+        self._write_record(record.model_copy(update={"status": "committed", "committed_at": datetime.now(UTC)}))
+        self.storage.delete(self._open_run_uri(input_key(record.label_id, record.input)))
+
+    def run_files(self, run_id: str) -> list[DataFile]:
+        """The Parquet files in a run's folder with their row counts, read from their footers in parallel."""
+        data = self._listed(run_id)
+        with ThreadPoolExecutor(16) as pool:
+            counts = pool.map(lambda row: self._count_rows(row["uri"]), data)
+            return [
+                DataFile(row["uri"][len(self.uri) + 1 :], row["bytes"], count) for row, count in zip(data, counts, strict=True)
+            ]
+
+    def _listed(self, run_id: str) -> list[dict[str, Any]]:
+        """OBJECT_SCHEMA rows of the Parquet files in a run's folder, by name."""
+        return [row for row in self._below(self.run_folder(run_id)) if row["uri"].endswith(".parquet")]
+
+    def _below(self, folder: str) -> list[dict[str, Any]]:
+        """OBJECT_SCHEMA rows of what is in a folder, by name; none where there is no folder."""
+        try:
+            batches = list(self.storage.list_objects(folder))
+        except InputNotFoundError:
+            return []  # a run that wrote nothing has no folder
+        return sorted((row for batch in batches for row in batch.to_pylist()), key=lambda row: row["uri"])
+
+    def _count_rows(self, uri: str) -> int:
+        filesystem, path = self.storage.arrow(uri)
+        with self.storage.reading(uri):
+            return int(pq.read_metadata(path, filesystem=filesystem).num_rows)
+
+    def commit_run(
+        self, run_id: str, files: Sequence[DataFile] | None = None, confirm: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Add a run's files to the table in one transaction; False where the log already holds the run.
+
+        files: default, every Parquet file in the run's folder. Files without rows are left out. Each attempt commits to the
+        version it has read and no other, so the check for the run's presence holds at the moment of the commit. A commit whose
+        reply is lost is looked for in the log and made again only where it is not there. confirm: called right before each
+        attempt; raises where this process may not write the run any more (`Lease.confirm`).
+        """
+        chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
+        self.initialise()
+        self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
+        actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
+        lost: StorageError | None = None  # the last attempt's, of which nobody knows whether it was done
+        for attempt in range(COMMIT_ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+            try:
+                delta = self._delta_or_created()
+                if delta.transaction_version(run_id) is not None:
+                    self._finish(run_id)
+                    return lost is not None  # a commit whose reply was lost is our own, for a run has one writer
+                confirm()
+                lost = None
+                if self._try_commit(delta, run_id, actions):
+                    self._finish(run_id)
+                    return True
+            except StorageError as error:
+                if not error.may_pass:
+                    raise
+                lost = error
+        if lost is not None:
+            raise lost
+        raise TableError(f"{self.uri}: other writers won {COMMIT_ATTEMPTS} commits in a row; run the command again")
+
+    def _finish(self, run_id: str) -> None:
+        record = self.run_record(run_id)
+        if record is not None:
+            self._close_run(record)
+
+    def _sync_log(self, version: int) -> None:
+        self.storage.sync([self.storage.join(self.uri, "_delta_log", f"{version:020}.json")])
+
+    def _try_commit(self, delta: DeltaTable, run_id: str, actions: list[AddAction | RemoveAction]) -> bool:
+        """Whether the transaction became the version after `delta`'s; False when another writer's did."""
+        version = delta.version() + 1
+        try:
+            with self._translated():
+                delta.create_write_transaction(
+                    actions,
+                    "append",
+                    _delta_schema(),
+                    partition_by=[RUN_COLUMN],
+                    commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(run_id, 1)]),
+                    post_commithook_properties=_NO_CHECKPOINT,
+                )
+        except _CommitConflictError:
+            return False
+        self._sync_log(version)
+        return True
+
+    def _delta_or_created(self) -> DeltaTable:
+        delta = self.delta()
+        if delta is not None:
+            return delta
+        try:
+            with self._translated():
+                created = DeltaTable.create(
+                    self.uri,
+                    _delta_schema(),
+                    mode="ignore",  # another writer may have created it since
+                    partition_by=[RUN_COLUMN],
+                    name="masklake",
+                    configuration={"delta.checkpointInterval": str(2**31 - 1)},  # for other writers
+                    storage_options=self.storage.delta_options(self.uri),
+                    commit_properties=CommitProperties(max_commit_retries=0),
+                )
+        except _CommitConflictError as error:  # ... or creates it at this moment, which "ignore" does not cover
+            delta = self.delta()
+            if delta is None:
+                reason = describe(error.__cause__ or error)
+                raise TableError(f"{self.uri}: the Delta log cannot be created ({reason})") from error
+            return delta
+        self._sync_log(0)
+        return created
+
+    def tidy(self, run_id: str) -> None:
+        """Remove what a committed run left in its folders and the log does not name, so that whoever reads the folder itself
+        finds each row once: files of workers that outlived their driver, and what earlier versions wrote beside the data.
+        """
+        kept = {path for path, run in self.files() if run == run_id}
+        present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()
+        if not kept <= present:  # a store that lists late, or names files otherwise than the log: then touch nothing
+            logger.warning("run %s: its folder does not list all of its files yet, so nothing is removed from it", run_id)
+            return
+        leftovers = [self.storage.join(self.uri, path) for path in present - kept]
+        leftovers += [row["uri"] for row in self._below(self.private(run_id)) if row["uri"].endswith(".parquet")]
+        for uri in leftovers:
+            self.storage.delete(uri)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except CommitFailedError as error:
+            raise _CommitConflictError from error
+        except DeltaError as error:
+            # deltalake takes whatever the file system says for a log that is not there.
+            if os_error_number(error) not in (None, errno.ENOENT):
+                raise translate(error, self.uri) from error
+            if isinstance(error, TableNotFoundError):
+                raise _NoLogYetError from error
+            raise TableError(f"{self.uri}: the Delta log cannot be used ({describe(error)})") from error
+        except OSError as error:
+            raise translate(error, self.uri) from error
+
+
+class _NoLogYetError(Exception):
+    """There is no Delta log at the table's path."""
+
+
+class _CommitConflictError(Exception):
+    """Another writer's transaction took the version."""
+
+
+def _delta_schema() -> deltalake.Schema:
+    return deltalake.Schema.from_arrow(TABLE_SCHEMA)
+
+
+def _add_action(run_id: str, file: DataFile) -> AddAction:
+    # Only the row count: partial min/max statistics make filters through pyarrow and DuckDB return nothing (measured).
+    now_ms = int(time.time() * 1000)
+    return AddAction(file.path, file.bytes, {RUN_COLUMN: run_id}, now_ms, True, json.dumps({"numRecords": file.rows}))
+
+
+def is_table(storage: Storage, uri: str) -> bool:
+    """Whether `uri` holds a MaskLake table (of any version)."""
+    return not parse(uri).key.endswith(".parquet") and Table(storage, canonical(uri)).schema_version() is not None

@@ -1,0 +1,114 @@
+"""Stored proposals: an RPN's boxes of each image, as one Parquet file that a detector learns on later.
+
+Training a detector on them saves running the RPN at every step (Mask R-CNN, section 3.1: "RPN is trained separately"). They are
+made of images as they are, and follow the augmentation of the image that they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from masklake.model.weights.checkpoint import load_checkpoint
+from masklake.model.wording import agreeing, counted_of
+from masklake.pipeline.coco.dataset import NAMED
+from masklake.pipeline.coco.image_check import wrong_size
+from masklake.pipeline.errors import AnnotationError, StorageError
+from masklake.pipeline.images.decode import DecodeLimits, decode
+from masklake.pipeline.images.fetch import fetch_patiently
+from masklake.pipeline.storage.errors import translated
+from masklake.pipeline.storage.storage import Storage
+
+PROPOSAL_SCHEMA = pa.schema(
+    [
+        ("file_name", pa.string()),  # as the COCO file has it
+        ("width", pa.int32()),  # pixels of the upright image
+        ("height", pa.int32()),
+        ("boxes", pa.large_list(pa.float32())),  # P x (x1, y1, x2, y2) in those pixels, the best first
+    ]
+)
+
+
+def read_proposals(storage: Storage, uri: str) -> pa.Table:
+    """PROPOSAL_SCHEMA rows of the file at `uri`. Raises AnnotationError when it is none of `masklake propose`."""
+    filesystem, path = storage.arrow(uri)
+    with translated(uri), filesystem.open_input_file(path) as file:
+        try:
+            table = pq.read_table(file)
+            rows = table.select(PROPOSAL_SCHEMA.names).cast(PROPOSAL_SCHEMA)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
+            raise AnnotationError(f"{uri} holds no proposals ({error}). Give a file of `masklake propose`.") from error
+    _check_boxes(rows, uri)
+    return rows
+
+
+def _check_boxes(rows: pa.Table, uri: str) -> None:
+    """Raises AnnotationError unless each row has boxes of four finite numbers."""
+    boxes = rows["boxes"].combine_chunks()
+    wrong = boxes.is_null().to_numpy(zero_copy_only=False) | (boxes.value_lengths().fill_null(0).to_numpy() % 4 != 0)
+    finite = np.isfinite(boxes.flatten().to_numpy(zero_copy_only=False))  # null is NaN here
+    wrong[boxes.value_parent_indices().to_numpy()[~finite]] = True
+    if count := int(wrong.sum()):
+        name = rows["file_name"][int(np.flatnonzero(wrong)[0])].as_py()
+        raise AnnotationError(
+            f"{uri}: {counted_of(count, len(wrong), 'image')} {agreeing(count, 'has', 'have')} proposals that are no boxes of "
+            f"four finite numbers{agreeing(count, ': ', ', such as ')}{name}. Run `masklake propose` again."
+        )
+
+
+def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> pa.ChunkedArray:
+    """The boxes of each training row; names: the rows' file names.
+
+    Raises AnnotationError for rows without proposals, or whose image had another size when they were made.
+    """
+    place = {name: number for number, name in enumerate(proposals["file_name"].to_pylist())}
+    missing = [name for name in names if name not in place]
+    if count := len(missing):
+        raise AnnotationError(
+            f"{counted_of(count, len(names), 'image')} {agreeing(count, 'has', 'have')} no proposals"
+            f"{', such as ' if count > NAMED else ': '}{', '.join(missing[:NAMED])}. Run `masklake propose` on this COCO file."
+        )
+    chosen = proposals.take(pa.array([place[name] for name in names], pa.int64()))
+    for side in ("width", "height"):
+        for name, own, theirs in zip(names, rows[side].to_pylist(), chosen[side].to_pylist(), strict=True):
+            if own != theirs:
+                raise AnnotationError(f"{name}: its proposals are of an image of another size; run `masklake propose` again.")
+    return chosen["boxes"]
+
+
+class Proposer:
+    """Runs a model's RPN on blocks of images, as Ray Data builds it on a worker."""
+
+    def __init__(self, storage: Storage, checkpoint: Any, device: str, threads: int) -> None:
+        """checkpoint: a Ray object reference to the bytes; threads: torch's, on a CPU."""
+        import ray
+
+        torch.set_num_threads(threads)
+        self._storage = storage
+        self._model = load_checkpoint(ray.get(checkpoint), device=device)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image
+        cannot be used, or is of another size. Raises StorageError where the storage is busy or out of reach.
+        """
+        limits, rows = DecodeLimits(), []
+        expected = block.to_pylist()
+        fetched = fetch_patiently(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
+        for wanted, got in zip(expected, fetched, strict=True):
+            if got.may_pass:
+                raise StorageError(str(got.error))
+            decoded = None if got.data is None else decode(got.data, limits)
+            row: dict[str, Any] = {"file_name": wanted["file_name"], "error": got.error if decoded is None else decoded.error}
+            if decoded is not None and decoded.image is not None:
+                height, width = decoded.image.shape[1:]
+                row["error"] = wrong_size((width, height), wanted)
+                if row["error"] is None:
+                    [boxes] = self._model.propose([decoded.image])
+                    row |= {"width": width, "height": height, "boxes": boxes.ravel()}
+            rows.append(row)
+        return pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA.append(pa.field("error", pa.string())))

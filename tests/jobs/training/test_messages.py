@@ -1,0 +1,74 @@
+"""The training's board and the labelling's counter: nothing waits for them once they are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from masklake.jobs.labelling.progress import shown, start_counter
+from masklake.jobs.training.messages import Listener, failure_on, report_failure, start_board
+from masklake.model.errors import ConfigError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lost() -> Any:
+    """A board whose node is gone, as far as its callers can tell."""
+    board = start_board()
+    ray.get(board.say.remote("before"))
+    ray.kill(board, no_restart=True)
+    return board
+
+
+def test_a_failure_is_kept_and_lines_are_shown() -> None:
+    board, lines = start_board(), list[str]()
+    assert report_failure(board, ConfigError("first"))
+    assert report_failure(board, ConfigError("its consequence"))
+    with Listener(board, lines.append):
+        ray.get(board.say.remote("a line"))
+    assert lines == ["a line"]
+    assert str(failure_on(board)) == "first"
+
+
+def test_a_lost_board_is_no_failure_and_says_that_it_did_not_hear(lost: Any) -> None:
+    assert failure_on(lost) is None
+    assert not report_failure(lost, ConfigError("unheard"))
+
+
+def test_a_lost_board_keeps_nobody_waiting(lost: Any) -> None:
+    lines: list[str] = []
+    with Listener(lost, lines.append):
+        lost.say.remote("unheard")
+    assert lines == []
+
+
+@pytest.mark.faults
+def test_a_board_that_died_comes_back() -> None:
+    board = start_board()
+    ray.get(board.say.remote("before"))
+    ray.kill(board, no_restart=False)
+    lines: list[str] = []
+    with Listener(board, lines.append):
+        while not lines:
+            board.say.remote("after")
+    assert set(lines) == {"after"}
+
+
+def test_a_lost_counter_stops_the_bar_and_nothing_else() -> None:
+    counter = start_counter()
+    looked: list[None] = []
+    ray.kill(counter)
+    with shown(counter, 3, 0, lambda: looked.append(None), enabled=False):
+        counter.add.remote(1, 0)
+    assert looked

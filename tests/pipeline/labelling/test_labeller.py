@@ -1,0 +1,205 @@
+"""The labelling step: whatever happens to an image, its row comes back; labels depend on the image alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from masklake.model import PRESETS, Instances, PredictOptions, create_model
+from masklake.model.config import ModelConfig
+from masklake.pipeline.images.decode import Decoded, DecodeLimits
+from masklake.pipeline.images.status import Status
+from masklake.pipeline.labelling import labeller as labeller_module
+from masklake.pipeline.labelling.labeller import Labeller, LabelSpec, _windows
+from masklake.pipeline.storage.storage import Storage, local_etag
+from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
+
+# pytest puts its own filters over the one that `decode` sets for its process.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIG = PRESETS["tiny"]
+CATEGORY = CONFIG.categories[0]
+
+
+class OneBox:
+    """A predictor that finds one box, whose score is the image's mean; an image of one colour 13 makes it fail."""
+
+    def __init__(self) -> None:
+        self.config: ModelConfig = CONFIG
+        self.batches: list[list[tuple[int, int]]] = []
+        self.inside = 0
+
+    def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
+        self.inside += 1
+        assert self.inside == 1, "two threads at once"
+        self.batches.append([(image.shape[1], image.shape[2]) for image in images])
+        time.sleep(0.001)
+        self.inside -= 1
+        if any(bool((image == 13).all()) for image in images):
+            raise RuntimeError("thirteen")
+        return [self._find(image) for image in images]
+
+    def _find(self, image: torch.Tensor) -> Instances:
+        return Instances(
+            size=(image.shape[1], image.shape[2]),
+            boxes=np.array([[0, 0, image.shape[2], image.shape[1]]], np.float32),
+            scores=np.array([image.float().mean() / 255], np.float32),
+            labels=np.array([CATEGORY.id]),
+            rles=[b"counts"],
+            areas=np.array([7]),
+        )
+
+
+SPEC = LabelSpec(Storage(), "tiny-000000000000", "label", PredictOptions(batch_size=2), DecodeLimits(max_pixels=10_000))
+
+
+def write(folder: Path, name: str, colour: int, size: tuple[int, int] = (32, 20)) -> str:
+    Image.new("RGB", size, (colour, colour, colour)).save(folder / name)
+    return str(folder / name)
+
+
+def manifest(uris: Sequence[str]) -> pa.Table:
+    rows = [{"image_id": number, "uri": uri, "etag": "listed", "bytes": 100} for number, uri in enumerate(uris)]
+    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def test_every_image_has_its_row_in_order(tmp_path: Path) -> None:
+    uris = [write(tmp_path, f"{number}.png", number * 10, size=(20 + number, 30 - number)) for number in range(20)]
+    told: list[tuple[int, int]] = []
+    rows = Labeller(SPEC, OneBox(), lambda done, failed: told.append((done, failed)))(manifest(uris))
+    assert rows.schema == FILE_SCHEMA
+    assert rows["image_id"].to_pylist() == list(range(20))
+    assert rows["uri"].to_pylist() == uris
+    assert rows["width"].to_pylist() == [20 + number for number in range(20)]
+    assert rows["etag"][3].as_py() == local_etag(Path(uris[3]).stat())  # what was read, not what was listed
+    scores = [instances[0]["score"] for instances in rows["instances"].to_pylist()]
+    assert scores == pytest.approx([number * 10 / 255 for number in range(20)])
+    assert (sum(done for done, _ in told), sum(failed for _, failed in told)) == (20, 0)
+
+
+def test_each_failure_has_its_status_and_the_rest_are_labelled(tmp_path: Path) -> None:
+    good, thirteen, large = write(tmp_path, "a.png", 50), write(tmp_path, "b.png", 13), write(tmp_path, "c.png", 1, (200, 100))
+    (tmp_path / "d.png").write_bytes(Path(good).read_bytes()[:60])
+    (tmp_path / "e.png").write_text("not an image")
+    uris = [
+        good,
+        thirteen,
+        large,
+        str(tmp_path / "d.png"),
+        str(tmp_path / "e.png"),
+        str(tmp_path / "absent"),
+        "ftp://x/y",
+        good,
+    ]
+    rows = Labeller(SPEC, OneBox())(manifest(uris)).to_pylist()
+    assert [row["status"] for row in rows] == [
+        Status.OK,
+        Status.MODEL_ERROR,
+        Status.TOO_LARGE,
+        Status.DECODE_ERROR,
+        Status.DECODE_ERROR,
+        Status.MISSING,
+        Status.FETCH_ERROR,
+        Status.OK,
+    ]
+    assert [bool(row["error"]) for row in rows] == [False, *[True] * 6, False]
+    assert rows[1]["error"] == "RuntimeError: thirteen"
+    assert [len(row["instances"]) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert (rows[3]["width"], rows[3]["height"]) == (32, 20)  # its header was fine
+    assert rows[5]["etag"] == "listed"
+
+
+def test_images_of_like_shape_go_together(tmp_path: Path) -> None:
+    sizes = [(64, 20), (20, 64)] * 8
+    model = OneBox()
+    Labeller(SPEC, model)(manifest([write(tmp_path, f"{n}.png", 100 + n, size) for n, size in enumerate(sizes)]))
+    assert [len(set(batch)) for batch in model.batches] == [1, 1]
+
+
+def test_an_empty_block_gives_no_rows() -> None:
+    assert Labeller(SPEC, OneBox())(manifest([])).num_rows == 0
+
+
+def test_overlapping_calls_share_one_model(tmp_path: Path) -> None:
+    uris = [write(tmp_path, f"{number}.png", number) for number in range(12)]
+    labeller = Labeller(SPEC, OneBox())
+    results: list[pa.Table] = []
+    threads = [threading.Thread(target=lambda: results.append(labeller(manifest(uris)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [table["status"].to_pylist() for table in results] == [["ok"] * 12] * 3
+
+
+def test_an_image_that_hangs_its_decoder_is_crashed_and_the_rest_are_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [write(tmp_path, f"{number}.png", number) for number in range(6)]
+    hangs = Path(uris[2]).read_bytes()
+    forever = threading.Event()
+    real = labeller_module.decode
+
+    def decode(data: bytes, limits: DecodeLimits) -> Decoded:
+        if data == hangs:
+            forever.wait(30)
+        return real(data, limits)
+
+    monkeypatch.setattr(labeller_module, "decode", decode)
+    rows = Labeller(replace(SPEC, decode_timeout_s=0.3, decode_threads=1), OneBox())(manifest(uris)).to_pylist()
+    forever.set()
+    assert [row["status"] for row in rows] == ["ok", "ok", "crashed", "ok", "ok", "ok"]
+    assert rows[2]["error"] == "decoding did not end within 0.3 s"
+
+
+def test_memory_failures_of_a_batch_are_retried_one_by_one(tmp_path: Path) -> None:
+    class SmallMemory(OneBox):
+        def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("too many")
+            return super().predict(images, options)
+
+    rows = Labeller(SPEC, SmallMemory())(manifest([write(tmp_path, f"{n}.png", n) for n in range(5)]))
+    assert rows["status"].to_pylist() == ["ok"] * 5
+
+
+def test_windows_hold_to_their_limits() -> None:
+    windows = list(_windows([5, 5, 5, 50, 1, 1, 1, 1], lambda item: item, most=10, count=3))
+    assert windows == [[5, 5], [5], [50], [1, 1, 1], [1]]
+
+
+def test_labels_do_not_depend_on_the_block(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        size = (96, 64) if number % 3 else (64, 96)
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    uris = [str(tmp_path / f"{number}.png") for number in range(9)]
+    torch.manual_seed(1)
+    model = create_model("tiny")
+    spec = replace(SPEC, predict=PredictOptions(score_threshold=0.0, max_detections=10, batch_size=4))
+    together = Labeller(spec, model)(manifest(uris))
+    one_by_one = [Labeller(replace(spec, predict=spec.predict.model_copy(update={"batch_size": 1})), model)]
+    alone: list[dict[str, Any]] = [one_by_one[0](manifest(uris).slice(number, 1)).to_pylist()[0] for number in range(9)]
+    assert sum(len(row["instances"]) for row in alone) > 20
+    for grouped, single in zip(together.to_pylist(), alone, strict=True):
+        assert_same_labels(grouped, single)
+
+
+def assert_same_labels(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Equal but for the last bit of a float: a matrix product of more rows may sum in another order."""
+    assert one["status"] == other["status"]
+    assert one["rles"] == other["rles"]
+    for a, b in zip(one["instances"], other["instances"], strict=True):
+        assert (a["category_id"], a["area"]) == (b["category_id"], b["area"])
+        assert a["score"] == pytest.approx(b["score"], abs=1e-6)
+        assert list(a["box"].values()) == pytest.approx(list(b["box"].values()), abs=1e-4)

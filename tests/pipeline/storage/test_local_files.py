@@ -1,0 +1,84 @@
+"""Local files appear whole, with the umask's permissions, and are synced with their folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masklake.pipeline.errors import InputNotFoundError, StorageError
+from masklake.pipeline.labelling.lease import Lease
+from masklake.pipeline.labelling.run_output import merge
+from masklake.pipeline.storage import local_files
+from masklake.pipeline.storage.storage import Storage
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A umask that holds while the test runs."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+def test_what_the_pipeline_writes_has_the_umasks_permissions(tmp_path: Path, umask: int, write_run: Any, make_row: Any) -> None:
+    folder = tmp_path / "table"
+    table = write_run(
+        str(folder), "night-1", [make_row(number, f"{number}.jpg") for number in range(4)], rows_per_file=2, commit=False
+    )
+    with Lease.acquire(Storage(), str(folder), "night-1"):
+        table.commit_run("night-1", merge(table, "night-1", table.run_files("night-1")))
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    source.chmod(0o600)
+    Storage().upload(source, str(folder / "uploaded"))
+    found = modes(folder)
+    assert {"uploaded", "_masklake/table.json", "_masklake/night-1/lease", "_delta_log/00000000000000000001.json"} <= set(found)
+    assert {
+        name: mode for name, mode in found.items() if mode != ((0o777 if (folder / name).is_dir() else 0o666) & ~umask)
+    } == {}
+
+
+def test_a_file_and_the_names_of_its_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(local_files.os, "fsync", record)
+    local_files.write(tmp_path / "a/b/file", b"content")
+    made = [os.path.relpath(path, tmp_path) for path in synced]
+    assert made[:2] == [".", "a"], "the names of the new folders"
+    assert made[2].startswith("a/b/.masklake-"), "the content, before it gets its name"
+    assert made[3:] == ["a/b"], "the name"
+    assert (tmp_path / "a/b/file").read_bytes() == b"content"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    uri = str(tmp_path / "file")
+    Storage().write_bytes(uri, b"old")
+    monkeypatch.setattr(local_files.os, "fsync", full)
+    with pytest.raises(StorageError, match="file: no space left on the disk; free some space"):
+        Storage().write_bytes(uri, b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file/object", "file/below/object"):
+        with pytest.raises(InputNotFoundError, match="is a file where a folder is needed"):
+            Storage().write_bytes(str(tmp_path / name), b"")
+    Storage().write_bytes(str(tmp_path / "a/b/object"), b"")
+    assert (tmp_path / "a/b").is_dir()
