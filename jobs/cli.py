@@ -118,7 +118,8 @@ def convert(
 ) -> None:
     """Turn another system's weights into a MaskLake checkpoint."""
     from masklake.jobs import convert as command
-    from masklake.pipeline.storage.storage import Storage, StorageOptions
+    from masklake.pipeline.storage.options import StorageOptions
+    from masklake.pipeline.storage.storage import Storage
 
     report = command.run(source, target, preset, Storage(StorageOptions(endpoint_url=endpoint)), norm_eps, categories)
     if as_json:
@@ -163,7 +164,8 @@ def query(
     """
     from masklake.jobs import query as command
     from masklake.jobs.terminal.answers import Format
-    from masklake.pipeline.storage.storage import Storage, StorageOptions
+    from masklake.pipeline.storage.options import StorageOptions
+    from masklake.pipeline.storage.storage import Storage
 
     storage = Storage(StorageOptions(endpoint_url=endpoint))
     chosen = None if form is None else Format(form)
@@ -193,7 +195,8 @@ def show(
 ) -> None:
     """Draw an image's current instances, those of score 0.5 and more unless --min-score says otherwise."""
     from masklake.jobs import show as command
-    from masklake.pipeline.storage.storage import Storage, StorageOptions
+    from masklake.pipeline.storage.options import StorageOptions
+    from masklake.pipeline.storage.storage import Storage
 
     report = command.run(Storage(StorageOptions(endpoint_url=endpoint)), table, uri, output, min_score, images)
     if as_json:
@@ -384,7 +387,7 @@ def propose(
 ) -> None:
     """Store an RPN's proposals of every image, for `masklake train --learn detector --proposals`."""
     from masklake.jobs import propose as command
-    from masklake.pipeline.storage.storage import StorageOptions
+    from masklake.pipeline.storage.options import StorageOptions
 
     options = command.ProposeOptions(
         coco=coco,
@@ -430,7 +433,8 @@ def evaluate(
 ) -> None:
     """Score a table's labels: COCO AP of boxes, masks and keypoints, and the foreground's mean IoU."""
     from masklake.jobs import evaluate as command
-    from masklake.pipeline.storage.storage import Storage, StorageOptions
+    from masklake.pipeline.storage.options import StorageOptions
+    from masklake.pipeline.storage.storage import Storage
 
     storage = Storage(StorageOptions(endpoint_url=endpoint))
     dets = max_dets or (1, 10, 100)

@@ -43,8 +43,9 @@ from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, plan_run
 from masklake.pipeline.labelling.run_output import Finished
 from masklake.pipeline.storage.left_out import LeftOut
+from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.retry import patiently
-from masklake.pipeline.storage.storage import Storage, StorageOptions
+from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.rows import Outcome, to_table
 from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.table import Table, open_table, valid_run_id

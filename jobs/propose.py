@@ -24,7 +24,9 @@ from masklake.model.errors import ConfigError
 from masklake.pipeline.coco.dataset import CocoDataset, image_folder, read_coco
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
 from masklake.pipeline.errors import LabellingError
-from masklake.pipeline.storage.storage import Storage, StorageOptions, canonical, parse, relative_to
+from masklake.pipeline.storage.options import StorageOptions
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import canonical, parse, relative_to
 from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, Proposer
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from masklake.pipeline.images.decode import decode
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.results.drawing import draw_instances
 from masklake.pipeline.storage.errors import describe as describe_error
-from masklake.pipeline.storage.storage import Storage, below, canonical, parse, real_place
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import below, canonical, parse, real_place
 from masklake.pipeline.storage.walk import is_utf8
 from masklake.pipeline.table.query import connect
 from masklake.pipeline.table.schema import LIKELY_SCORE

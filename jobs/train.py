@@ -42,7 +42,9 @@ from masklake.pipeline.coco.image_check import unusable_share, usable_images
 from masklake.pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from masklake.pipeline.results.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from masklake.pipeline.storage.literal_keys import is_plain
-from masklake.pipeline.storage.storage import Storage, StorageOptions, canonical, parse
+from masklake.pipeline.storage.options import StorageOptions
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import canonical, parse
 from masklake.pipeline.training.proposals import read_proposals
 from masklake.pipeline.training.recipe import Recipe, recipe_of
 from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import InputNotFoundError
-from masklake.pipeline.storage.storage import canonical, parse
+from masklake.pipeline.storage.uri import canonical, parse
 
 
 def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:

@@ -18,7 +18,9 @@ from masklake.model.identity import FIRST_DEFAULTS, differing
 from masklake.model.wording import counted
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.errors import InputNotFoundError
-from masklake.pipeline.storage.storage import Storage, concat, parse, relative_to
+from masklake.pipeline.storage.objects import concat
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse, relative_to
 from masklake.pipeline.training.recipe import Recipe
 
 FORMAT = 2

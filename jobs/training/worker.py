@@ -55,7 +55,8 @@ from masklake.pipeline.results.evaluation import (
     proposal_recall,
     result_rows,
 )
-from masklake.pipeline.storage.storage import Storage, relative_to
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import relative_to
 from masklake.pipeline.training.curves import training_curves
 from masklake.pipeline.training.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, set_rate
 from masklake.pipeline.training.samples import SampleSpec, replaced_in, to_training

@@ -36,7 +36,8 @@ from masklake.pipeline.coco.values import (
     whole,
 )
 from masklake.pipeline.errors import AnnotationError
-from masklake.pipeline.storage.storage import Storage, canonical, parent
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import canonical, parent
 
 NAMED = 5
 """How many offenders an error message names before it only counts."""

@@ -25,7 +25,8 @@ from masklake.pipeline.errors import AnnotationError, InputNotFoundError, Storag
 from masklake.pipeline.images.decode import DecodeLimits, read_upright
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.errors import translated
-from masklake.pipeline.storage.storage import Storage, parse, relative_to
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse, relative_to
 
 HEAD_BYTES = 8192
 """Of a remote object: the size of nearly every JPEG and PNG stands there."""

@@ -17,8 +17,10 @@ from masklake.pipeline.errors import InputNotFoundError, StorageError
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.literal_keys import LiteralObject
+from masklake.pipeline.storage.objects import local_etag, unquoted
 from masklake.pipeline.storage.retry import PAUSES_S
-from masklake.pipeline.storage.storage import Storage, local_etag, parse, unquoted
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse
 
 CONCURRENT_GETS = 32
 """Requests in flight a call: enough to hide 50 ms of latency at 600 images/s, few enough for one node's sockets."""

@@ -23,18 +23,12 @@ from masklake.model.plain_text import is_text
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.inputs.lists import Named, list_kind, read_list
 from masklake.pipeline.inputs.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
+from masklake.pipeline.storage.handles import CONCURRENT_HEADS
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.literal_keys import MAX_KEY_BYTES, is_plain
-from masklake.pipeline.storage.storage import (
-    CONCURRENT_HEADS,
-    OBJECT_SCHEMA,
-    Storage,
-    below,
-    canonical,
-    parent,
-    parse,
-    relative_to,
-)
+from masklake.pipeline.storage.objects import OBJECT_SCHEMA
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import below, canonical, parent, parse, relative_to
 from masklake.pipeline.storage.walk import is_utf8
 
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")

@@ -30,7 +30,8 @@ from masklake.pipeline.errors import StorageError
 from masklake.pipeline.inputs.list_header import images_columns, is_headless
 from masklake.pipeline.storage.errors import describe, translated
 from masklake.pipeline.storage.left_out import LeftOut, Reason
-from masklake.pipeline.storage.storage import LISTING_BATCH, Storage, unquoted
+from masklake.pipeline.storage.objects import LISTING_BATCH, unquoted
+from masklake.pipeline.storage.storage import Storage
 
 _KINDS = {
     ".parquet": "parquet",

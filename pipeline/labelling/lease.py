@@ -32,7 +32,8 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
 from masklake.pipeline.storage.conditional import ConditionalObject, RefusedError, bare_tags
 from masklake.pipeline.storage.errors import describe, translated
-from masklake.pipeline.storage.storage import Storage, parse
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse
 
 if TYPE_CHECKING:  # it exists in obstore's stubs alone
     from obstore import UpdateVersion

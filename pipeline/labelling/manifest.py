@@ -27,7 +27,9 @@ from masklake.pipeline.images.status import FINAL_STATUSES, Status
 from masklake.pipeline.inputs.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs, nothing_found
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.storage.left_out import LeftOut
-from masklake.pipeline.storage.storage import LISTING_BATCH, OBJECT_SCHEMA, Storage, below, canonical, real_place
+from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import below, canonical, real_place
 from masklake.pipeline.table.duckdb_connection import connected
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA, RUN_COLUMN
 from masklake.pipeline.table.table import RunRecord, Table, input_key, valid_run_id

@@ -34,7 +34,8 @@ from masklake.pipeline.errors import InputNotFoundError, LabellingError, Storage
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.errors import describe, translated
 from masklake.pipeline.storage.retry import patiently
-from masklake.pipeline.storage.storage import Storage, parse
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse
 from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN
 from masklake.pipeline.table.table import DataFile, Table
 

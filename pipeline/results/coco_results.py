@@ -15,7 +15,7 @@ from masklake.model.errors import ConfigError
 from masklake.model.wording import counted
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.storage.storage import relative_to
+from masklake.pipeline.storage.uri import relative_to
 from masklake.pipeline.table.stored_values import check_row
 
 

@@ -20,7 +20,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import StorageError
 from masklake.pipeline.storage.errors import describe, fault, is_known, translated
-from masklake.pipeline.storage.storage import Storage, parse
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parse
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore import PutMode, PutResult, UpdateVersion

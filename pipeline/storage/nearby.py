@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable
 
 from masklake.model.errors import MaskLakeError
-from masklake.pipeline.storage.storage import Storage, parent
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parent
 
 _ALIKE = 0.6  # of difflib's ratio: `labels` is 0.92 like `lables`, 0.55 like `photos`
 _CHOICES = 5

@@ -41,7 +41,8 @@ from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES
 from masklake.pipeline.storage.errors import describe, os_error_number, translate
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.nearby import first_missing, near, within
-from masklake.pipeline.storage.storage import Storage, canonical, parse
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import canonical, parse
 from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 
 logger = logging.getLogger(__name__)

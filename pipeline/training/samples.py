@@ -32,7 +32,8 @@ from masklake.pipeline.errors import AnnotationError, EmptyInputError, StorageEr
 from masklake.pipeline.images.decode import DecodeLimits, decode
 from masklake.pipeline.images.fetch import fetch_patiently
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.storage.storage import Storage, relative_to
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import relative_to
 from masklake.pipeline.training.proposals import proposals_of
 
 REPLACEMENTS = 20

@@ -25,7 +25,8 @@ from masklake.model.config import Task
 from masklake.model.errors import ConfigError
 from masklake.model.masks.rle import pack_counts
 from masklake.pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
-from masklake.pipeline.storage.storage import Storage, below
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import below
 from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE
 from masklake.pipeline.table.table import open_table
 

@@ -24,7 +24,8 @@ from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.weights.checkpoint import dumps
 from masklake.pipeline.coco.dataset import parse_coco
 from masklake.pipeline.errors import InputNotFoundError
-from masklake.pipeline.storage.storage import OBJECT_SCHEMA, Storage
+from masklake.pipeline.storage.objects import OBJECT_SCHEMA
+from masklake.pipeline.storage.storage import Storage
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 

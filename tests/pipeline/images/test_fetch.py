@@ -11,7 +11,9 @@ import pytest
 
 from masklake.pipeline.images.fetch import Fetched, fetch, fetch_patiently
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.storage.storage import Storage, StorageOptions, local_etag
+from masklake.pipeline.storage.objects import local_etag
+from masklake.pipeline.storage.options import StorageOptions
+from masklake.pipeline.storage.storage import Storage
 
 LIMIT = 1000
 

@@ -21,7 +21,8 @@ from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.labelling import labeller as labeller_module
 from masklake.pipeline.labelling.labeller import Labeller, LabelSpec, _windows
-from masklake.pipeline.storage.storage import Storage, local_etag
+from masklake.pipeline.storage.objects import local_etag
+from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
 
 # pytest puts its own filters over the one that `decode` sets for its process.

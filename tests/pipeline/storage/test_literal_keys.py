@@ -17,7 +17,8 @@ from masklake.pipeline.errors import AccessDeniedError, AnnotationError, InputNo
 from masklake.pipeline.images.fetch import fetch
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.literal_keys import LiteralObject, is_plain
-from masklake.pipeline.storage.storage import Storage, below, canonical, parent, relative_to
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import below, canonical, parent, relative_to
 from masklake.pipeline.table.table import open_table
 
 LITERAL = [

@@ -17,7 +17,9 @@ import pytest
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from masklake.pipeline.storage.errors import describe, translate
-from masklake.pipeline.storage.storage import Storage, StorageOptions, canonical, parent, parse, relative_to
+from masklake.pipeline.storage.options import StorageOptions
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import canonical, parent, parse, relative_to
 from masklake.pipeline.table.table import Table, open_table
 
 ODD_KEYS = [
