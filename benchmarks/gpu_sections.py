@@ -279,8 +279,40 @@ def ms(timing: Timing, per: int = 1) -> float:
 # -- is it right? ------------------------------------------------------------------------------------------------------
 
 
+FLOORS = {"fp32": (0.95, 0.99), "bf16": (0.7, 0.9)}
+"""Least share of matched detections, and least mean mask IoU, of a GPU that works: random weights give many near ties."""
+
+
 def correctness(bench: Bench) -> Iterator[Row]:
-    """The GPU's detections against the CPU's, and between precisions, batch sizes and full and partial batches."""
+    """The GPU's detections against the CPU's, and between precisions, batch sizes and full and partial batches.
+
+    Raises AssertionError after the last row when detections are worse than `FLOORS`, or a short batch's are others.
+    """
+    faults: list[str] = []
+    for row in _comparisons(bench):
+        yield row
+        faults += fault(row)
+    if faults:
+        raise AssertionError("; ".join(faults))
+
+
+def fault(row: Row) -> list[str]:
+    """What is wrong with a comparison, in one phrase, or nothing."""
+    share, overlap = FLOORS["bf16" if "bf16" in row["comparison"] else "fp32"]
+    detections = max(map(int, row["detections"].split(" and ")))
+    if row["comparison"].endswith("short"):
+        same, images = row["images_equal_bit_by_bit"].split(" of ")
+        return [] if same == images else [f"{row['comparison']}: {same} of {images} images are equal"]
+    if not detections:
+        return [f"{row['comparison']}: nothing was found"]
+    if row["matched"] < share * detections:
+        return [f"{row['comparison']}: {row['matched']} of {detections} detections match"]
+    if (iou := row["mask_iou_mean"]) is not None and iou < overlap:
+        return [f"{row['comparison']}: the masks' mean IoU is {iou}"]
+    return []
+
+
+def _comparisons(bench: Bench) -> Iterator[Row]:
     scale = bench.scale
     pictures = bench.pictures([scale.equal, scale.equal, *scale.mixed[:2]])
     for use in scale.models:

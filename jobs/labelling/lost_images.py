@@ -20,6 +20,8 @@ from masklake.pipeline.labelling.run_output import Finished, reported
 
 DEATHS = 3
 """Workers that must end with an image alone in hand before it is `crashed`: one may be killed from outside."""
+LOST_NODES = 3
+"""Nodes lost with one image alone in hand: a spot market takes some nodes, hardly ever that one's three times in a row."""
 FAILED_STARTS = 3
 """Workers in a row that end before they have labelled anything: then it is not an image."""
 WAIT_S = 20.0
@@ -32,6 +34,7 @@ class Trials:
     def __init__(self, image_ids: Iterable[int]) -> None:
         self._waiting = deque(image_ids)
         self._deaths: dict[int, int] = {}
+        self._nodes: dict[int, int] = {}
         self.crashed: list[int] = []
 
     def __len__(self) -> int:
@@ -42,14 +45,18 @@ class Trials:
         """The image to try; IndexError when none waits."""
         return self._waiting.popleft()
 
-    def died(self, image_id: int, *, with_node: bool) -> None:
-        """Its worker ended with this image in hand. with_node: the whole node did, which no image causes."""
-        deaths = self._deaths.get(image_id, 0) + (not with_node)
-        self._deaths[image_id] = deaths
-        if deaths >= DEATHS:
+    def died(self, image_id: int, *, with_node: bool) -> bool:
+        """Its worker ended with this image in hand. with_node: the whole node did, which says nothing of an image, at first.
+
+        False where that has happened `LOST_NODES` times with this image: then it can be neither labelled nor called `crashed`.
+        """
+        counts = self._nodes if with_node else self._deaths
+        counts[image_id] = counts.get(image_id, 0) + 1
+        if self._deaths.get(image_id, 0) >= DEATHS:
             self.crashed.append(image_id)
         else:
             self._waiting.append(image_id)
+        return self._nodes.get(image_id, 0) < LOST_NODES
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ class Alone:
         finally:
             for worker in [*self._idle, *(worker for worker, _ in self._calls.values())]:
                 _end(worker)
+
+    def _uri(self, image: int) -> str:
+        return str(self._rows[image]["uri"][0].as_py())
 
     def _in_hand(self) -> int:
         return sum(image is not None for _, image in self._calls.values())
@@ -134,7 +144,12 @@ class Alone:
     def _ended(self, worker: _Worker, image: int | None, error: Exception) -> None:
         living = _living_nodes()
         if image is not None:
-            self._trials.died(image, with_node=worker.node not in living)
+            if not self._trials.died(image, with_node=worker.node not in living):
+                raise LabellingError(
+                    f"{LOST_NODES} nodes were lost, one after another, while a worker had {self._uri(image)} alone in hand: it "
+                    "may need more memory than a node has. Use larger nodes, or take it out of the input; the same command goes "
+                    "on"
+                )
             return
         # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
         self._failed_starts += worker.known <= living

@@ -42,6 +42,10 @@ CHANGEABLE: Mapping[str, str] = {
 }
 """Options that may be others at each start, and why. So may the epochs of a run of one phase, down to those that are done."""
 
+LATER: Mapping[str, Mapping[str, Any]] = {"": {}, "recipe": {}, "augmentation": {}}
+"""Entries of the record, of its recipe and of its augmentation that came after the first release, each with the value that
+every run before it had: an older record is completed with them. (The model's part needs none, see `record_of`.)"""
+
 WORDS: Mapping[str, str] = {
     "train": "TRAIN",
     "train_images": "--images",
@@ -136,11 +140,17 @@ def read_record(storage: Storage, run_uri: str) -> dict[str, Any] | None:
 
 def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str) -> None:
     """Raises ConfigError where a start differs from the run of that name; names each option with both values."""
-    changes = list(differences(known, json.loads(json.dumps(record))))
+    changes = list(differences(completed(known), json.loads(json.dumps(record))))
     if changes:
         raise ConfigError(
             f"the run '{name}' was started otherwise: {'; '.join(changes)}. Give what it was started with, or another --name"
         )
+
+
+def completed(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an older version with the entries that it could not know (`LATER`)."""
+    tables = {name: {**later, **known.get(name, {})} for name, later in LATER.items() if name}
+    return {**LATER[""], **known, **tables}
 
 
 def differences(known: Mapping[str, Any], record: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -167,6 +167,25 @@ def test_agreement_of_detections_worked_by_hand() -> None:
     assert gpu_sections.agreement([nothing], [one])["matched"] == 0
 
 
+def test_a_gpu_that_finds_nonsense_fails_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = instances([[0, 0, 10, 10], [12, 0, 22, 10]], [1, 2])
+    row = gpu_sections.agreement([good], [good])
+    half = gpu_sections.agreement([good], [instances([[0, 0, 10, 10], [12, 12, 22, 19]], [1, 2])])
+    thin = gpu_sections.agreement([good], [instances([[0, 0, 10, 8], [12, 0, 22, 8]], [1, 2])])
+    nothing = gpu_sections.agreement([instances([], [])], [instances([], [])])
+    assert gpu_sections.fault({"comparison": "tiny: fp32", **row}) == []
+    assert gpu_sections.fault({"comparison": "tiny: bf16", **half}) == ["tiny: bf16: 1 of 2 detections match"]
+    assert gpu_sections.fault({"comparison": "tiny: bf16", **thin}) == ["tiny: bf16: the masks' mean IoU is 0.8"]
+    assert gpu_sections.fault({"comparison": "tiny: fp32", **nothing}) == ["tiny: fp32: nothing was found"]
+    assert gpu_sections.fault({"comparison": "the last one short", **thin}) == ["the last one short: 0 of 1 images are equal"]
+    rows = [{"comparison": "tiny: fp32", **half}, {"comparison": "tiny: fp32", **row}]
+    monkeypatch.setattr(gpu_sections, "_comparisons", lambda bench: iter(rows))
+    section = gpu_sections.correctness(None)  # type: ignore[arg-type]
+    assert [next(section), next(section)] == rows, "the rows are kept"
+    with pytest.raises(AssertionError, match="1 of 2 detections match"):
+        next(section)
+
+
 def test_busy_time_and_pauses_worked_by_hand() -> None:
     spans = [(0.0, 10.0, "a"), (5.0, 8.0, "b"), (20.0, 30.0, "a"), (31.0, 32.0, "c")]
     assert gpu_sections.busy_time(spans) == 21.0

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from masklake.jobs.labelling.lost_images import DEATHS, Alone, Trials
+from masklake.jobs.labelling import lost_images
+from masklake.jobs.labelling.lost_images import DEATHS, LOST_NODES, Alone, Trials
 from masklake.pipeline.errors import LabellingError, StorageError
 from masklake.pipeline.labelling.run_output import Finished, failed, written
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA
@@ -47,11 +48,27 @@ def test_one_death_from_outside_is_no_evidence() -> None:
 
 
 def test_a_node_that_died_says_nothing_about_an_image() -> None:
-    trials = Trials([7])
-    for _ in range(5 * DEATHS):
-        trials.died(trials.next(), with_node=True)
+    trials = Trials([7, 8])
+    assert all(trials.died(trials.next(), with_node=True) for _ in range(2 * (LOST_NODES - 1)))
     assert trials.crashed == []
-    assert len(trials) == 1
+    assert sorted(run(trials, deadly=set())) == [7, 8]
+
+
+def test_an_image_that_takes_its_node_along_is_not_tried_for_ever() -> None:
+    trials = Trials([7])
+    assert [trials.died(trials.next(), with_node=True) for _ in range(LOST_NODES)] == [True] * (LOST_NODES - 1) + [False]
+    assert trials.crashed == [], "a node may be lost for other reasons, so nothing final is said of the image"
+
+
+def test_nodes_lost_with_an_image_stop_the_run_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_images, "_living_nodes", lambda: frozenset({"head"}))
+    rows = pa.table({"image_id": [4], "uri": ["s3://b/huge.jpg"]})
+    alone = Alone(lambda: None, rows, 1, lambda line: None)
+    gone = lost_images._Worker(None, known=frozenset({"head", "gone"}), node="gone")
+    for _ in range(LOST_NODES - 1):
+        alone._ended(gone, 4, RuntimeError())
+    with pytest.raises(LabellingError, match=r"3 nodes were lost, .* s3://b/huge\.jpg alone in hand.*the same command goes on"):
+        alone._ended(gone, 4, RuntimeError())
 
 
 def test_nothing_waits_when_all_were_tried() -> None:
@@ -117,7 +134,7 @@ def test_two_workers_killed_from_outside_blame_nobody(no_cluster: set[str]) -> N
 
 
 def test_deaths_with_a_node_blame_nobody(no_cluster: set[str]) -> None:
-    deaths = iter([{0}] * 9)
+    deaths = iter([{0}] * (LOST_NODES - 1))
     assert tried(lambda: Actor(next(deaths, set()), prove=lambda: "gone"), images=1) == ([0], [])
 
 
