@@ -96,9 +96,6 @@ class Alone:
             for worker in [*self._idle, *(worker for worker, _ in self._calls.values())]:
                 _end(worker)
 
-    def _uri(self, image: int) -> str:
-        return str(self._rows[image]["uri"][0].as_py())
-
     def _in_hand(self) -> int:
         return sum(image is not None for _, image in self._calls.values())
 
@@ -145,10 +142,10 @@ class Alone:
         living = _living_nodes()
         if image is not None:
             if not self._trials.died(image, with_node=worker.node not in living):
+                uri = self._rows[image]["uri"][0].as_py()
                 raise LabellingError(
-                    f"{LOST_NODES} nodes were lost, one after another, while a worker had {self._uri(image)} alone in hand: it "
-                    "may need more memory than a node has. Use larger nodes, or take it out of the input; the same command goes "
-                    "on"
+                    f"{LOST_NODES} nodes were lost, one after another, while a worker had {uri} alone in hand. It may need more "
+                    "memory than a node has: use larger nodes, or leave it out. What is labelled is kept; the same command goes on"
                 )
             return
         # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
