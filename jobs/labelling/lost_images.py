@@ -144,7 +144,7 @@ class Alone:
             if not self._trials.died(image, with_node=worker.node not in living):
                 uri = self._rows[image]["uri"][0].as_py()
                 raise LabellingError(
-                    f"{LOST_NODES} nodes were lost, one after another, while a worker had {uri} alone in hand. It may need more "
+                    f"{LOST_NODES} nodes were lost in a row while a worker had {uri} alone in hand. It may need more "
                     "memory than a node has: use larger nodes, or leave it out. What is labelled is kept; the same command goes on"
                 )
             return
