@@ -145,7 +145,7 @@ class Alone:
                 uri = self._rows[image]["uri"][0].as_py()
                 raise LabellingError(
                     f"{LOST_NODES} nodes were lost in a row while a worker had {uri} alone in hand. It may need more "
-                    "memory than a node has: use larger nodes, or leave it out. What is labelled is kept; the same command goes on"
+                    "memory than a node has: use larger nodes, or leave it out. The same command goes on"
                 )
             return
         # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
