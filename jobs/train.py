@@ -25,10 +25,9 @@ from ray.train.torch import TorchTrainer
 
 from masklake.jobs.cluster.connection import Capacity, connect, cores, interruptible, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
-from masklake.jobs.training.latest import read_latest
 from masklake.jobs.training.messages import Listener, failure_on, start_board, to_stderr
 from masklake.jobs.training.record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
-from masklake.jobs.training.worker import CURVES, METRICS, MODEL, Images, TrainingJob, Validation, train, user_error
+from masklake.jobs.training.worker import TrainingJob, train, user_error
 from masklake.model.build import create_model, holds_classifier
 from masklake.model.config import ModelConfig, Task
 from masklake.model.errors import ConfigError, faults
@@ -47,8 +46,11 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parse
 from masklake.pipeline.training.proposals import read_proposals
 from masklake.pipeline.training.recipe import Recipe, recipe_of
+from masklake.pipeline.training.run import Images, TrainingRun
+from masklake.pipeline.training.run_folder import CURVES, METRICS, MODEL, read_latest, read_result
 from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
 from masklake.pipeline.training.stream import SampleStream
+from masklake.pipeline.training.validation import Validation
 
 TABLES: Mapping[str, type[BaseModel]] = {
     "recipe": Recipe,
@@ -240,7 +242,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     known = read_record(storage, options.run_uri)
     _check_recorded(options, known, done)
     _check_epochs(options, done, epochs)
-    finished = _result(storage, options.run_uri, epochs) is not None
+    finished = read_result(storage, options.run_uri, epochs) is not None
     data, validation = _read_data(storage, options, _silent if finished else say)
     model = build_model(options, data, storage)
     _check_detector(options, model.config)
@@ -511,24 +513,30 @@ class _Plan:
         """Whole steps of all workers; the images beyond the last one come first in some other epoch."""
         return max(1, self.rows.num_rows // (self.recipe.batch_size * self.options.workers))
 
+    def run(self, storage: Storage) -> TrainingRun:
+        """Returns what every worker has to know of it."""
+        return TrainingRun(
+            uri=self.options.run_uri,
+            phases=self.options.course,
+            steps_per_epoch=self.steps_per_epoch,
+            recipe=self.recipe,
+            spec=self.spec,
+            storage=storage,
+            evaluate_every=self.options.evaluate_every,
+            keep_best=self.options.keep == "best",
+            images=Images.of(self.data, self.options.most_unusable),
+        )
+
 
 def _fit(plan: _Plan, storage: Storage, say: Say) -> None:
     """Runs Ray Train to the end. Raises the workers' own error, or TrainingError."""
-    options, recipe = plan.options, plan.recipe
+    options = plan.options
     say(_describe_start(plan))
     board = start_board()
     job = TrainingJob(
-        run_uri=options.run_uri,
-        course=options.course,
-        steps_per_epoch=plan.steps_per_epoch,
-        recipe=recipe,
-        spec=plan.spec,
-        storage=storage,
+        run=plan.run(storage),
         initial=ray.put(dumps(plan.model)),
         validation=None if plan.validation is None else ray.put(plan.validation),
-        evaluate_every=options.evaluate_every,
-        keep_best=options.keep == "best",
-        images=Images.of(plan.data, options.most_unusable),
         board=board,
         threads=options.threads or (max(1, cores() // options.workers) if plan.embedded else None),
     )
@@ -573,15 +581,16 @@ def _describe_epochs(course: tuple[Phase, ...], recipe: Recipe) -> str:
 
 def _trainer(plan: _Plan, job: TrainingJob, loader: ray.ObjectRef[Loader]) -> TorchTrainer:
     options = plan.options
-    filesystem, path = job.storage.arrow(options.output)
+    run = job.run
+    filesystem, path = run.storage.arrow(options.output)
     # The controller unpickles all of this: what would make it import the model waits in the object store.
-    storage, run_uri = job.storage, job.run_uri
+    storage, run_uri = run.storage, run.uri
     stream = SampleStream(
         loader=loader,
         rows=plan.rows.num_rows,
-        epoch_samples=job.steps_per_epoch * job.recipe.batch_size * options.workers,
+        epoch_samples=run.steps_per_epoch * run.recipe.batch_size * options.workers,
         first_epoch=0,
-        epochs=job.epochs,
+        epochs=run.epochs,
         seed=options.seed,
         loader_cpus=1.0,
     )
@@ -617,7 +626,7 @@ def _judge(failure: Exception | None, error: BaseException | None, storage: Stor
         raise user_error(error) or TrainingError(
             f"training stopped: {_failed(plan.options)}: {last_line(error)}. {_saved(storage, plan.options.run_uri)}"
         ) from error
-    if _result(storage, plan.options.run_uri, len(plan.options.course) * plan.recipe.epochs) is None:
+    if read_result(storage, plan.options.run_uri, len(plan.options.course) * plan.recipe.epochs) is None:
         raise TrainingError(f"training was interrupted. {_saved(storage, plan.options.run_uri)}")
 
 
@@ -637,17 +646,6 @@ def _saved(storage: Storage, run_uri: str) -> str:
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
-
-
-def _result(storage: Storage, run_uri: str, epochs: int) -> dict[str, Any] | None:
-    """The metrics of a run that is complete with so many epochs; else None: of an interrupted, shorter or damaged one."""
-    try:
-        metrics = json.loads(storage.read_bytes(Storage.join(run_uri, METRICS)))
-        if metrics["epochs"] != epochs or not storage.exists(Storage.join(run_uri, MODEL)):
-            return None
-    except (InputNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return dict(metrics)
 
 
 def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:

@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-TOTAL = "loss"
-"""The sum of all losses: drawn black and thick."""
+from masklake.pipeline.training.run import TOTAL
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], title: str) -> bytes:

@@ -5,6 +5,7 @@ An epoch adds 1 to a bias, so that the bias says which epoch a model is of, and 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,10 +21,11 @@ from masklake.jobs.cluster.connection import Capacity
 from masklake.jobs.shapes import generate
 from masklake.jobs.train import TrainOptions
 from masklake.jobs.training import worker as train_worker
-from masklake.jobs.training.worker import Images, TrainingJob
+from masklake.jobs.training.worker import TrainingJob
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training import checkpoints, loop, validation
 
 NARROW: dict[str, Any] = {
     "backbone": {"widths": (8, 8, 8, 8), "stem_channels": 8},
@@ -65,9 +67,9 @@ class FakeTrainer:
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
         patch.setattr(ray.train.torch, "prepare_model", lambda model, **_: model)
         patch.setattr(train_worker, "_batches", lambda _: iter(()))
-        patch.setattr(train_worker, "_run_epoch", self._run_epoch)
-        patch.setattr(train_worker, "_evaluate", self._evaluate)
-        patch.setattr(train_worker, "training_curves", lambda history, title: f"{title}: {len(history)}".encode())
+        patch.setattr(loop, "run_epoch", self._run_epoch)
+        patch.setattr(validation, "evaluate", self._evaluate)
+        patch.setattr(checkpoints, "training_curves", lambda history, title: f"{title}: {len(history)}".encode())
         patch.setattr(Storage, "write_bytes", lambda storage, uri, data: self._write_bytes(storage, uri, data))
 
     def _die(self, moment: str) -> None:
@@ -83,37 +85,24 @@ class FakeTrainer:
         self._die("best" if name.startswith("best_") else name)
 
     def _fit(self, plan: Any, storage: Storage, say: Any) -> None:
-        options = plan.options
         nobody = SimpleNamespace(say=SimpleNamespace(remote=say))
-        self.job = TrainingJob(
-            run_uri=options.run_uri,
-            course=options.course,
-            steps_per_epoch=1,
-            recipe=plan.recipe,
-            spec=plan.spec,
-            storage=storage,
-            initial=dumps(plan.model),
-            validation=plan.validation,
-            evaluate_every=options.evaluate_every,
-            keep_best=options.keep == "best",
-            images=Images.of(plan.data, options.most_unusable),
-            board=nobody,
-            threads=None,
-        )
-        train_worker._train(self.job)
+        self.run_uri = plan.options.run_uri
+        run = dataclasses.replace(plan.run(storage), steps_per_epoch=1)
+        job = TrainingJob(run, initial=dumps(plan.model), validation=plan.validation, board=nobody, threads=None)
+        train_worker._train(job)
 
     def _report(self, metrics: Any, checkpoint: Any, checkpoint_dir_name: str) -> None:
-        shutil.copytree(checkpoint.path, Path(self.job.run_uri, checkpoint_dir_name), dirs_exist_ok=True)
+        shutil.copytree(checkpoint.path, Path(self.run_uri, checkpoint_dir_name), dirs_exist_ok=True)
         self._die("report")
 
-    def _run_epoch(self, job: TrainingJob, state: Any, replica: Any, batches: Any) -> dict[str, Any]:
+    def _run_epoch(self, run: Any, worker: Any, state: Any, replica: Any, batches: Any) -> dict[str, Any]:
         self._die("epoch")
         self.trained.append(state.epoch + 1)
         with torch.no_grad():
             state.model.network.box_head.cls_score.bias[0] += 1
         return {"losses": {"loss": 1.0}, "learning_rate": 0.1, "seconds": 1.0, "images_per_s": 1.0}
 
-    def _evaluate(self, job: Any, validation: Any, phase: Any, model: MaskRCNN, rank: int, world: int) -> dict[str, Any]:
+    def _evaluate(self, data: Any, storage: Any, phase: Any, model: MaskRCNN, worker: Any) -> dict[str, Any]:
         self._die("score")
         self.scored.append(age(model))
         ap = score_of(age(model))

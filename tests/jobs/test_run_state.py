@@ -101,7 +101,7 @@ def test_an_error_of_the_evaluator_loses_no_training(
 
     options = counting_run(data, tmp_path, evaluate_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr("masklake.jobs.training.worker._evaluate", broken)
+        patch.setattr("masklake.pipeline.training.validation.evaluate", broken)
         for _ in range(2):
             with pytest.raises(KeyError):
                 run(options, quiet)

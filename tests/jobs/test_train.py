@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import shutil
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,14 @@ from PIL import Image
 from masklake.jobs.cluster.connection import Capacity
 from masklake.jobs.shapes import CATEGORIES, generate
 from masklake.jobs.train import TrainOptions, build_model, describe_data, plan_workers, read_options, run
-from masklake.jobs.training.latest import read_latest
-from masklake.jobs.training.worker import (
-    Images,
-    State,
-    Validation,
-    _agreed,
-    _check_finite,
-    _evaluate,
-    _is_best,
-    _Losses,
-    _run_epoch,
-    _scored,
-    predict_share,
-    user_error,
-)
+from masklake.jobs.training.worker import user_error
 from masklake.model.build import create_model
 from masklake.model.errors import CheckpointError, ConfigError, UnknownPresetError
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
-from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA, parse_coco, read_coco, to_document
-from masklake.pipeline.coco.image_check import usable_images
+from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA, parse_coco, to_document
 from masklake.pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.training.recipe import build_optimizer, recipe_of
-from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
+from masklake.pipeline.training.run_folder import read_latest
 
 
 def options(**changes: Any) -> TrainOptions:
@@ -224,125 +207,6 @@ def test_a_damaged_pointer_is_told_and_not_trained_over(tmp_path: Path, text: st
     (tmp_path / "latest.json").write_text(text)
     with pytest.raises(TrainingError, match=r"latest\.json is damaged.*checkpoint_0003"):
         read_latest(Storage(), str(tmp_path))
-
-
-# -- the worker's parts ------------------------------------------------------------------------------------------------
-
-
-def test_images_that_training_met_count_with_those_left_out_before() -> None:
-    images = Images("x.json", listed=100, left_out=2, dropped={}, most_unusable=0.05)
-    images.check([])
-    images.check({"a.jpg: cut off", "b.jpg: cut off", "c.jpg: cut off"})
-    with pytest.raises(AnnotationError, match=r"6 of the 100 images of x.json cannot be used: a: cut; b: .*--max-unusable"):
-        images.check({f"{name}: cut" for name in "abcd"})
-
-
-def test_an_evaluation_leaves_out_what_it_could_not_read_up_to_the_limit(tmp_path: Path) -> None:
-    """A file that is cut short and one of another size have no part in the score; neither counts as empty."""
-    generate(tmp_path, 4, 96, seed=2)
-    truth = read_coco(Storage(), str(tmp_path / "instances.json"))
-    first, second = (tmp_path / "images" / image.file_name for image in truth.images[:2])
-    first.write_bytes(first.read_bytes()[:300])
-    Image.new("RGB", (50, 40)).save(second)
-    validation = Validation(truth, str(tmp_path / "images"), (100,), most_unusable=0.5)
-    torch.manual_seed(0)
-    unusable: dict[int, str] = {}
-    predict_share(create_model("tiny", categories=truth.categories), validation, Storage(), unusable=unusable)
-    assert list(unusable) == [image.id for image in truth.images[:2]]
-    assert "the upright image is 50 x 40 pixels, its annotations are for 96 x" in unusable[truth.images[1].id]
-    scored, reasons = _scored(validation, unusable)
-    assert [image.id for image in scored.truth.images] == [image.id for image in truth.images[2:]]
-    assert len(reasons) == 2
-    with pytest.raises(AnnotationError, match=r"2 of the 4 images of .*instances\.json cannot be used"):
-        _scored(dataclasses.replace(validation, most_unusable=0.3), unusable)
-
-
-class Alone:
-    """A Ray Train context and a board of one worker."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.say = self
-
-    def get_world_size(self) -> int:
-        return 1
-
-    def get_world_rank(self) -> int:
-        return 0
-
-    def remote(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def test_an_epoch_has_all_its_steps_though_half_its_images_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate(tmp_path, 4, 96, seed=2)
-    truth = read_coco(Storage(), str(tmp_path / "instances.json"))
-    for image in truth.images[:2]:
-        path = tmp_path / "images" / image.file_name
-        path.write_bytes(path.read_bytes()[:-200])
-    whole = usable_images(Storage(), truth, str(tmp_path / "images"), most=0.5)
-    assert len(whole.images) == 4  # their headers are fine
-    model = create_model("tiny", categories=truth.categories)
-    spec = SampleSpec(truth.categories, True, model.config.num_keypoints, Augmentation(), seed=0)
-    loader = Loader(training_rows(whole, str(tmp_path / "images"), spec), spec, Storage(), skip_bad=True)
-    alone, recipe = Alone(), recipe_of("tiny")
-    monkeypatch.setattr(ray.train, "get_context", lambda: alone)
-    job = types.SimpleNamespace(recipe=recipe, steps_per_epoch=2, spec=spec, board=alone, course=("joint",), epochs=1)
-    job.images = Images.of(whole, 0.5)
-    state = State(0, model, build_optimizer(model, recipe, 0.0))
-    batches = [loader.load([2 * n, 2 * n + 1], [0, 0]) for n in range(2)]
-    row = _run_epoch(job, state, model, iter(batches))
-    assert len(row["replaced"]) == 2
-    assert row["losses"]["loss"] > 0
-    told = [line for line in alone.lines if line.startswith("2 images could not be used and were replaced: ")]
-    assert len(told) == 1
-    later = State(1, model, state.optimizer, history=[row], told=state.told)
-    job.course, job.epochs = ("joint",), 3
-    assert "replaced" not in _run_epoch(job, later, model, iter(batches)), "they are in the history"
-    assert [line for line in alone.lines if "were replaced" in line] == told, "and were shown"
-    resumed = State(1, model, state.optimizer, history=[row])
-    _run_epoch(job, resumed, model, iter(batches))
-    assert [line for line in alone.lines if "were replaced" in line] == told * 2, "each start shows them"
-    job.storage = Storage()
-    validation = Validation(whole, str(tmp_path / "images"), (100,), 0.5)
-    assert len(_evaluate(job, validation, types.SimpleNamespace(learn="joint"), model, 0, 1)["not_scored"]) == 2
-    assert any(line.startswith("2 images could not be used and are not scored: ") for line in alone.lines)
-    job.images = Images.of(whole, 0.3)
-    model.train()
-    with pytest.raises(AnnotationError, match=r"of the 4 images of .* cannot be used"):
-        _run_epoch(job, state, model, iter(batches))
-    job.images = Images.of(whole, 0.5)
-    with pytest.raises(TrainingError, match="epoch 1 ended after 1 of 2 steps"):
-        _run_epoch(job, state, model, iter(batches[:1]))
-
-
-def test_losses_average_over_the_steps_since_the_last_look() -> None:
-    losses = _Losses()
-    for value in (1.0, 3.0):
-        losses.add({"loss": torch.tensor(value), "mask": torch.tensor(2 * value)})
-    assert losses.recent() == {"loss": 2.0, "mask": 4.0}
-    losses.add({"loss": torch.tensor(8.0), "mask": torch.tensor(0.0)})
-    assert losses.recent() == {"loss": 8.0, "mask": 0.0}
-    losses.add({"loss": torch.tensor(0.0), "mask": torch.tensor(0.0)})  # nobody has looked at this one
-    assert losses.means() == pytest.approx({"loss": 3.0, "mask": 2.0})
-
-
-def test_one_worker_agrees_with_itself_and_looks_again() -> None:
-    assert [_agreed(steps) for steps in (0, 1, 40)] == [1, 1, 40]
-
-
-def test_a_loss_that_is_no_number_ends_training() -> None:
-    _check_finite({"loss": 1e9}, 1, 5, 0.1)
-    with pytest.raises(TrainingError, match=r"diverged in epoch 1 by step 5: loss is not finite at learning rate 0\.1"):
-        _check_finite({"loss": float("nan"), "mask": 1.0}, 1, 5, 0.1)
-
-
-def test_the_best_epoch_goes_by_masks_then_boxes() -> None:
-    assert _is_best([{"ap": {"mask AP": 0.3, "box AP": 0.9}}, {"ap": {"mask AP": 0.4, "box AP": 0.1}}])
-    assert not _is_best([{"ap": {"box AP": 0.3}}, {"ap": {"box AP": 0.2}}])
-    assert not _is_best([{"ap": {"box AP": 0.3}}, {}])
-    assert _is_best([{"recall": {"proposal AR1000": 0.3}}, {"recall": {"proposal AR1000": 0.4}}])
-    assert not _is_best([{"recall": {"proposal AR1000": 0.3}}, {"recall": {"proposal AR1000": 0.2}}])
 
 
 def test_our_error_is_found_behind_others() -> None:

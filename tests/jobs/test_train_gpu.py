@@ -14,13 +14,15 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from masklake.jobs.training import worker as train_worker
-from masklake.jobs.training.worker import State, replica_of
+from masklake.jobs.training.worker import replica_of
 from masklake.model import Category, Target, create_model
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.pipeline.training import epoch as epoch_module
+from masklake.pipeline.training.epoch import run_epoch, step
 from masklake.pipeline.training.recipe import TINY, build_optimizer
+from masklake.pipeline.training.run import State, Worker
 from tests.pretend_cuda import pretend_cuda
 
 
@@ -63,18 +65,17 @@ def samples() -> tuple[list[Tensor], list[Target]]:
 
 def epoch(device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[Tensor]]:
     """Two steps by the worker's own loop; its row of history, and the weights on the host."""
-    monkeypatch.setattr(train_worker, "to_training", lambda batch, spec: samples())
-    monkeypatch.setattr(train_worker, "replaced_in", lambda batch: set())
+    monkeypatch.setattr(epoch_module, "to_training", lambda batch, spec: samples())
+    monkeypatch.setattr(epoch_module, "replaced_in", lambda batch: set())
     recipe = TINY.model_copy(update={"epochs": 1})
-    board = SimpleNamespace(say=SimpleNamespace(remote=lambda line: None))
     images = SimpleNamespace(check=lambda unusable: None)
-    job: Any = SimpleNamespace(
-        recipe=recipe, steps_per_epoch=2, spec=None, epochs=1, course=(None,), board=board, images=images
-    )
+    run: Any = SimpleNamespace(recipe=recipe, steps_per_epoch=2, spec=None, epochs=1, phases=(None,), images=images)
+    here = ray.train.torch.get_device()
+    worker = Worker(0, ray.train.get_context().get_world_size(), here, replica_of, lambda *_: None, lambda line: None)
     model = new_model().to(device)
     state = State(0, model, build_optimizer(model, recipe, 0.0))
     torch.manual_seed(5)
-    row = train_worker._run_epoch(job, state, replica_of(model), iter([object()] * 2))
+    row = run_epoch(run, worker, state, worker.replica(model), iter([object()] * 2))
     return row, [weight.detach().cpu() for weight in model.parameters()]
 
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_goes_on_there() -> None:
     with pretend_cuda():
         model.to("cuda")
         optimizer = build_optimizer(model, TINY, 1e-3)
-        train_worker._step(model, images, targets, optimizer, TINY)
+        step(model, images, targets, optimizer, TINY)
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
@@ -145,6 +146,6 @@ def test_a_checkpoint_goes_on_there() -> None:
         resumed.load_state_dict(torch.load(file, map_location=torch.device("cuda:0"), weights_only=True))
         for one, other in ((model, optimizer), (again, resumed)):
             torch.manual_seed(3)
-            train_worker._step(one, images, targets, other, TINY)
+            step(one, images, targets, other, TINY)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
         assert {weight.device.type for weight in again.parameters()} == {"cuda"}

@@ -18,7 +18,6 @@ from masklake.jobs.propose import ProposeOptions
 from masklake.jobs.propose import run as propose
 from masklake.jobs.shapes import generate
 from masklake.jobs.train import TrainOptions, TrainReport, build_model, run
-from masklake.jobs.training.worker import TrainingJob, _candidates, _is_due
 from masklake.model import PredictOptions
 from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError
 from masklake.model.mask_rcnn import MaskRCNN
@@ -28,6 +27,7 @@ from masklake.pipeline.coco.dataset import read_coco
 from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.recipe import Recipe
+from masklake.pipeline.training.run import TrainingRun
 
 HEADS = {"box_head", "mask_head", "keypoint_head"}
 
@@ -173,12 +173,12 @@ def test_what_cannot_be_learnt_alone_is_refused(data: Path, tmp_path: Path) -> N
 
 
 def test_an_epochs_number_says_its_phase_and_the_last_phases_models_are_exported() -> None:
-    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainingJob))
-    job = TrainingJob(**{**values, "course": COURSES["four_step"], "recipe": Recipe(epochs=3), "evaluate_every": 2})
-    assert job.epochs == 12
-    assert [COURSES["four_step"].index(job.phase(epoch)) for epoch in range(13)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
-    assert [epoch for epoch in range(1, 13) if _is_due(job, epoch)] == [2, 3, 4, 6, 8, 9, 10, 12]
-    assert [row["epoch"] for row in _candidates(job, [{"epoch": epoch} for epoch in range(1, 12)])] == [10, 11]
+    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainingRun))
+    run = TrainingRun(**{**values, "phases": COURSES["four_step"], "recipe": Recipe(epochs=3), "evaluate_every": 2})
+    assert run.epochs == 12
+    assert [COURSES["four_step"].index(run.phase(epoch)) for epoch in range(13)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
+    assert [epoch for epoch in range(1, 13) if run.is_scored(epoch)] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert [row["epoch"] for row in run.candidates([{"epoch": epoch} for epoch in range(1, 12)])] == [10, 11]
 
 
 def test_weights_of_one_network_begin_both(data: Path, tmp_path: Path) -> None:

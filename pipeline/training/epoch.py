@@ -1,0 +1,192 @@
+"""One epoch of training: its steps, the mean losses, and the lines that say how it goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from masklake.model.devices import arithmetic
+from masklake.model.wording import counted
+from masklake.pipeline.coco.image_check import named
+from masklake.pipeline.errors import TrainingError
+from masklake.pipeline.training.recipe import Recipe, clip, peak_rate, rate_factor, set_rate
+from masklake.pipeline.training.run import TOTAL, State, TrainingRun, Worker
+from masklake.pipeline.training.samples import replaced_in, to_training
+
+SECONDS_PER_LINE = 5.0
+"""About this long between two progress lines of an epoch, and between two checks that the loss is finite."""
+
+
+def run_epoch(
+    run: TrainingRun, worker: Worker, state: State, replica: torch.nn.Module, batches: Iterator[Any]
+) -> dict[str, Any]:
+    """Trains for one epoch; returns its row of history (mean losses, seconds, images per second).
+
+    Raises TrainingError, on every worker alike, when the loss is not finite or the batches end early.
+    """
+    first_step = state.epoch % run.recipe.epochs * run.steps_per_epoch  # in its phase
+    total_steps = run.recipe.epochs * run.steps_per_epoch
+    peak = peak_rate(run.recipe, run.recipe.batch_size * worker.count)
+    state.model.train()
+    known = {message for row in state.history for message in row.get("replaced", ())}
+    replaced: set[str] = set()
+    sums, steps, look, rate = Losses(), 0, 1, 0.0
+    batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
+    start = said = time.perf_counter()
+    while batch is not None and steps < run.steps_per_epoch:
+        if unusable := replaced_in(batch):
+            replaced.update(unusable)
+            run.images.check(known | replaced)
+        images, targets = to_training(batch, run.spec)
+        rate = peak * rate_factor(run.recipe, first_step + steps, total_steps)
+        set_rate(state.optimizer, rate)
+        sums.add(step(replica, images, targets, state.optimizer, run.recipe))
+        steps += 1
+        batch = next(batches, None) if steps < run.steps_per_epoch else None
+        if batch is None or steps == look:
+            means = sums.recent()
+            _check_finite(means, state.epoch + 1, steps, rate)
+            pace = steps / (time.perf_counter() - start)
+            look += _agreed(
+                min(steps, round(SECONDS_PER_LINE * pace)), worker
+            )  # at most twice as far: the first may have been fast
+            if steps < run.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE / 2:
+                continue
+            said = time.perf_counter()
+            _say_step(
+                run,
+                worker,
+                state.epoch,
+                steps,
+                means,
+                steps * run.recipe.batch_size * worker.count,
+                time.perf_counter() - start,
+            )
+    if steps < run.steps_per_epoch:
+        raise TrainingError(
+            f"the images of epoch {state.epoch + 1} ended after {steps} of {counted(run.steps_per_epoch, 'step')}."
+        )
+    seconds = time.perf_counter() - start
+    images_per_s = steps * run.recipe.batch_size * worker.count / max(seconds, 1e-9)
+    row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+    return row | _replaced(run, worker, state, known, replaced)
+
+
+def _replaced(run: TrainingRun, worker: Worker, state: State, known: set[str], met: set[str]) -> dict[str, Any]:
+    """The history's entry on the images that had to be replaced, and a line on those that this start has not shown yet.
+
+    known: messages that the history holds; met: those of this worker's epoch. Every worker must call it at the same step.
+    """
+    replaced = _of_all(met)
+    run.images.check(known | replaced)
+    if fresh := replaced - state.told:
+        unused = counted(len(fresh), "image could not be used and was replaced", "images could not be used and were replaced")
+        worker.say(f"{unused}: {named(sorted(fresh))}")
+    state.told |= replaced
+    first_met = replaced - known  # once in a run's history: they are replaced in every epoch
+    return {"replaced": sorted(first_met)} if first_met else {}
+
+
+def _of_all(messages: set[str]) -> set[str]:
+    """The workers' messages together. Every worker must call it at the same step."""
+    if not torch.distributed.is_initialized():
+        return messages
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, messages)
+    return set().union(*shares)
+
+
+def step(
+    replica: torch.nn.Module, images: Sequence[Tensor], targets: Sequence[Any], optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Forward, backward, one update; returns the losses, with their sum."""
+    with arithmetic("fp32", next(replica.parameters()).device):  # of the way back, too
+        losses: dict[str, Tensor] = replica(images, targets)
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        clip(replica.parameters(), recipe)
+        optimizer.step()
+    return {TOTAL: total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+
+
+class Losses:
+    """Sums of losses on the device; asking for means is what waits for it, and for the other workers."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._recent: Tensor | None = None
+        self._recent_steps = 0
+        self._all: Tensor | None = None
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """One step's losses of this worker."""
+        self._names = list(losses)
+        values = torch.stack([loss.float() for loss in losses.values()])
+        self._recent = values if self._recent is None else self._recent + values
+        self._all = values if self._all is None else self._all + values
+        self._recent_steps += 1
+        self._steps += 1
+
+    def recent(self) -> dict[str, float]:
+        """Means over the steps since the last call and over all workers. Every worker must call it at the same step."""
+        means = self._means(self._recent, self._recent_steps)
+        self._recent, self._recent_steps = None, 0
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Means over all steps and all workers. Every worker must call it at the same step."""
+        return self._means(self._all, self._steps)
+
+    def _means(self, sums: Tensor | None, steps: int) -> dict[str, float]:
+        if sums is None:
+            return {}
+        values = sums / steps
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+
+def _agreed(steps: int, worker: Worker) -> int:
+    """The first worker's number, at least 1, for all: their clocks differ, and they must look at the same step."""
+    if not torch.distributed.is_initialized():
+        return max(1, steps)
+    number = torch.tensor(max(1, steps), device=worker.device)
+    torch.distributed.broadcast(number, src=0)
+    return int(number)
+
+
+def _check_finite(losses: Mapping[str, float], epoch: int, step: int, rate: float) -> None:
+    """Raises TrainingError, on every worker alike, when the loss is no longer a number."""
+    if all(math.isfinite(loss) for loss in losses.values()):
+        return
+    wrong = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
+    raise TrainingError(
+        f"training diverged in epoch {epoch} by step {step}: {wrong} is not finite at learning rate {rate:.3g}. "
+        "Lower --learning-rate, lengthen the warm-up, or set recipe.clip_norm."
+    )
+
+
+def _say_step(
+    run: TrainingRun, worker: Worker, epoch: int, step: int, losses: Mapping[str, float], images: int, seconds: float
+) -> None:
+    if not losses:
+        return
+    parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
+    left = (run.epochs * run.steps_per_epoch - epoch * run.steps_per_epoch - step) * seconds / step
+    phase = f" ({run.phase(epoch).learn})" if len(run.phases) > 1 else ""
+    line = f"epoch {epoch + 1}/{run.epochs}{phase}, step {step}/{run.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
+    images = step * run.recipe.batch_size * worker.count
+    worker.say(f"{line}; {images / seconds:.1f} images/s, about {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,121 @@
+"""A training run as its workers know it: what it does, how far it is, and what launched the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from masklake.model.mask_rcnn import MaskRCNN
+from masklake.model.phases import Phase
+from masklake.pipeline.coco.dataset import CocoDataset
+from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out
+from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.recipe import Recipe
+from masklake.pipeline.training.samples import SampleSpec
+
+TOTAL = "loss"
+"""The name of the sum of all losses, among their names."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run's COCO file. left_out: those that were left out before it began; dropped: counts of the images and
+    instances that were, by reason; most_unusable: share of the images that may be left out or replaced.
+    """
+
+    source: str
+    listed: int
+    left_out: int
+    dropped: Mapping[str, int]
+    most_unusable: float
+
+    @staticmethod
+    def of(data: CocoDataset, most_unusable: float) -> Images:
+        """Of a data set that `usable_images` has looked at."""
+        return Images(data.source, *listed_and_left_out(data), dict(data.dropped), most_unusable)
+
+    def check(self, replaced: Collection[str]) -> None:
+        """Raises AnnotationError when too many images are unusable; replaced: messages on those that training met."""
+        check_unusable(sorted(replaced), self.listed, self.most_unusable, self.source, self.left_out)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run does, the same on every worker.
+
+    Each of the phases is a training by the whole recipe, including its epochs. The number of an epoch, counted over all phases,
+    says which phase it belongs to, so a start at any epoch goes on in the right phase.
+    """
+
+    uri: str
+    phases: tuple[Phase, ...]
+    steps_per_epoch: int
+    recipe: Recipe
+    spec: SampleSpec
+    storage: Storage
+    evaluate_every: int
+    keep_best: bool
+    images: Images
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of all phases together."""
+        return len(self.phases) * self.recipe.epochs
+
+    def phase(self, epoch: int) -> Phase:
+        """Returns the phase of the epoch that follows `epoch` completed ones; after the last epoch, the last phase."""
+        return self.phases[min(epoch // self.recipe.epochs, len(self.phases) - 1)]
+
+    def is_scored(self, epoch: int) -> bool:
+        """Whether the model is scored after `epoch` (from 1): at the end of each phase, and every `evaluate_every` epochs."""
+        return epoch % self.recipe.epochs == 0 or bool(self.evaluate_every and epoch % self.evaluate_every == 0)
+
+    def candidates(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the rows of the epochs whose model may be exported: those of the last phase."""
+        return [row for row in history if row["epoch"] > self.epochs - self.recipe.epochs]
+
+
+@dataclass
+class State:
+    """What changes during a run.
+
+    epoch: number of completed epochs. history: one row per epoch. told: messages on replaced images that this start has shown.
+    """
+
+    epoch: int
+    model: MaskRCNN
+    optimizer: torch.optim.Optimizer
+    history: list[dict[str, Any]] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+
+
+class Report(Protocol):
+    """Stores a checkpoint under the run's folder: the files in `folder` as `name`. Every worker calls it after each epoch."""
+
+    def __call__(self, metrics: dict[str, Any], folder: Path | None = None, name: str | None = None) -> None:
+        """folder: None on all workers but the first."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a run, as its launcher (Ray Train) sets it up.
+
+    replica: wraps a model so that the gradients of all workers are averaged. show: shows a line to the user.
+    Where `count` is greater than 1, `torch.distributed` is initialised.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    replica: Callable[[MaskRCNN], torch.nn.Module]
+    report: Report
+    show: Callable[[str], None]
+
+    def say(self, line: str) -> None:
+        """Shows a line to the user, from the first worker only."""
+        if self.rank == 0:
+            self.show(line)
