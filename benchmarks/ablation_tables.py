@@ -14,7 +14,7 @@ from masklake.jobs.shapes import CATEGORIES
 from masklake.model.config import ModelConfig
 from masklake.model.phases import COURSES, Phase
 from masklake.model.presets import PRESETS
-from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.coco.reading import parse_coco
 
 MASK = ("mask AP", "mask AP50", "mask AP75")
 BOX = ("box AP", "box AP50", "box AP75")

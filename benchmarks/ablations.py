@@ -34,11 +34,14 @@ from masklake.model.config import Category, ModelConfig
 from masklake.model.instances import Target
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import Phase, begin
-from masklake.pipeline.coco.dataset import CocoDataset, read_coco
+from masklake.pipeline.coco.dataset import CocoDataset
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.results.evaluation import KIND_NAMES, coco_metrics, result_rows
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.augmentation import Augmentation, SampleSpec
+from masklake.pipeline.training.loader import Loader, training_rows
 from masklake.pipeline.training.recipe import Recipe, build_optimizer, clip, peak_rate, rate_factor, recipe_of, set_rate
-from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, to_training, training_rows
+from masklake.pipeline.training.samples import to_training
 
 NAME = "ablations"
 VALIDATION_SEED = 1_000_000

@@ -14,7 +14,7 @@ from masklake.model import create_model
 from masklake.model.config import Category
 from masklake.model.errors import ConfigError
 from masklake.model.weights.checkpoint import dumps
-from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.coco.values import quoted
 from masklake.pipeline.storage.storage import Storage
 

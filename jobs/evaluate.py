@@ -15,7 +15,8 @@ from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.terminal.output import check_output
 from masklake.model.errors import ConfigError
 from masklake.model.wording import agreeing, counted, counted_of
-from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, read_coco
+from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.results.coco_results import (
     COLUMNS,

@@ -21,13 +21,15 @@ from masklake.jobs.label import load_model
 from masklake.jobs.labelling.plan import Device, WorkerPlan, plan_workers
 from masklake.jobs.terminal.output import check_not_read
 from masklake.model.errors import ConfigError
-from masklake.pipeline.coco.dataset import CocoDataset, image_folder, read_coco
+from masklake.pipeline.coco.dataset import CocoDataset, image_folder
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parse, relative_to
-from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, Proposer
+from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA
+from masklake.pipeline.training.proposer import Proposer
 
 log = logging.getLogger(__name__)
 

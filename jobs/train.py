@@ -36,19 +36,21 @@ from masklake.model.phases import COURSES, Course, Phase, with_rpn_backbone
 from masklake.model.presets import preset as preset_config
 from masklake.model.weights.checkpoint import dumps
 from masklake.model.wording import agreeing, counted
-from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, image_folder, read_coco
+from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, image_folder
 from masklake.pipeline.coco.image_check import unusable_share, usable_images
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
 from masklake.pipeline.results.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parse
+from masklake.pipeline.training.augmentation import Augmentation, SampleSpec
+from masklake.pipeline.training.loader import Loader, training_rows
 from masklake.pipeline.training.proposals import read_proposals
 from masklake.pipeline.training.recipe import Recipe, recipe_of
 from masklake.pipeline.training.run import Images, TrainingRun
 from masklake.pipeline.training.run_folder import CURVES, METRICS, MODEL, read_latest, read_result
-from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
 from masklake.pipeline.training.stream import SampleStream
 from masklake.pipeline.training.validation import Validation
 

@@ -1,40 +1,13 @@
-"""COCO annotation files: read once, checked once, then plain values.
-
-What other readers let pass and fail on later is decided here: an image row that is repeated, an annotation of an unknown image
-or category, boxes without an area or outside their image, crowd regions in either run-length form, files without `info`. What
-contradicts itself is an error that names the row (each number's check is in `pipeline.coco.values`). What can be left out is
-left out and counted (`CocoDataset.dropped`). An instance that lacks one task's truth stays for the others.
-"""
+"""A checked COCO data set: its images, categories and annotations, and what was left out of it."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-import pycocotools.mask
-from numpy.typing import NDArray
-
-from masklake.model.config import INT32, Category
+from masklake.model.config import Category
 from masklake.model.wording import agreeing, counted, counted_of
-from masklake.pipeline.coco.values import (
-    CocoImage,
-    Place,
-    Segmentation,
-    area_of,
-    box_of,
-    crowd_of,
-    image_of,
-    is_text,
-    keypoints_of,
-    overlaps,
-    quoted,
-    segmentation_of,
-    whole,
-)
+from masklake.pipeline.coco.values import CocoImage, Segmentation
 from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parent
@@ -58,9 +31,6 @@ DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
 
 MOST_UNUSABLE = 0.05
 """Share of instances, or of images where some may be left out at all, up to which a data set is used without them."""
-
-FEW_BOXES = 8
-"""Fewer boxes say too little about how all of them were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,217 +108,16 @@ def learnable(annotation: CocoAnnotation, image: CocoImage) -> bool:
     return not annotation.crowd and wide >= 1 and high >= 1
 
 
-class _Dropped:
-    """Counts what is left out, by reason, and keeps the first few names."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, tuple[str, ...]] = {}
-
-    def add(self, reason: str, place: object) -> None:
-        self.counts[reason] += 1
-        if self.counts[reason] <= NAMED:
-            self.examples[reason] = (*self.examples.get(reason, ()), str(place))
-
-
-def read_coco(storage: Storage, uri: str) -> CocoDataset:
-    """Reads and checks the COCO JSON at `uri` (local path or s3://).
-
-    Raises InputNotFoundError, AccessDeniedError or StorageError when it cannot be fetched, AnnotationError when it cannot be
-    used.
-    """
-    data = storage.read_bytes(uri)
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise AnnotationError(f"{uri} is not JSON ({error}). {_bytes_hint(data)}") from error
-    return parse_coco(document, uri)
-
-
-def _bytes_hint(data: bytes) -> str:
-    """What a file that is no JSON document probably is."""
-    start = data[:64].lstrip()
-    if start.startswith(b"\x1f\x8b"):
-        return "It is compressed: unpack it first."
-    if start.startswith(b"<"):
-        return "It looks like XML: convert it to COCO's JSON first."
-    if start.startswith(b"{") and b"}\n{" in data.replace(b"\r", b"")[: 1 << 20]:
-        return "It looks like JSON lines: a COCO file is one object with the lists images, annotations and categories."
-    return "Give the COCO annotation file, not the images."
-
-
-def parse_coco(document: Any, source: str) -> CocoDataset:
-    """Checks a decoded COCO document; `source` names it in messages. Raises AnnotationError."""
-    if not isinstance(document, dict):
-        raise AnnotationError(
-            f"{source} holds a {type(document).__name__}, not a COCO object with images and annotations.{_list_hint(document)}"
-        )
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(document.get(part), list):
-            raise AnnotationError(
-                f"{source} has no list '{part}': a COCO file needs images, annotations and categories.{_object_hint(document)}"
-            )
-    dropped = _Dropped()
-    categories = _categories(document["categories"], source)
-    images = _images(document["images"], source, dropped)
-    annotations = _annotations(document["annotations"], images, {c.id: c for c in categories}, source, dropped)
-    return CocoDataset(source, categories, tuple(images.values()), annotations, dict(dropped.counts), dict(dropped.examples))
-
-
-def _list_hint(document: Any) -> str:
-    first = document[0] if isinstance(document, list) and document else None
-    results = isinstance(first, dict) and "score" in first
-    return " It looks like detections (COCO results): give the ground truth." if results else ""
-
-
-def _object_hint(document: Mapping[str, Any]) -> str:
-    if "shapes" in document and "imagePath" in document:
-        return " It looks like LabelMe's file of one image: export the project as COCO."
-    if "_via_img_metadata" in document or any(isinstance(row, dict) and "regions" in row for row in document.values()):
-        return " It looks like a project of the VGG Image Annotator: export it as COCO."
-    return ""
-
-
-def _categories(rows: list[Any], source: str) -> tuple[Category, ...]:
-    categories: dict[int, Category] = {}
-    for number, row in enumerate(rows):
-        place = Place(source, "categories", number, row)
-        category_id = whole(row, "id", place, INT32)
-        name = row.get("name")
-        if not isinstance(name, str | int | float) or name == "" or not is_text(str(name)):
-            raise AnnotationError(f"{place} has no name.")
-        if category_id in categories:
-            raise AnnotationError(f"{place} repeats the id {category_id} of '{categories[category_id].name}'.")
-        keypoints = _keypoint_names(row, place)
-        categories[category_id] = Category(
-            id=category_id,
-            name=str(name),
-            keypoints=keypoints,
-            flip_pairs=flip_pairs(keypoints),
-            skeleton=_skeleton(row, keypoints, place),
-        )
-    if not categories:
-        raise AnnotationError(f"{source} has no categories.")
-    return tuple(categories.values())
-
-
-def _keypoint_names(row: Mapping[str, Any], place: Place) -> tuple[str, ...]:
-    names = row.get("keypoints") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and is_text(name) for name in names):
-        raise AnnotationError(f"{place} needs a list of names as its keypoints, not {quoted(names)}.")
-    return tuple(names)
-
-
-def _skeleton(row: Mapping[str, Any], keypoints: Sequence[str], place: Place) -> tuple[tuple[int, int], ...]:
-    """COCO counts a skeleton's ends from 1, a `Category` from 0."""
-    edges = row.get("skeleton") or []
-    if not isinstance(edges, list):
-        raise AnnotationError(f"{place} needs a list of pairs as its skeleton, not {quoted(edges)}.")
-    for edge in edges:
-        pair = isinstance(edge, list) and len(edge) == 2
-        if not pair or not all(type(end) is int and 1 <= end <= len(keypoints) for end in edge):
-            raise AnnotationError(
-                f"{place}: the skeleton edge {quoted(edge)} does not join two of its {counted(len(keypoints), 'keypoint')}."
-            )
-    return tuple((edge[0] - 1, edge[1] - 1) for edge in edges)
-
-
-def flip_pairs(keypoints: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Which keypoints a mirror exchanges: `left_x` and `right_x`, as indices; every other keypoint stays itself."""
-    index = {name: number for number, name in enumerate(keypoints)}
-    return tuple(
-        (number, index["right_" + name.removeprefix("left_")])
-        for name, number in index.items()
-        if name.startswith("left_") and "right_" + name.removeprefix("left_") in index
+def without_images(dataset: CocoDataset, image_ids: Collection[int], reason: str) -> CocoDataset:
+    """The data set without some of its images and their annotations, counted under `reason`."""
+    if not image_ids:
+        return dataset
+    return replace(
+        dataset,
+        images=tuple(image for image in dataset.images if image.id not in image_ids),
+        annotations={image_id: rows for image_id, rows in dataset.annotations.items() if image_id not in image_ids},
+        dropped={**dataset.dropped, reason: dataset.dropped.get(reason, 0) + len(image_ids)},
     )
-
-
-def _images(rows: list[Any], source: str, dropped: _Dropped) -> dict[int, CocoImage]:
-    images: dict[int, CocoImage] = {}
-    for number, row in enumerate(rows):
-        place = Place(source, "images", number, row)
-        image = image_of(row, place)
-        known = images.setdefault(image.id, image)
-        if known is not image:
-            if known != image:
-                raise AnnotationError(f"{place}: the id {image.id} is given to {known} and to {image}. Keep one of them.")
-            dropped.add(REPEATED_IMAGE, f"{place} ({image.file_name})")
-    return images
-
-
-def _annotations(
-    rows: list[Any],
-    images: Mapping[int, CocoImage],
-    categories: Mapping[int, Category],
-    source: str,
-    dropped: _Dropped,
-) -> dict[int, tuple[CocoAnnotation, ...]]:
-    by_image: dict[int, list[CocoAnnotation]] = {}
-    found: list[tuple[CocoImage, CocoAnnotation]] = []
-    seen: dict[Any, Any] = {}
-    for number, row in enumerate(rows):
-        image, annotation, place = _annotation(number, row, images, categories, source)
-        own_id = row.get("id")
-        if type(own_id) in (int, str) and seen.setdefault(own_id, row) is not row and seen[own_id] == row:
-            dropped.add(REPEATED_ROW, place)
-            continue
-        found.append((image, annotation))
-        if annotation.bbox[2] <= 0 or annotation.bbox[3] <= 0:
-            dropped.add(ZERO_AREA, place)
-        elif not overlaps(annotation.bbox, image):
-            dropped.add(OUTSIDE, place)
-        else:
-            by_image.setdefault(image.id, []).append(annotation)
-    _check_units(found, source)
-    return {image_id: tuple(kept) for image_id, kept in by_image.items()}
-
-
-def _annotation(
-    number: int, row: Any, images: Mapping[int, CocoImage], categories: Mapping[int, Category], source: str
-) -> tuple[CocoImage, CocoAnnotation, Place]:
-    place = Place(source, "annotations", number, row)
-    image_id, category_id = whole(row, "image_id", place), whole(row, "category_id", place, INT32)
-    if image_id not in images:
-        raise AnnotationError(f"{place} belongs to the image {image_id}, which `images` does not list.")
-    place = Place(source, "annotations", number, row, images[image_id])
-    if category_id not in categories:
-        raise AnnotationError(f"{place} has the category {category_id}, which `categories` does not list.")
-    image, category = images[image_id], categories[category_id]
-    bbox = box_of(row, image, place)
-    annotation = CocoAnnotation(
-        image_id=image_id,
-        category_id=category_id,
-        bbox=bbox,
-        area=area_of(row, bbox, place),
-        crowd=crowd_of(row, place),
-        segmentation=segmentation_of(row, image, place),
-        keypoints=keypoints_of(row, category.name, len(category.keypoints), image, place),
-    )
-    return image, annotation, place
-
-
-def _check_units(found: Sequence[tuple[CocoImage, CocoAnnotation]], source: str) -> None:
-    """Raises AnnotationError where most boxes are shares of their image's sides, or corners instead of a corner and sides."""
-    boxes = np.array([a.bbox for _, a in found], np.float64).reshape(-1, 4)
-    sizes = np.array([(image.width, image.height) for image, _ in found], np.float64).reshape(-1, 2)
-    drawn = (boxes[:, 2:] > 0).all(axis=1)
-    boxes, sizes = boxes[drawn], sizes[drawn]
-    with np.errstate(over="ignore"):  # infinitely far is beyond every image
-        far = boxes[:, :2] + boxes[:, 2:]
-    shares = (boxes[:, :2] >= 0).all(axis=1) & (far <= 1.001).all(axis=1) & (sizes > 2).all(axis=1)
-    if (count := int(shares.sum())) * 2 > len(boxes):
-        raise AnnotationError(
-            f"{source}: {counted_of(count, len(boxes), 'box')} {agreeing(count, 'lies', 'lie')} within 0..1. Such numbers seem "
-            "to be shares of the image's sides; COCO's are pixels: multiply x and width by the image's width, y and height by "
-            "its height."
-        )
-    beyond = (far > sizes + 1).any(axis=1)
-    corners = (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= sizes + 1).all()
-    if len(boxes) >= FEW_BOXES and corners and (count := int(beyond.sum())) * 2 > len(boxes):
-        raise AnnotationError(
-            f"{source}: {counted_of(count, len(boxes), 'box')} reach beyond their image. They seem to be x1, y1, x2, y2; "
-            "COCO's are x, y, width, height: subtract x1 from x2 and y1 from y2."
-        )
 
 
 def counted_reason(count: int, reason: str) -> str:
@@ -371,76 +140,6 @@ def check_dropped(dataset: CocoDataset, most: float | None = None) -> None:
         )
 
 
-def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """The region as one compressed run-length encoding of (height, width) pixels, as pycocotools draws it."""
-    if segmentation is None:
-        raise AnnotationError("an annotation without an outline has no mask.")
-    if isinstance(segmentation, list):
-        return dict(pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        return dict(pycocotools.mask.frPyObjects(segmentation, height, width))
-    return segmentation
-
-
-def to_mask(segmentation: Segmentation, height: int, width: int) -> NDArray[np.uint8]:
-    """The region as uint8 (height, width) of 0 and 1."""
-    return np.asarray(pycocotools.mask.decode([to_rle(segmentation, height, width)])[:, :, 0])
-
-
-def to_document(dataset: CocoDataset, image_ids: Iterable[int] | None = None) -> dict[str, Any]:
-    """The data set (or only these images) as a COCO document; annotation ids count from 1, as evaluators take 0 for "none"."""
-    kept = {image.id for image in dataset.images} if image_ids is None else set(image_ids)
-    annotations = [a for image_id, rows in dataset.annotations.items() if image_id in kept for a in rows]
-    return {
-        "images": [
-            {"id": image.id, "file_name": image.file_name, "width": image.width, "height": image.height}
-            for image in dataset.images
-            if image.id in kept
-        ],
-        "annotations": [_row(number, a) for number, a in enumerate(annotations, start=1)],
-        "categories": [
-            {"id": c.id, "name": c.name} | ({"keypoints": list(c.keypoints)} if c.keypoints else {}) for c in dataset.categories
-        ],
-    }
-
-
-def _row(number: int, annotation: CocoAnnotation) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "id": number,
-        "image_id": annotation.image_id,
-        "category_id": annotation.category_id,
-        "bbox": list(annotation.bbox),
-        "area": annotation.area,
-        "iscrowd": int(annotation.crowd),
-    }
-    if annotation.segmentation is not None:
-        row["segmentation"] = annotation.segmentation
-    elif annotation.crowd:  # evaluators ask a crowd for its region whenever they score masks
-        row["segmentation"] = [box_outline(annotation.bbox)]
-    if annotation.keypoints:
-        row["keypoints"] = list(annotation.keypoints)
-        row["num_keypoints"] = sum(visibility > 0 for visibility in annotation.keypoints[2::3])
-    return row
-
-
-def box_outline(bbox: Sequence[float]) -> list[float]:
-    """The box x, y, width, height as a polygon."""
-    x, y, width, height = bbox
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
-
-
 def image_folder(given: str | None, annotations: str) -> str:
     """Where the images of the COCO file at `annotations` are: the folder that is given, else `images` beside the file."""
     return canonical(given) if given is not None else Storage.join(parent(annotations), "images")
-
-
-def without_images(dataset: CocoDataset, image_ids: Collection[int], reason: str) -> CocoDataset:
-    """The data set without some of its images and their annotations, counted under `reason`."""
-    if not image_ids:
-        return dataset
-    return replace(
-        dataset,
-        images=tuple(image for image in dataset.images if image.id not in image_ids),
-        annotations={image_id: rows for image_id, rows in dataset.annotations.items() if image_id not in image_ids},
-        dropped={**dataset.dropped, reason: dataset.dropped.get(reason, 0) + len(image_ids)},
-    )

@@ -21,7 +21,8 @@ from masklake.model.config import Category
 from masklake.model.errors import ConfigError
 from masklake.model.instances import Instances
 from masklake.model.wording import agreeing, counted
-from masklake.pipeline.coco.dataset import CocoDataset, box_outline, to_document, to_rle
+from masklake.pipeline.coco.dataset import CocoDataset
+from masklake.pipeline.coco.document import box_outline, to_document, to_rle
 from masklake.pipeline.coco.values import CocoImage
 
 IouType = Literal["bbox", "segm", "keypoints"]

@@ -7,20 +7,14 @@ made of images as they are, and follow the augmentation of the image that they a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from masklake.model.weights.checkpoint import load_checkpoint
 from masklake.model.wording import agreeing, counted_of
 from masklake.pipeline.coco.dataset import NAMED
-from masklake.pipeline.coco.image_check import wrong_size
-from masklake.pipeline.errors import AnnotationError, StorageError
-from masklake.pipeline.images.decode import DecodeLimits, decode
-from masklake.pipeline.images.fetch import fetch_patiently
+from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
 
@@ -79,36 +73,3 @@ def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> p
             if own != theirs:
                 raise AnnotationError(f"{name}: its proposals are of an image of another size; run `masklake propose` again.")
     return chosen["boxes"]
-
-
-class Proposer:
-    """Runs a model's RPN on blocks of images, as Ray Data builds it on a worker."""
-
-    def __init__(self, storage: Storage, checkpoint: Any, device: str, threads: int) -> None:
-        """checkpoint: a Ray object reference to the bytes; threads: torch's, on a CPU."""
-        import ray
-
-        torch.set_num_threads(threads)
-        self._storage = storage
-        self._model = load_checkpoint(ray.get(checkpoint), device=device)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image
-        cannot be used, or is of another size. Raises StorageError where the storage is busy or out of reach.
-        """
-        limits, rows = DecodeLimits(), []
-        expected = block.to_pylist()
-        fetched = fetch_patiently(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
-        for wanted, got in zip(expected, fetched, strict=True):
-            if got.may_pass:
-                raise StorageError(str(got.error))
-            decoded = None if got.data is None else decode(got.data, limits)
-            row: dict[str, Any] = {"file_name": wanted["file_name"], "error": got.error if decoded is None else decoded.error}
-            if decoded is not None and decoded.image is not None:
-                height, width = decoded.image.shape[1:]
-                row["error"] = wrong_size((width, height), wanted)
-                if row["error"] is None:
-                    [boxes] = self._model.propose([decoded.image])
-                    row |= {"width": width, "height": height, "boxes": boxes.ravel()}
-            rows.append(row)
-        return pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA.append(pa.field("error", pa.string())))

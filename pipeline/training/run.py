@@ -14,8 +14,8 @@ from masklake.model.phases import Phase
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.augmentation import SampleSpec
 from masklake.pipeline.training.recipe import Recipe
-from masklake.pipeline.training.samples import SampleSpec
 
 TOTAL = "loss"
 """The name of the sum of all losses, among their names."""

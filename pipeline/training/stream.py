@@ -20,7 +20,7 @@ import ray.data
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from masklake.pipeline.training.samples import Loader
+    from masklake.pipeline.training.loader import Loader
 
 LOADER_ROWS = 16
 """Samples a loading task: enough to hide a request's latency, few enough that the first batch comes at once."""

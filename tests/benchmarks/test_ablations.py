@@ -17,8 +17,8 @@ from masklake.jobs.shapes import generate
 from masklake.model.config import ModelConfig
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import begin
+from masklake.pipeline.training.augmentation import Augmentation
 from masklake.pipeline.training.recipe import build_optimizer, recipe_of
-from masklake.pipeline.training.samples import Augmentation
 
 TRAININGS = ablations.lines(list(TABLES.values()))
 

@@ -20,7 +20,8 @@ from masklake.jobs.cli import app
 from masklake.jobs.shapes import generate
 from masklake.model.errors import ConfigError
 from masklake.model.masks.rle import pack_counts
-from masklake.pipeline.coco.dataset import parse_coco, read_coco, to_rle
+from masklake.pipeline.coco.document import to_rle
+from masklake.pipeline.coco.reading import parse_coco, read_coco
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError, TableError
 from masklake.pipeline.results.coco_results import ImageNames, Matches
 from masklake.pipeline.results.evaluation import coco_metrics, mean_iou

@@ -23,12 +23,12 @@ from masklake.jobs.training.record import CHANGEABLE, LATER, check_record, data_
 from masklake.model.build import create_model
 from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.weights.checkpoint import dumps
-from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.objects import OBJECT_SCHEMA
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.augmentation import Augmentation
 from masklake.pipeline.training.recipe import Recipe
-from masklake.pipeline.training.samples import Augmentation
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 

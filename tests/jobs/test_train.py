@@ -23,7 +23,9 @@ from masklake.jobs.training.worker import user_error
 from masklake.model.build import create_model
 from masklake.model.errors import CheckpointError, ConfigError, UnknownPresetError
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
-from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA, parse_coco, to_document
+from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA
+from masklake.pipeline.coco.document import to_document
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AnnotationError, ClusterTooSmallError, InputNotFoundError, TrainingError
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.run_folder import read_latest

@@ -23,7 +23,7 @@ from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import COURSES
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
-from masklake.pipeline.coco.dataset import read_coco
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.recipe import Recipe

@@ -22,12 +22,10 @@ from masklake.pipeline.coco.dataset import (
     ZERO_AREA,
     check_dropped,
     counted_reason,
-    flip_pairs,
-    parse_coco,
-    read_coco,
-    to_mask,
 )
+from masklake.pipeline.coco.document import to_mask
 from masklake.pipeline.coco.image_check import usable_images
+from masklake.pipeline.coco.reading import flip_pairs, parse_coco, read_coco
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from masklake.pipeline.coco.dataset import MISSING_FILE, UNUSABLE_IMAGE, CocoDataset, parse_coco
+from masklake.pipeline.coco.dataset import MISSING_FILE, UNUSABLE_IMAGE, CocoDataset
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AnnotationError, StorageError
 from masklake.pipeline.images.decode import DecodeLimits, read_upright
 from masklake.pipeline.storage.storage import Storage

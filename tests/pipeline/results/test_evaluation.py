@@ -15,7 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from masklake.model.errors import ConfigError
-from masklake.pipeline.coco.dataset import parse_coco, to_document
+from masklake.pipeline.coco.document import to_document
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.results.evaluation import coco_metrics, keypoint_sigmas, mean_iou, proposal_recall
 
 HEIGHT, WIDTH = 90, 120

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from masklake.model.errors import ConfigError
-from masklake.pipeline.coco.dataset import image_folder, parse_coco
+from masklake.pipeline.coco.dataset import image_folder
 from masklake.pipeline.coco.image_check import usable_images
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AccessDeniedError, AnnotationError, InputNotFoundError
 from masklake.pipeline.images.fetch import fetch
 from masklake.pipeline.images.status import Status

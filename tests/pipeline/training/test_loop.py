@@ -14,14 +14,15 @@ from PIL import Image
 from masklake.jobs.shapes import generate
 from masklake.model.build import create_model
 from masklake.model.phases import COURSES
-from masklake.pipeline.coco.dataset import read_coco
 from masklake.pipeline.coco.image_check import usable_images
+from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import AnnotationError, TrainingError
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.augmentation import Augmentation, SampleSpec
 from masklake.pipeline.training.epoch import Losses, _agreed, _check_finite, run_epoch
+from masklake.pipeline.training.loader import Loader, training_rows
 from masklake.pipeline.training.recipe import build_optimizer, recipe_of
 from masklake.pipeline.training.run import Images, State, Worker
-from masklake.pipeline.training.samples import Augmentation, Loader, SampleSpec, training_rows
 from masklake.pipeline.training.validation import Validation, _is_best, _scored, evaluate, predict_share
 
 JOINT = COURSES["joint"][0]

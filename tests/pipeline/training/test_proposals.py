@@ -14,19 +14,14 @@ import torch
 from PIL import Image
 
 from masklake.model.config import Category
-from masklake.pipeline.coco.dataset import parse_coco
+from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, Proposer, read_proposals
-from masklake.pipeline.training.samples import (
-    Augmentation,
-    SampleSpec,
-    _to_table,
-    load_samples,
-    make_sample,
-    to_training,
-    training_rows,
-)
+from masklake.pipeline.training.augmentation import Augmentation, SampleSpec, make_sample
+from masklake.pipeline.training.loader import load_samples, training_rows
+from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, read_proposals
+from masklake.pipeline.training.proposer import Proposer
+from masklake.pipeline.training.samples import to_table, to_training
 
 CAT = Category(id=9, name="cat")
 
@@ -80,10 +75,10 @@ def test_they_travel_to_the_model(tmp_path: Path) -> None:
     for n in range(3):
         Image.new("RGB", (48, 24)).save(tmp_path / f"{n}.png")
     rows = training_rows(dataset(), str(tmp_path), spec(flip=False), proposals=stored())
-    batch = _to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage()))
+    batch = to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage()))
     _, targets = to_training(batch, spec())
     assert [target.proposals.tolist() for target in targets] == [[[n, 2, 20, 12]] for n in range(3)]
-    without = _to_table(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
+    without = to_table(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert [target.proposals for target in to_training(without, spec())[1]] == [None] * 3
 
 

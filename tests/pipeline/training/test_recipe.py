@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from masklake.pipeline.training.augmentation import Augmentation
 from masklake.pipeline.training.recipe import PAPER, TINY, Recipe, build_optimizer, clip, peak_rate, rate_factor, recipe_of
-from masklake.pipeline.training.samples import Augmentation
 
 NAN, INF = float("nan"), float("inf")
 
