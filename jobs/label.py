@@ -47,8 +47,9 @@ from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.runs import valid_run_id
 from masklake.pipeline.table.schema import LIKELY_SCORE
-from masklake.pipeline.table.table import Table, open_table, valid_run_id
+from masklake.pipeline.table.table import Table, open_table
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,9 @@ from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import below, canonical, real_place
 from masklake.pipeline.table.duckdb_connection import connected
+from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA, RUN_COLUMN
-from masklake.pipeline.table.table import RunRecord, Table, input_key, valid_run_id
+from masklake.pipeline.table.table import Table
 
 MEMORY_LIMIT = "2GB"
 """DuckDB's share while it plans; joins and sorts beyond it go to a temporary folder."""

@@ -11,87 +11,36 @@ Readers see a run entirely or not at all: they follow the log, and the log gains
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-import deltalake
-import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from deltalake import DeltaTable
+from pydantic import ValidationError
 
 from masklake.model.errors import ConfigError
 from masklake.model.wording import counted
 from masklake.pipeline.errors import InputNotFoundError, StorageError, TableError
 from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES
-from masklake.pipeline.storage.errors import describe, os_error_number, translate
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.nearby import first_missing, near, within
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parse
+from masklake.pipeline.table.log import DataFile, DeltaLog
+from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 
 logger = logging.getLogger(__name__)
 
 COMMIT_ATTEMPTS = 20
-# A checkpoint of the log is a Parquet file in the table: whoever reads `**/*.parquet` would count its rows as images.
-# Without checkpoints no entry of the log may ever be cleaned up.
-_NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
-_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
-
-
-class RunRecord(BaseModel):
-    """What a run set out to do: `_masklake/<run_id>/run.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    run_id: str
-    label_id: str
-    input: dict[str, Any] = Field(description="The input's specification: what a restart must equal to continue this run.")
-    images: int = Field(description="Rows of the frozen manifest.")
-    status: Literal["planned", "committed"] = "planned"
-    planned_at: datetime
-    committed_at: datetime | None = None
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A Parquet file in a run's folder. path: relative to the table."""
-
-    path: str
-    bytes: int
-    rows: int
-
-
-def valid_run_id(run_id: str, given: str = "run id") -> str:
-    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere.
-
-    given: what the id is where it comes from, such as `--tick`.
-    """
-    if not _RUN_ID.fullmatch(run_id):
-        raise ConfigError(
-            f"{given} {run_id!r}: use 1 to 100 letters from a to z, digits, '-' and '_' (it names a folder and a partition)"
-        )
-    return run_id
-
-
-def input_key(label_id: str, spec: dict[str, Any]) -> str:
-    """Which runs continue each other: 16 hex digits over the label_id and the input's specification."""
-    return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_table(storage: Storage, uri: str) -> Table:
@@ -124,6 +73,7 @@ class Table:
     def __init__(self, storage: Storage, uri: str) -> None:
         self.storage = storage
         self.uri = uri
+        self.log = DeltaLog(storage, uri)
 
     def __repr__(self) -> str:
         return f"Table({self.uri!r})"
@@ -175,12 +125,8 @@ class Table:
             self.storage.write_bytes(self._schema_uri(), json.dumps(description, indent=1).encode())
 
     def delta(self) -> DeltaTable | None:
-        """The newest snapshot, or None before the first commit."""
-        try:
-            with self._translated():
-                return DeltaTable(self.uri, storage_options=self.storage.delta_options(self.uri))
-        except _NoLogYetError:
-            return None
+        """Returns the newest snapshot, or None before the first commit."""
+        return self.log.snapshot()
 
     def version(self) -> int:
         """The newest snapshot's version; -1 before the first commit."""
@@ -193,12 +139,8 @@ class Table:
         return delta is not None and delta.transaction_version(run_id) is not None
 
     def files(self) -> list[tuple[str, str]]:
-        """(path relative to the table, run_id) of every file of the newest snapshot; empty before the first commit."""
-        delta = self.delta()
-        if delta is None:
-            return []
-        actions = pa.table(delta.get_add_actions(flatten=True))
-        return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
+        """Returns (path relative to the table, run_id) of every file of the newest snapshot; none before the first commit."""
+        return self.log.files()
 
     def dataset(self) -> pyarrow.dataset.Dataset:
         """The newest snapshot as a pyarrow dataset of TABLE_SCHEMA; TableError before the first commit.
@@ -314,19 +256,18 @@ class Table:
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
         self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
-        actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in chosen]
         lost: StorageError | None = None  # the last attempt's, of which nobody knows whether it was done
         for attempt in range(COMMIT_ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
             try:
-                delta = self._delta_or_created()
+                delta = self.log.snapshot_or_created()
                 if delta.transaction_version(run_id) is not None:
                     self._finish(run_id)
                     return lost is not None  # a commit whose reply was lost is our own, for a run has one writer
                 confirm()
                 lost = None
-                if self._try_commit(delta, run_id, actions):
+                if self.log.try_append(delta, run_id, chosen):
                     self._finish(run_id)
                     return True
             except StorageError as error:
@@ -342,52 +283,6 @@ class Table:
         if record is not None:
             self._close_run(record)
 
-    def _sync_log(self, version: int) -> None:
-        self.storage.sync([self.storage.join(self.uri, "_delta_log", f"{version:020}.json")])
-
-    def _try_commit(self, delta: DeltaTable, run_id: str, actions: list[AddAction | RemoveAction]) -> bool:
-        """Whether the transaction became the version after `delta`'s; False when another writer's did."""
-        version = delta.version() + 1
-        try:
-            with self._translated():
-                delta.create_write_transaction(
-                    actions,
-                    "append",
-                    _delta_schema(),
-                    partition_by=[RUN_COLUMN],
-                    commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(run_id, 1)]),
-                    post_commithook_properties=_NO_CHECKPOINT,
-                )
-        except _CommitConflictError:
-            return False
-        self._sync_log(version)
-        return True
-
-    def _delta_or_created(self) -> DeltaTable:
-        delta = self.delta()
-        if delta is not None:
-            return delta
-        try:
-            with self._translated():
-                created = DeltaTable.create(
-                    self.uri,
-                    _delta_schema(),
-                    mode="ignore",  # another writer may have created it since
-                    partition_by=[RUN_COLUMN],
-                    name="masklake",
-                    configuration={"delta.checkpointInterval": str(2**31 - 1)},  # for other writers
-                    storage_options=self.storage.delta_options(self.uri),
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-        except _CommitConflictError as error:  # ... or creates it at this moment, which "ignore" does not cover
-            delta = self.delta()
-            if delta is None:
-                reason = describe(error.__cause__ or error)
-                raise TableError(f"{self.uri}: the Delta log cannot be created ({reason})") from error
-            return delta
-        self._sync_log(0)
-        return created
-
     def tidy(self, run_id: str) -> None:
         """Remove what a committed run left in its folders and the log does not name, so that whoever reads the folder itself
         finds each row once: files of workers that outlived their driver, and what earlier versions wrote beside the data.
@@ -401,40 +296,6 @@ class Table:
         leftovers += [row["uri"] for row in self._below(self.private(run_id)) if row["uri"].endswith(".parquet")]
         for uri in leftovers:
             self.storage.delete(uri)
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except CommitFailedError as error:
-            raise _CommitConflictError from error
-        except DeltaError as error:
-            # deltalake takes whatever the file system says for a log that is not there.
-            if os_error_number(error) not in (None, errno.ENOENT):
-                raise translate(error, self.uri) from error
-            if isinstance(error, TableNotFoundError):
-                raise _NoLogYetError from error
-            raise TableError(f"{self.uri}: the Delta log cannot be used ({describe(error)})") from error
-        except OSError as error:
-            raise translate(error, self.uri) from error
-
-
-class _NoLogYetError(Exception):
-    """There is no Delta log at the table's path."""
-
-
-class _CommitConflictError(Exception):
-    """Another writer's transaction took the version."""
-
-
-def _delta_schema() -> deltalake.Schema:
-    return deltalake.Schema.from_arrow(TABLE_SCHEMA)
-
-
-def _add_action(run_id: str, file: DataFile) -> AddAction:
-    # Only the row count: partial min/max statistics make filters through pyarrow and DuckDB return nothing (measured).
-    now_ms = int(time.time() * 1000)
-    return AddAction(file.path, file.bytes, {RUN_COLUMN: run_id}, now_ms, True, json.dumps({"numRecords": file.rows}))
 
 
 def is_table(storage: Storage, uri: str) -> bool:

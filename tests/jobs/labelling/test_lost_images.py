@@ -14,8 +14,8 @@ from masklake.jobs.labelling import lost_images
 from masklake.jobs.labelling.lost_images import DEATHS, LOST_NODES, Alone, Trials
 from masklake.pipeline.errors import LabellingError, StorageError
 from masklake.pipeline.labelling.run_output import Finished, failed, written
+from masklake.pipeline.table.log import DataFile
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA
-from masklake.pipeline.table.table import DataFile
 
 
 def run(trials: Trials, deadly: set[int], with_node: bool = False) -> list[int]:

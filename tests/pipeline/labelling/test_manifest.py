@@ -22,8 +22,9 @@ from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, check_apart, plan_run, read_manifest
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.runs import input_key
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA
-from masklake.pipeline.table.table import Table, input_key, open_table
+from masklake.pipeline.table.table import Table, open_table
 from tests.pipeline.inputs.files import IMAGES, fill
 
 

@@ -15,8 +15,9 @@ from masklake.model.errors import CheckpointError
 from masklake.pipeline.errors import AccessDeniedError, LabellingError, StorageError
 from masklake.pipeline.labelling import run_output
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.runs import RunRecord
 from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
-from masklake.pipeline.table.table import RunRecord, Table, open_table
+from masklake.pipeline.table.table import Table, open_table
 
 RUN = "run-1"
 

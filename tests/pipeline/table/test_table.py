@@ -18,8 +18,10 @@ from deltalake import DeltaTable, write_deltalake
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, LeaseLostError, StorageError, TableError
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.log import DeltaLog
+from masklake.pipeline.table.runs import RunRecord, input_key
 from masklake.pipeline.table.schema import SCHEMA_VERSION, TABLE_SCHEMA
-from masklake.pipeline.table.table import RunRecord, Table, input_key, open_table
+from masklake.pipeline.table.table import Table, open_table
 
 SPEC = {"uri": "/data", "column": None}
 
@@ -135,18 +137,18 @@ def test_writers_that_create_the_table_at_once_all_get_it(place: str, monkeypatc
     for table in tables:
         table.initialise()
     start = threading.Barrier(len(tables))
-    absent = Table.delta
+    absent = DeltaLog.snapshot
 
-    def none_at_first(self: Table) -> DeltaTable | None:
+    def none_at_first(self: DeltaLog) -> DeltaTable | None:
         found = absent(self)
         if not hasattr(self, "asked"):
             self.asked = True  # type: ignore[attr-defined]
             start.wait(timeout=60)  # nobody creates before everybody has seen that there is none
         return found
 
-    monkeypatch.setattr(Table, "delta", none_at_first)
+    monkeypatch.setattr(DeltaLog, "snapshot", none_at_first)
     with ThreadPoolExecutor(len(tables)) as pool:
-        deltas = list(pool.map(lambda table: table._delta_or_created(), tables))
+        deltas = list(pool.map(lambda table: table.log.snapshot_or_created(), tables))
     assert [delta.version() for delta in deltas] == [0] * len(tables)
 
 
@@ -294,9 +296,9 @@ def test_each_attempt_to_commit_is_confirmed(
 ) -> None:
     """The store is out of order for the first attempt, and meanwhile the lease is lost, or was before."""
     table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")], commit=False)
-    real, tries = Table._try_commit, []
+    real, tries = DeltaLog.try_append, []
 
-    def busy_once(self: Table, delta: Any, run_id: str, actions: Any) -> bool:
+    def busy_once(self: DeltaLog, delta: Any, run_id: str, actions: Any) -> bool:
         tries.append(run_id)
         if len(tries) == 1:
             error = StorageError("the store is overloaded")
@@ -311,7 +313,7 @@ def test_each_attempt_to_commit_is_confirmed(
         if len(confirmed) == lost_at:
             raise LeaseLostError("another driver took it over")
 
-    monkeypatch.setattr(Table, "_try_commit", busy_once)
+    monkeypatch.setattr(DeltaLog, "try_append", busy_once)
     with pytest.raises(LeaseLostError):
         table.commit_run("night-1", confirm=confirm)
     assert confirmed == list(range(lost_at))

@@ -1,0 +1,46 @@
+"""Records of a table's runs: what each set out to do, and which one a restart continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from masklake.model.errors import ConfigError
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+class RunRecord(BaseModel):
+    """What a run set out to do: `_masklake/<run_id>/run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    run_id: str
+    label_id: str
+    input: dict[str, Any] = Field(description="The input's specification: what a restart must equal to continue this run.")
+    images: int = Field(description="Rows of the frozen manifest.")
+    status: Literal["planned", "committed"] = "planned"
+    planned_at: datetime
+    committed_at: datetime | None = None
+
+
+def valid_run_id(run_id: str, given: str = "run id") -> str:
+    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere.
+
+    given: what the id is where it comes from, such as `--tick`.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"{given} {run_id!r}: use 1 to 100 letters from a to z, digits, '-' and '_' (it names a folder and a partition)"
+        )
+    return run_id
+
+
+def input_key(label_id: str, spec: dict[str, Any]) -> str:
+    """Which runs continue each other: 16 hex digits over the label_id and the input's specification."""
+    return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]
