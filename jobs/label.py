@@ -29,11 +29,11 @@ from masklake.jobs.labelling.lost_images import DEATHS, Alone
 from masklake.jobs.labelling.plan import Device, Round, WorkerPlan
 from masklake.jobs.labelling.progress import shown, start_counter
 from masklake.jobs.terminal.counts import counted_instances
-from masklake.jobs.weights import read_model
-from masklake.model import MaskRCNN, PredictOptions, load_checkpoint
-from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError, faults
+from masklake.jobs.weights import read_detector
+from masklake.model.config import PredictOptions
+from masklake.model.errors import ConfigError, MaskLakeError, faults
 from masklake.model.wording import counted
-from masklake.pipeline.errors import InputNotFoundError, LabellingError
+from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
@@ -112,7 +112,6 @@ class _Run:
     table: Table
     plan: Plan
     spec: LabelSpec
-    model: MaskRCNN
     checkpoint: bytes
     lease: Lease
 
@@ -125,10 +124,10 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     """
     storage = Storage(options.storage)
     table = open_table(storage, options.table)
-    checkpoint, model = load_model(storage, options.weights)
+    checkpoint, model = read_detector(storage, options.weights)
     model_id = model.model_id
     options = with_precision(options)
-    label_id = label_plan.label_id(model_id, model.config, options.predict, options.limits)
+    label_id = label_plan.label_id(model_id, model.settings(options.predict), options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
     left_out = LeftOut()
     plan = plan_run(
@@ -152,7 +151,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     say(f"run {plan.run_id} {verb}: {counted(plan.images, 'image')}, model {model_id}, precision {options.predict.precision}")
     spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
-        return _label(_Run(options, table, plan, spec, model, checkpoint, lease), say).model_copy(update=left)
+        return _label(_Run(options, table, plan, spec, checkpoint, lease), say).model_copy(update=left)
 
 
 def _check_capacity(options: LabelOptions, images: int) -> None:
@@ -194,21 +193,6 @@ def describe(report: LabelReport) -> str:
         "start-up included)\n"
         f"table      {report.table}"
     )
-
-
-def load_model(storage: Storage, uri: str) -> tuple[bytes, MaskRCNN]:
-    """A checkpoint's bytes, read or converted once for all workers, and its model: a bad one is refused before any start."""
-    try:
-        checkpoint = read_model(storage, uri)
-    except InputNotFoundError as error:
-        raise CheckpointError(
-            f"no checkpoint at {uri}; --weights is a file of `masklake train` or `convert`, or torchvision weights' name, "
-            "such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1"
-        ) from error
-    try:
-        return checkpoint, load_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{uri}: {error}") from error
 
 
 def _label(run: _Run, say: Say) -> LabelReport:

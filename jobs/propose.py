@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from masklake.jobs.cluster.connection import connect, data_context, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
-from masklake.jobs.label import load_model
 from masklake.jobs.labelling.plan import Device, WorkerPlan, plan_workers
 from masklake.jobs.terminal.output import check_not_read
+from masklake.jobs.weights import read_detector
+from masklake.model.detector import can_propose
 from masklake.model.errors import ConfigError
 from masklake.pipeline.coco.dataset import CocoDataset, image_folder
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
@@ -80,7 +81,9 @@ def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> Propo
         raise ConfigError(f"{options.output}: is one of the images, which this would overwrite; name another file")
     data = usable_images(storage, whole, folder, most)
     listed, left_out = listed_and_left_out(data)
-    checkpoint, model = load_model(storage, options.weights)
+    checkpoint, model = read_detector(storage, options.weights)
+    if not can_propose(model):
+        raise ConfigError(f"{options.weights}: model {model.model_id} gives no proposals; name a two-stage detector")
     workers = plan_workers(connect(options.address), len(data.images), options.workers, options.device)
     images = proposals = 0
     failed: list[str] = []

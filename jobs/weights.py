@@ -4,28 +4,51 @@ from __future__ import annotations
 
 from masklake.model import create_model
 from masklake.model.build import preset_of_weights
+from masklake.model.detector import Detector, has_loader, load_detector
 from masklake.model.errors import CheckpointError
-from masklake.model.weights.checkpoint import dumps, is_ours
+from masklake.model.weights.checkpoint import dumps, metadata
 from masklake.model.weights.files import what_it_is
+from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
 
 
-def read_model(storage: Storage, weights: str) -> bytes:
-    """A MaskLake checkpoint's bytes, from `weights` in any form that says by itself what model it is of.
+def read_detector(storage: Storage, weights: str) -> tuple[bytes, Detector]:
+    """A checkpoint's bytes, read or converted once for all workers, and its model: a bad one is refused before any start.
 
-    weights: a checkpoint, local or s3://, or the name of a torchvision detector's weights, such as
-    `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache and converted in memory (their
-    `model_id` is that of a file of `masklake convert`). Raises the storage's errors, and CheckpointError for any other file:
-    those of other systems do not say their preset, so the message names the `masklake convert` that is told it.
+    Raises CheckpointError for `weights` that are absent, damaged or of an unknown format, and the storage's errors.
+    """
+    try:
+        checkpoint = read_model(storage, weights)
+    except InputNotFoundError as error:
+        raise CheckpointError(
+            f"no checkpoint at {weights}; --weights is a file of `masklake train` or `convert`, or torchvision weights' name, "
+            "such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1"
+        ) from error
+    try:
+        return checkpoint, load_detector(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
+
+
+def read_model(storage: Storage, weights: str) -> bytes:
+    """A checkpoint's bytes, from `weights` in any form that says by itself what model it is of.
+
+    weights: a checkpoint of MaskLake or of an installed detector (`model.detector`), local or s3://, or the name of a
+    torchvision detector's weights, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache
+    and converted in memory (their `model_id` is that of a file of `masklake convert`). Raises the storage's errors, and
+    CheckpointError for any other file: those of other systems do not say their preset, so the message names the
+    `masklake convert` that is told it.
     """
     if (preset := preset_of_weights(weights)) is not None:
         return dumps(create_model(preset, weights=weights))
     data = storage.read_bytes(weights)
-    if is_ours(data):
+    if has_loader(data):
         return data
     if (what := what_it_is(data)) is not None:
         raise CheckpointError(f"{weights} is not a MaskLake checkpoint: it is {what}")
+    mark = metadata(data).get("format")
+    unread = f", and no installed package reads its format {mark!r}" if mark is not None else ""
     raise CheckpointError(
-        f"{weights} is not a MaskLake checkpoint. Weights of torchvision or Detectron2 become one by: "
+        f"{weights} is not a MaskLake checkpoint{unread}. Weights of torchvision or Detectron2 become one by: "
         f"masklake convert {weights} model.safetensors --preset PRESET"
     )

@@ -6,14 +6,14 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from masklake.model.config import Learn, ModelConfig, Precision, PredictOptions
+from masklake.model.config import Category, Learn, ModelConfig, Precision, PredictOptions, Task
 from masklake.model.devices import arithmetic, resolved, sent
 from masklake.model.errors import ConfigError
 from masklake.model.heads.box import box_losses
@@ -26,7 +26,7 @@ from masklake.model.instances import Instances, Target
 from masklake.model.network import Network
 from masklake.model.proposals.rpn import Regions
 from masklake.model.rois.sampling import Samples, Truth, sample_regions, truth_on_canvas
-from masklake.model.transform import Canvas, canvas_size, check_image, filled_up, make_canvas
+from masklake.model.transform import Canvas, Size, canvas_size, check_image, filled_up, make_canvas
 from masklake.model.wording import agreeing, counted_of
 
 DEFAULT_OPTIONS = PredictOptions()
@@ -60,6 +60,24 @@ class MaskRCNN(nn.Module):
     def model_id(self) -> str:
         """The preset's name and 12 hex digits over configuration and weights: names this model in every table row."""
         return model_id(self.config, self.network.state_dict())
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """What the model can find, by class: class i + 1 is `categories[i]`."""
+        return self.config.categories
+
+    @property
+    def tasks(self) -> frozenset[Task]:
+        """What the model answers."""
+        return self.config.tasks
+
+    def batch_key(self, size: Size) -> tuple[int, int]:
+        """(H, W) of the canvas that an image of `size`, (height, width) in pixels, has at inference."""
+        return canvas_size(size, self.config)
+
+    def settings(self, options: PredictOptions) -> dict[str, Any]:
+        """Every setting that changes what `predict` finds, by name. Raises ConfigError for a task without a branch."""
+        return {"precision": resolved(options.precision, self.device), **vars(resolve(options, self.config))}
 
     def learn(self, what: Learn, fixed_backbone: bool = False) -> Self:
         """Choose what `forward` trains from now on; the weights and statistics of all other parts stay as they are, bit by bit.
@@ -230,7 +248,7 @@ class MaskRCNN(nn.Module):
         """Indices of images of one canvas size, at most `batch_size` together."""
         by_canvas: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
-            by_canvas[canvas_size((image.shape[-2], image.shape[-1]), self.config)].append(index)
+            by_canvas[self.batch_key((image.shape[-2], image.shape[-1]))].append(index)
         for indices in by_canvas.values():
             for start in range(0, len(indices), batch_size):
                 yield indices[start : start + batch_size]

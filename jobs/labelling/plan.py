@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from masklake.jobs.cluster.connection import RESERVED_CPUS, Capacity
-from masklake.model.config import ModelConfig, Precision, PredictOptions
+from masklake.model.config import Precision
+from masklake.model.errors import ConfigError
 from masklake.model.identity import canonical_json, differing
-from masklake.model.inference import resolve
 from masklake.model.wording import agreeing, counted
 from masklake.pipeline.errors import ClusterTooSmallError, TooManyFailuresError
 from masklake.pipeline.images.decode import DecodeLimits
@@ -69,24 +69,20 @@ class Round:
     max_lost: int
 
 
-def label_id(model_id: str, config: ModelConfig, predict: PredictOptions, limits: DecodeLimits) -> str:
-    """16 hex digits over everything that changes a row: the model, the options in their effective values, the limits.
+def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -> str:
+    """16 hex digits over everything that changes a row: the model, its settings (`Detector.settings`), the limits.
 
-    What only changes the speed (batch size, workers) is no part of it. ConfigError for a task that the model cannot do.
+    What only changes the speed (batch size, workers) is no part of it. Raises ConfigError for settings that are no JSON.
     """
-    settings = resolve(predict, config)
-    facts = {
-        "model_id": model_id,
-        "precision": predict.precision,
-        "score_threshold": settings.score_threshold,
-        "nms_iou": settings.nms_iou,
-        "max_detections": settings.max_detections,
-        "mask_threshold": settings.mask_threshold,
-        "tasks": settings.tasks,
-        "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS}),
-    }
+    own = {"model_id": model_id, "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS})}
+    if taken := sorted(own.keys() & settings.keys()):
+        raise ConfigError(f"model {model_id} has settings whose names are taken: {', '.join(taken)}")
+    facts = {**settings, **own}
     used = {name: value for name, value in facts.items() if name not in FIRST_OPTIONS or value != FIRST_OPTIONS[name]}
-    return hashlib.sha256(canonical_json(used)).hexdigest()[:16]
+    try:
+        return hashlib.sha256(canonical_json(used)).hexdigest()[:16]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model {model_id} has settings that cannot be written as JSON: {error}") from error
 
 
 def precision(asked: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:

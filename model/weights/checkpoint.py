@@ -60,14 +60,14 @@ def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}") from error
 
 
-def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu") -> MaskRCNN:
-    """The model in a file of `save_checkpoint`, or in its bytes, ready to predict.
+def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu", name: str | None = None) -> MaskRCNN:
+    """The model in a file of `save_checkpoint`, or in its bytes, ready to predict. name: what messages call it.
 
     Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture, and ConfigError
     for a device that this machine cannot use.
     """
     device = check_device(device)
-    name = "checkpoint" if isinstance(source, bytes) else f"checkpoint {source}"
+    name = name or ("checkpoint" if isinstance(source, bytes) else f"checkpoint {source}")
     config, state = parse(read_bytes(source), name)
     model = MaskRCNN(config)
     load_state(model.network, state, name)
@@ -90,7 +90,7 @@ def read_bytes(source: str | Path | bytes) -> bytes:
 
 def is_ours(data: bytes) -> bool:
     """Whether these bytes begin as a safetensors file that MaskLake wrote."""
-    return _metadata(data).get("format") == FORMAT
+    return metadata(data).get("format") == FORMAT
 
 
 def has_safetensors_header(data: bytes) -> bool:
@@ -100,14 +100,14 @@ def has_safetensors_header(data: bytes) -> bool:
 
 def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Configuration and weights of a checkpoint's bytes; `name` is what messages call it."""
-    metadata = _metadata(data)
-    if metadata.get("format") != FORMAT:
+    header = metadata(data)
+    if header.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} is not a MaskLake checkpoint (safetensors of format {FORMAT!r}); "
             "convert other weights with `masklake convert`"
         )
     try:
-        return ModelConfig.model_validate_json(metadata["config"]), load_tensors(data)
+        return ModelConfig.model_validate_json(header["config"]), load_tensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{name} is cut off or damaged: {error}") from error
     except KeyError as error:
@@ -116,7 +116,7 @@ def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{name} has no configuration that this version can read: {faults(error)}") from error
 
 
-def _metadata(data: bytes) -> Mapping[str, str]:
+def metadata(data: bytes) -> Mapping[str, str]:
     """The metadata of safetensors bytes: 8 bytes of header length, then the header as JSON. Empty where it is none."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > _HEADER_LIMIT:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,9 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from masklake.model import PredictOptions, load_checkpoint
-from masklake.model.config import ModelConfig
+from masklake.model.config import PredictOptions
+from masklake.model.detector import Detector, check_answers, load_detector
 from masklake.model.instances import Instances
-from masklake.model.transform import canvas_size
 from masklake.pipeline.images.decode import Decoded, DecodeLimits, decode, read_header
 from masklake.pipeline.images.fetch import Fetched, fetch
 from masklake.pipeline.images.status import Status
@@ -45,15 +44,6 @@ _ERROR_LENGTH = 300
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Predictor(Protocol):
-    """What a labeller needs of a model."""
-
-    config: ModelConfig
-
-    def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
-        """Detections of uint8 RGB images (3, H, W), in their order."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +101,11 @@ class _Job:
 class Labeller:
     """Labels blocks of the manifest with one model. Calls may overlap: the model itself serves one at a time."""
 
-    def __init__(self, spec: LabelSpec, model: Predictor, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, spec: LabelSpec, model: Detector, on_progress: Callable[[int, int], None] | None = None) -> None:
         """``on_progress(images, failed)`` is told of finished images as they come."""
         self._spec = spec
         self._model = model
+        self._names = {category.id: category.name for category in model.categories}
         self._on_progress = on_progress or (lambda images, failed: None)
         self._model_lock = Lock()
 
@@ -129,7 +120,7 @@ class Labeller:
             [outcomes[source.image_id] for source in sources],
             model_id=self._spec.model_id,
             label_id=self._spec.label_id,
-            category_names=self._model.config.category_names,
+            category_names=self._names,
         )
 
     def _label(self, sources: Sequence[_Source]) -> Iterator[Outcome]:
@@ -142,7 +133,7 @@ class Labeller:
                 yield from self._finished([job])
             else:
                 jobs.append(job)
-        jobs.sort(key=lambda job: canvas_size((job.height, job.width), self._model.config))
+        jobs.sort(key=lambda job: self._model.batch_key((job.height, job.width)))
         most = BATCHES_PER_WINDOW * self._spec.predict.batch_size
         windows = list(_windows(jobs, lambda job: job.height * job.width, DECODE_WINDOW_PIXELS, most))
         with _decoder(self._spec) as decoder:
@@ -171,7 +162,9 @@ class Labeller:
         if not images:
             return []
         try:
-            return self._model.predict(images, self._spec.predict)
+            answers = self._model.predict(images, self._spec.predict)
+            check_answers(answers, images, self._names)
+            return answers
         except torch.AcceleratorError:
             # The device's context is broken for good: every later image would fail. A fresh process may do better.
             log.exception("the accelerator failed; this worker ends so that another one replaces it")
@@ -194,7 +187,7 @@ class LabellingActor(Labeller):
         self._progress = progress
         _told(progress.starting.remote(ray.get_runtime_context().get_actor_id()))
         torch.set_num_threads(spec.torch_threads)
-        model = load_checkpoint(ray.get(checkpoint[0]), device=spec.device)
+        model = load_detector(ray.get(checkpoint[0]), device=spec.device)
         super().__init__(spec, model, on_progress=lambda images, failed: progress.add.remote(images, failed))
         self._table = table
         self._run_id = run_id

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from masklake.model.weights.checkpoint import load_checkpoint
+from masklake.model.detector import can_propose, load_detector
+from masklake.model.errors import ConfigError
 from masklake.pipeline.coco.image_check import wrong_size
 from masklake.pipeline.errors import StorageError
 from masklake.pipeline.images.decode import DecodeLimits, decode
@@ -25,7 +26,10 @@ class Proposer:
 
         torch.set_num_threads(threads)
         self._storage = storage
-        self._model = load_checkpoint(ray.get(checkpoint), device=device)
+        model = load_detector(ray.get(checkpoint), device=device)
+        if not can_propose(model):
+            raise ConfigError(f"model {model.model_id} gives no proposals")
+        self._model = model
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image

@@ -12,6 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from masklake.model.config import PredictOptions
+from masklake.model.detector import Detector, TwoStageDetector
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import Phase
 from masklake.model.weights.checkpoint import dumps
@@ -133,7 +134,7 @@ def describe_scores(scores: Mapping[str, float | None]) -> str:
 
 
 def predict_share(
-    model: MaskRCNN,
+    model: Detector,
     validation: Validation,
     storage: Storage,
     rank: int = 0,
@@ -141,9 +142,9 @@ def predict_share(
     unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO result rows of every `world`-th image from `rank` on. unusable: gets the images without an answer, and why."""
-    categories = {category.id: category for category in model.config.categories}
+    categories = {category.id: category for category in model.categories}
     most = max(validation.max_dets)
-    options = PredictOptions(max_detections=max(most, model.config.max_detections))
+    options = PredictOptions(max_detections=max(most, model.settings(PredictOptions()).get("max_detections", 0)))
     rows: list[dict[str, Any]] = []
     for loaded in _share(validation, storage, rank, world, unusable):
         answers = model.predict([image for _, image in loaded], options)
@@ -153,7 +154,7 @@ def predict_share(
 
 
 def propose_share(
-    model: MaskRCNN,
+    model: TwoStageDetector,
     validation: Validation,
     storage: Storage,
     rank: int = 0,

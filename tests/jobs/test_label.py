@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import duckdb
 import pyarrow.dataset
 import pytest
 import ray
+import torch
 
 from masklake.jobs import label
 from masklake.jobs.cluster.connection import connect
@@ -36,14 +37,18 @@ from masklake.pipeline.labelling.manifest import read_manifest
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.table import open_table
+from tests import second_detector
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> None:
-    """One embedded Ray for all runs of this file: what a caller of `label.run` in a loop has."""
-    connect()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded Ray for all runs of this file: what a caller of `label.run` in a loop has; with a detector installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(second_detector.install(tmp_path_factory.mktemp("site"))))
+        connect()
+        yield
 
 
 def options(source: Path | str, table: Path | str, weights: Path | str, **more: Any) -> LabelOptions:
@@ -125,6 +130,20 @@ def test_labels_do_not_depend_on_blocks_or_workers(
         for a, b in zip(found["instances"], expected["instances"], strict=True):
             assert a["score"] == pytest.approx(b["score"], abs=1e-6)
             assert list(a["box"].values()) == pytest.approx(list(b["box"].values()), abs=1e-4)
+
+
+def test_another_detector_labels_like_our_own(tmp_path: Path, pictures: Callable[..., Path]) -> None:
+    """From a checkpoint of an installed package to a committed table, in Ray's workers; again there is nothing new."""
+    weights = tmp_path / "second.safetensors"
+    weights.write_bytes(second_detector.checkpoint())
+    job = options(pictures(6), tmp_path / "table", weights)
+    report = label.run(job)
+    assert counts(report) == {"ok": 6}
+    assert report.model_id == second_detector.load(weights.read_bytes(), torch.device("cpu")).model_id
+    rows = rows_of(tmp_path / "table")
+    assert [len(row["instances"]) for row in rows] == [len(row["rles"]) for row in rows] == [5] * 6
+    assert set(report.categories_stored) <= {"cup", "plate"}
+    assert label.run(job).run_id is None
 
 
 POISON = b"this image kills its worker"

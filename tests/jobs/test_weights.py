@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from masklake.jobs.weights import read_model
 from masklake.model.build import create_model, preset_of_weights
@@ -43,6 +44,9 @@ def test_other_files_are_refused_with_what_they_are_or_the_command_that_converts
     path = tmp_path / "model_final.pth"
     torch.save({"model": {"weight": torch.zeros(1)}}, path)
     with pytest.raises(CheckpointError, match=rf"masklake convert {path} model\.safetensors --preset PRESET"):
+        read_model(Storage(), str(path))
+    path.write_bytes(save({"weight": torch.zeros(1)}, metadata={"format": "other/1"}))
+    with pytest.raises(CheckpointError, match=r"no installed package reads its format 'other/1'.*masklake convert"):
         read_model(Storage(), str(path))
     path.write_text("<html>404</html>")
     with pytest.raises(CheckpointError, match="is not a MaskLake checkpoint: it is a web page"):

@@ -21,7 +21,7 @@ from masklake.jobs.labelling.plan import (
     plan_workers,
     rounds,
 )
-from masklake.model import PRESETS, PredictOptions
+from masklake.model import PRESETS, MaskRCNN, PredictOptions
 from masklake.model.errors import ConfigError
 from masklake.model.identity import differing
 from masklake.pipeline.errors import ClusterTooSmallError, TooManyFailuresError
@@ -36,7 +36,7 @@ def laptop(cores: int, gpus: int = 0) -> Capacity:
 
 
 def identity(predict: PredictOptions | None = None, limits: DecodeLimits | None = None, model: str = "tiny-0") -> str:
-    return label_id(model, TINY, predict or PredictOptions(), limits or DecodeLimits())
+    return label_id(model, MaskRCNN(TINY).settings(predict or PredictOptions()), limits or DecodeLimits())
 
 
 def test_the_label_id_names_everything_that_changes_a_row() -> None:
@@ -75,7 +75,19 @@ def test_every_limit_has_the_default_it_was_introduced_with() -> None:
 def test_a_task_that_the_model_cannot_do_is_refused() -> None:
     boxes_only = TINY.model_copy(update={"keypoint": False})
     with pytest.raises(ConfigError, match="keypoint"):
-        label_id("m", boxes_only, PredictOptions(tasks=frozenset({"keypoint"})), DecodeLimits())
+        MaskRCNN(boxes_only).settings(PredictOptions(tasks=frozenset({"keypoint"})))
+
+
+def test_the_settings_of_any_detector_are_in_the_label_id() -> None:
+    """In any order; those that would take another fact's name, or cannot be written down, are refused."""
+    one = label_id("m", {"level": 1, "tags": {"a", "b"}}, DecodeLimits())
+    assert one == label_id("m", {"tags": frozenset({"b", "a"}), "level": 1.0}, DecodeLimits())
+    assert one != label_id("m", {"level": 2, "tags": {"a", "b"}}, DecodeLimits())
+    with pytest.raises(ConfigError, match="names are taken: limits, model_id"):
+        label_id("m", {"model_id": "x", "limits": 1, "level": 1}, DecodeLimits())
+    for value in (object(), float("nan")):
+        with pytest.raises(ConfigError, match="model m has settings that cannot be written as JSON"):
+            label_id("m", {"level": value}, DecodeLimits())
 
 
 def test_a_laptop_has_a_worker_a_core() -> None:

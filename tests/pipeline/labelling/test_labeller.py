@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
 
 from masklake.model import PRESETS, Instances, PredictOptions, create_model
-from masklake.model.config import ModelConfig
+from masklake.model.config import Task
+from masklake.model.detector import Detector, load_detector
 from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.labelling import labeller as labeller_module
@@ -24,23 +27,34 @@ from masklake.pipeline.labelling.labeller import Labeller, LabelSpec, _windows
 from masklake.pipeline.storage.objects import local_etag
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
+from tests import second_detector
 
 # pytest puts its own filters over the one that `decode` sets for its process.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CONFIG = PRESETS["tiny"]
+DEFAULT = PredictOptions()
 CATEGORY = CONFIG.categories[0]
 
 
 class OneBox:
-    """A predictor that finds one box, whose score is the image's mean; an image of one colour 13 makes it fail."""
+    """A detector that finds one box, whose score is the image's mean; an image of one colour 13 makes it fail."""
+
+    model_id = "one-box"
+    categories = CONFIG.categories
+    tasks: frozenset[Task] = frozenset({"box", "mask"})
 
     def __init__(self) -> None:
-        self.config: ModelConfig = CONFIG
         self.batches: list[list[tuple[int, int]]] = []
         self.inside = 0
 
-    def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
+    def batch_key(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return size
+
+    def settings(self, options: PredictOptions) -> dict[str, Any]:
+        return {}
+
+    def predict(self, images: Sequence[torch.Tensor], options: PredictOptions = DEFAULT) -> list[Instances]:
         self.inside += 1
         assert self.inside == 1, "two threads at once"
         self.batches.append([(image.shape[1], image.shape[2]) for image in images])
@@ -165,7 +179,7 @@ def test_an_image_that_hangs_its_decoder_is_crashed_and_the_rest_are_labelled(
 
 def test_memory_failures_of_a_batch_are_retried_one_by_one(tmp_path: Path) -> None:
     class SmallMemory(OneBox):
-        def predict(self, images: Sequence[torch.Tensor], options: PredictOptions) -> list[Instances]:
+        def predict(self, images: Sequence[torch.Tensor], options: PredictOptions = DEFAULT) -> list[Instances]:
             if len(images) > 1:
                 raise torch.OutOfMemoryError("too many")
             return super().predict(images, options)
@@ -204,3 +218,67 @@ def assert_same_labels(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert (a["category_id"], a["area"]) == (b["category_id"], b["area"])
         assert a["score"] == pytest.approx(b["score"], abs=1e-6)
         assert list(a["box"].values()) == pytest.approx(list(b["box"].values()), abs=1e-4)
+
+
+def test_another_detector_labels_through_the_door_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own model, as an installed package brings it: its checkpoint in, rows of the table out."""
+    monkeypatch.syspath_prepend(str(second_detector.install(tmp_path)))
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8)).resize((80, 64)).save(tmp_path / f"{number}.png")
+    model = load_detector(second_detector.checkpoint())
+    spec = replace(SPEC, model_id=model.model_id, predict=PredictOptions(score_threshold=0.0))
+    rows = Labeller(spec, model)(manifest([str(tmp_path / f"{number}.png") for number in range(3)])).to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert {row["model_id"] for row in rows} == {model.model_id}
+    direct = second_detector.load(second_detector.checkpoint(), torch.device("cpu"))
+    for number, row in enumerate(rows):
+        image = torch.from_numpy(np.array(Image.open(tmp_path / f"{number}.png"))).permute(2, 0, 1)
+        (expected,) = direct.predict([image], spec.predict)
+        assert len(expected) == 5
+        assert [instance["score"] for instance in row["instances"]] == expected.scores.tolist()
+        assert [instance["category_id"] for instance in row["instances"]] == expected.labels.tolist()
+        assert {instance["category"] for instance in row["instances"]} <= {"cup", "plate"}
+        assert [instance["area"] for instance in row["instances"]] == rle_areas(row) == expected.areas.tolist()
+        assert sum(rle_areas(row)) > 0
+
+
+def rle_areas(row: dict[str, Any]) -> list[int]:
+    size = [row["height"], row["width"]]
+    return [int(pycocotools.mask.area({"size": size, "counts": counts})) for counts in row["rles"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": np.array([1234])}, r"labels \[1234\] are none of its categories"),
+        ({"boxes": np.zeros((1, 4))}, r"boxes are float64 \(1, 4\), not an array of float32 \(1, 4\)"),
+        ({"boxes": torch.zeros(1, 4)}, "boxes are Tensor, not an array"),
+        ({"areas": np.array([1, 2])}, r"areas are int64 \(2,\)"),
+        ({"keypoints": np.zeros((2, 4, 3), np.float32)}, r"keypoints are float32 \(2, 4, 3\), not .* \(1, 4, 3\)"),
+        ({"rles": []}, "0 masks for 1 instances"),
+        ({"size": (7, 7)}, r"has the size \(7, 7\), the image \(20, 32\)"),
+    ],
+)
+def test_an_answer_of_another_form_is_the_models_error(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    """No such answer reaches the table, and no other image has to pay for it."""
+
+    class Wrong(OneBox):
+        def _find(self, image: torch.Tensor) -> Instances:
+            found = super()._find(image)
+            return replace(found, **changes) if bool((image == 99).all()) else found
+
+    model: Detector = Wrong()
+    uris = [write(tmp_path, f"{colour}.png", colour) for colour in (50, 99)]
+    rows = Labeller(SPEC, model)(manifest(uris)).to_pylist()
+    assert [row["status"] for row in rows] == [Status.OK, Status.MODEL_ERROR]
+    assert re.search(reason, rows[1]["error"])
+
+
+def test_a_missing_answer_is_the_models_error(tmp_path: Path) -> None:
+    class Silent(OneBox):
+        def predict(self, images: Sequence[torch.Tensor], options: PredictOptions = DEFAULT) -> list[Instances]:
+            return []
+
+    (row,) = Labeller(SPEC, Silent())(manifest([write(tmp_path, "a.png", 50)])).to_pylist()
+    assert (row["status"], row["error"]) == (Status.MODEL_ERROR, "ValueError: the detector gave 0 answers for 1 images")
