@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from masklake.model.build import create_model
     from masklake.model.config import Category, ModelConfig, PredictOptions
+    from masklake.model.detector import Detector, load_detector
     from masklake.model.instances import Instances, Target
     from masklake.model.mask_rcnn import MaskRCNN
     from masklake.model.presets import PRESETS
@@ -46,6 +47,7 @@ _keep_freed_memory()
 _HOME = {
     "PRESETS": "masklake.model.presets",
     "Category": "masklake.model.config",
+    "Detector": "masklake.model.detector",
     "Instances": "masklake.model.instances",
     "MaskRCNN": "masklake.model.mask_rcnn",
     "ModelConfig": "masklake.model.config",
@@ -53,12 +55,14 @@ _HOME = {
     "Target": "masklake.model.instances",
     "create_model": "masklake.model.build",
     "load_checkpoint": "masklake.model.weights.checkpoint",
+    "load_detector": "masklake.model.detector",
     "save_checkpoint": "masklake.model.weights.checkpoint",
 }
 
 __all__ = [
     "PRESETS",
     "Category",
+    "Detector",
     "Instances",
     "MaskRCNN",
     "ModelConfig",
@@ -66,6 +70,7 @@ __all__ = [
     "Target",
     "create_model",
     "load_checkpoint",
+    "load_detector",
     "save_checkpoint",
 ]
 

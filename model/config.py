@@ -306,7 +306,7 @@ class ModelConfig(_Frozen):
 
 
 class PredictOptions(_Frozen):
-    """How `MaskRCNN.predict` runs; None takes the model's own value (`ModelConfig`)."""
+    """How a detector's `predict` runs; None takes the model's own value."""
 
     precision: Precision | Literal["auto"] = "fp32"
     """Arithmetic of the network; boxes, scores and suppression are always fp32. `fp32` is IEEE single precision on every
