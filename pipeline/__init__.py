@@ -1,1 +1,1 @@
-"""Data in and out: storage, manifest, fetch, decode, labelling actor, table, training data, evaluation."""
+"""Data in and out: storage, inputs, images, COCO files, the table, results, labelling and training."""

@@ -48,9 +48,9 @@ class AnnotationError(MaskLakeError):
 
 
 class StorageError(MaskLakeError):
-    """The storage cannot be reached, or answers with something that is not its protocol.
+    """The storage cannot be reached, or its answer does not follow the protocol.
 
-    may_pass: whether the same request may succeed later: the store was busy or out of reach, or its reply was lost.
+    may_pass: whether the same request may succeed later, because the store was busy or out of reach, or its reply was lost.
     """
 
     exit_code = 24
@@ -64,7 +64,7 @@ class TableError(MaskLakeError):
 
 
 class LeaseHeldError(MaskLakeError):
-    """Another driver is writing this run; the message names its holder and the lease's age."""
+    """Another driver is writing this run; the message names its holder and the age of the lease."""
 
     exit_code = 31
 
@@ -100,7 +100,7 @@ class TrainingError(MaskLakeError):
 
 
 class LabellingError(MaskLakeError):
-    """Ray gave a labelling run up: its cluster went away, or lost more blocks than it may."""
+    """Ray gave up a labelling run: its cluster went away, or it lost more blocks than allowed."""
 
     exit_code = 43
 

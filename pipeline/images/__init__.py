@@ -1,1 +1,1 @@
-"""From a URI to pixels: fetch compressed bytes, decode them, or say why not."""
+"""From a URI to pixels: fetches compressed bytes and decodes them, or says why not."""

@@ -1,8 +1,8 @@
-"""Compressed bytes of any origin to an RGB image, or to a status and a reason; it never raises on hostile bytes.
+"""Decodes compressed bytes of any origin to an RGB image, or to a status and a reason. It never raises, even for hostile bytes.
 
-Rules, the same for every format: the header is read and judged before a pixel is decoded; the first frame counts; the EXIF
-orientation is applied, so that boxes are in the pixels a viewer shows; alpha is dropped, not blended; more than 8 bits are
-scaled to 8 (`_scale_to_8_bits`); a truncated file is an error, never half an image. Colour profiles are ignored, apart from
+The rules are the same for every format. The header is checked before a pixel is decoded. Only the first frame is used. The EXIF
+orientation is applied, so that boxes are in the pixels that a viewer shows. Alpha is dropped, not blended. More than 8 bits are
+scaled to 8 (`_scale_to_8_bits`). A truncated file is an error, never half an image. Colour profiles are ignored, except in
 CIELAB files, which have no other way to RGB.
 """
 
@@ -29,7 +29,7 @@ FORMATS = (
     "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP",
 )
 # fmt: on
-"""What is opened at all: rasters that Pillow decodes by itself (MPO, several JPEGs in one file, comes through JPEG).
+"""Formats that are opened: rasters that Pillow decodes by itself (MPO, several JPEGs in one file, is read as JPEG).
 
 EPS and WMF would start another program, and the rest have no decoder.
 """
@@ -46,7 +46,7 @@ _ORIENTATIONS = {
     8: (True, True, False),
 }
 MOST_PIXELS = 2**32 - 1
-"""Of an image: its masks' run lengths are 32-bit numbers."""
+"""Maximum number of pixels of an image: the run lengths of its masks are 32-bit numbers."""
 _ERROR_LENGTH = 300  # characters of a foreign message that a row keeps
 
 
@@ -62,7 +62,7 @@ class DecodeLimits(BaseModel):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes promise. Sizes are pixels as stored, before the orientation, unless `upright`; 0 where unknown."""
+    """What the header of a file says. Sizes are pixels as stored, before the orientation, unless `upright`; 0 if unknown."""
 
     status: Status
     width: int = 0
@@ -72,15 +72,15 @@ class Header:
 
     @property
     def pixels(self) -> int:
-        """Pixels to decode."""
+        """Number of pixels to decode."""
         return self.width * self.height
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image: uint8 RGB (3, H, W) when the status is ok, else None, with the reason.
+    """One image: uint8 RGB (3, H, W) if the status is ok, else None and a reason.
 
-    width and height are those of the upright image, in pixels; None where not even the header could be read.
+    width and height are those of the upright image, in pixels; None if not even the header could be read.
     """
 
     status: Status
@@ -91,7 +91,7 @@ class Decoded:
 
 
 def read_header(data: bytes, limits: DecodeLimits) -> Header:
-    """Judge ``data`` by its header: ok, too_large or decode_error. Costs microseconds and no pixel memory."""
+    """Checks `data` by its header: ok, too_large or decode_error. Takes microseconds and allocates no pixels."""
     if len(data) > limits.max_bytes:
         return Header(Status.TOO_LARGE, error=f"{len(data)} bytes; the limit is {limits.max_bytes}")
     try:
@@ -103,9 +103,10 @@ def read_header(data: bytes, limits: DecodeLimits) -> Header:
 
 
 def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
-    """`read_header` of a file, or of its first bytes, with the size of the upright image where the header says it all.
+    """`read_header` for a file, or for its first bytes, with the size of the upright image if the header contains the
+    orientation.
 
-    A JPEG does; other formats may state their orientation behind the pixels, and `upright` is False for them.
+    A JPEG's header does. Other formats may store their orientation behind the pixels, and `upright` is False for them.
     """
     _configure_pillow()
     _allow(limits.max_pixels)
@@ -123,7 +124,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
 
 
 def decode(data: bytes, limits: DecodeLimits | None = None) -> Decoded:
-    """Decode ``data`` to an upright RGB image, or say why not. Releases the interpreter lock while it decodes."""
+    """Decodes `data` to an upright RGB image, or says why not. Releases the interpreter lock while decoding."""
     limits = limits or DecodeLimits()
     header = read_header(data, limits)
     if header.status is not Status.OK:
@@ -163,7 +164,7 @@ class _TooLargeInside(Exception):
 
 
 def _judge(size: tuple[int, int], limits: DecodeLimits) -> Header:
-    """Status of an image of this (width, height) in pixels."""
+    """Returns the status of an image of this (width, height) in pixels."""
     width, height = size
     if width <= 0 or height <= 0:
         return Header(Status.DECODE_ERROR, error=f"{width} x {height} pixels: nothing to see")
@@ -175,7 +176,9 @@ def _judge(size: tuple[int, int], limits: DecodeLimits) -> Header:
 
 
 def _classify(error: Exception, limits: DecodeLimits) -> tuple[Status, str]:
-    """Status and reason of a foreign exception; the reason is the same on every run (no addresses)."""
+    """Returns status and reason for an exception of a decoder; the reason is the same on every run (it contains no
+    addresses).
+    """
     if isinstance(error, _TooLargeInside):
         return Status.TOO_LARGE, str(error)
     if isinstance(error, Image.DecompressionBombError):
@@ -200,7 +203,7 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF (or XMP) orientation 1 to 8; 1 where the metadata cannot be read: the pixels are fine all the same."""
+    """Returns the EXIF (or XMP) orientation, 1 to 8; 1 if the metadata cannot be read, since the pixels are still good."""
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - hostile metadata, as above
@@ -209,7 +212,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Turn (3, H, W) as the EXIF orientation says."""
+    """Turns (3, H, W) according to the EXIF orientation."""
     if orientation == 1:
         return pixels
     swap, top_to_bottom, left_to_right = _ORIENTATIONS[orientation]
@@ -240,11 +243,11 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(samples: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Gray samples of more than 8 bits to uint8, by a rule that looks at this image alone.
+    """Scales gray samples of more than 8 bits to uint8, by a rule that depends on this image alone.
 
-    Integers: the smallest of 8, 10, 12, 14, 16 (then 24, 32) bits that holds the largest sample is full scale: cameras and
-    microscopes store 12 bits in 16. Floats: 0..1 and 0..255 are full scale where they hold the samples, else the image's own
-    range is. What is not finite counts as 0.
+    Integers: full scale is the smallest of 8, 10, 12, 14, 16 (then 24, 32) bits that holds the largest sample, because cameras
+    and microscopes store 12 bits in 16. Floats: full scale is 0..1 or 0..255 if it holds all samples, else the range of the
+    image. Values that are not finite become 0.
     """
     values = np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = 0.0, float(values.max(initial=0.0))

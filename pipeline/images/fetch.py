@@ -1,4 +1,4 @@
-"""Fetch many objects at once. A fetch never raises: what fails gets its status and reason, and the others go on."""
+"""Fetches many objects at once. A fetch never raises: a failure gets a status and a reason, and the others continue."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse
 
 CONCURRENT_GETS = 32
-"""Requests in flight a call: enough to hide 50 ms of latency at 600 images/s, few enough for one node's sockets."""
+"""Concurrent requests per call: enough to hide 50 ms of latency at 600 images/s, few enough for the sockets of one node."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """One object: its bytes when the status is ok, else None, with the reason.
+    """One object: its bytes if the status is ok, else None and a reason.
 
-    etag and bytes describe the version that was read (not the one that was listed); None where nothing answered. may_pass:
-    whether the same request may succeed later (`StorageError.may_pass`).
+    etag and bytes describe the version that was read (not the one that was listed); None if nothing answered. may_pass: whether
+    the same request may succeed later (`StorageError.may_pass`).
     """
 
     status: Status
@@ -43,15 +43,16 @@ class Fetched:
 
 
 def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency: int = CONCURRENT_GETS) -> list[Fetched]:
-    """Fetch ``uris``, in their order, at most ``concurrency`` at a time. Call it from a thread without an event loop.
+    """Fetches `uris`, in order, at most `concurrency` at a time. Must be called from a thread without an event loop.
 
-    An object of more than ``max_bytes`` is too_large and its body is not read. Retries and timeouts are the storage's own.
+    An object of more than `max_bytes` is too_large, and its body is not read. Retries and timeouts are those of the storage
+    options.
     """
     return asyncio.run(_fetch_all(storage, uris, max_bytes, concurrency))
 
 
 def fetch_patiently(storage: Storage, uris: Sequence[str], *, max_bytes: int) -> list[Fetched]:
-    """`fetch`, and again for a minute in all what may pass: for callers that cannot come back to an image later."""
+    """Like `fetch`, but retries transient failures for up to a minute: for callers that cannot come back to an image later."""
     found = fetch(storage, uris, max_bytes=max_bytes)
     for pause in PAUSES_S:
         again = [place for place, got in enumerate(found) if got.may_pass]
@@ -82,7 +83,7 @@ async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, conc
 
 
 async def _get(storage: Storage, uri: str, max_bytes: int) -> Fetched:
-    """One object of a store; raises what its client raises."""
+    """Returns one object of a store. Raises the errors of its client."""
     if (literal := storage.literal_object(uri)) is not None:
         return await asyncio.to_thread(_get_literal, literal, max_bytes)
     store, key = storage.object_store(uri)
@@ -101,7 +102,7 @@ def _get_literal(found: LiteralObject, max_bytes: int) -> Fetched:
 
 
 def _read_local(path: str, max_bytes: int) -> Fetched:
-    """One local file; raises OSError. What is no plain file is refused unopened: a pipe would block for ever."""
+    """Reads one local file. Raises OSError. Files that are not regular are refused unopened: a pipe would block forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return Fetched(Status.FETCH_ERROR, error=f"{path}: not a regular file")
     with Path(path).open("rb") as file:

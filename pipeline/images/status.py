@@ -1,4 +1,4 @@
-"""What becomes of an image: the table's `status`."""
+"""The outcome of an image: the table's `status`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What became of one image."""
+    """The outcome of one image."""
 
     OK = "ok"
     MISSING = "missing"
@@ -18,4 +18,4 @@ class Status(StrEnum):
 
 
 FINAL_STATUSES = frozenset({Status.OK, Status.DECODE_ERROR, Status.TOO_LARGE, Status.CRASHED})
-"""The same bytes would end the same way: the next run leaves these alone. The others are tried again."""
+"""Statuses that the same bytes would get again: the next run skips these images and retries the others."""

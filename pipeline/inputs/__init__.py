@@ -1,1 +1,1 @@
-"""What a run is given: folders, globs and lists of images."""
+"""Inputs of a run: folders, globs and lists of images."""

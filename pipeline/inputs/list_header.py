@@ -1,8 +1,8 @@
-"""Whether a CSV list begins with its columns' names or with its first image, which must not be lost as one.
+"""Decides whether the first row of a CSV list is a header or an image, which must not be lost.
 
-A field that ends like an image's name decides. Where names have no suffix, rows that differ in their numbers alone do:
-`IMG_001,cat` above `IMG_002,dog` is no header. A number by itself says less than a name with one: columns may be called `0` or
-`2023`.
+A field that ends like the name of an image decides. Where names have no suffix, rows that differ only in their numbers do:
+`IMG_001,cat` above `IMG_002,dog` is not a header. A bare number is weaker evidence than a name with a number, since columns may
+be called `0` or `2023`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _NUMBER = re.compile(r"[+-]?[\d.,]+")
 
 
 def is_headless(first: Sequence[str], second: Sequence[str], wanted: str | None) -> bool:
-    """Whether a list's first row names an image, and no columns.
+    """Returns whether the first row of a list names an image rather than columns.
 
-    first, second: its first rows, without spaces around their fields; the second is empty where there is none. wanted: the
-    column that was asked for, by its name or, where there is no header, by its number.
+    first, second: the first rows, with spaces around fields stripped; `second` is empty if there is none. wanted: the requested
+    column, by name or, without a header, by number.
     """
     if "uri" in map(str.casefold, first):
         return False
@@ -32,10 +32,11 @@ def is_headless(first: Sequence[str], second: Sequence[str], wanted: str | None)
 
 
 def images_columns(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """The numbers, from 1, of the columns that may name the images of a list without a header: one, if that is clear.
+    """Returns the numbers (from 1) of the columns that may hold image names in a list without a header; one number if it is
+    clear.
 
-    They are those whose first field ends like an image's name; if none does, those with paths; then those with names that count
-    on; then all.
+    Candidates are the columns whose first field ends like the name of an image; if there are none, those with paths; then those
+    with consecutive names; then all.
     """
     alike = _alike(first, second)
     kinds = (

@@ -1,7 +1,7 @@
-"""What an input names: the images of a folder, a pattern, a list, or one image.
+"""Lists the images of an input: a folder, a pattern, a list, or one image.
 
-Everything streams, as Arrow batches. What is no image of the input, or could never be read, is left out here, once, and
-counted by reason; a row that reaches a run can be asked for by exactly the name that it has.
+Everything is streamed as Arrow batches. What is not an image of the input, or could never be read, is left out here, once, and
+counted by reason. A row that reaches a run can be requested by exactly its name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ folders in which macOS, Windows, Synology and QNAP keep thumbnails and waste."""
 
 
 def nothing_found(storage: Storage, uri: str) -> str:
-    """What an input without an image has to be told: where it is right, its path is not what to check."""
+    """Returns the message for an input without any image; where the path is right, it does not suggest to check the path."""
     if is_glob(uri) and not storage.exists(uri):
         return "matches no image; check the pattern"
     if list_kind(uri) is not None and not uri.endswith("/") and storage.is_file(uri):
@@ -53,7 +53,7 @@ def nothing_found(storage: Storage, uri: str) -> str:
 
 
 class InputSpec(BaseModel):
-    """What to label. A run is continued by a later start with an equal specification."""
+    """What to label. A later start with an equal specification continues the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,15 +66,16 @@ class InputSpec(BaseModel):
     )
 
     def canonical(self) -> InputSpec:
-        """The same input, named the same way from everywhere; a last slash stays."""
+        """Returns the same input with canonical names; a trailing slash is kept."""
         uri = parse(self.uri).uri
         folder = self.uri.endswith("/") and not uri.endswith("/") and not is_glob(uri)
         return self.model_copy(update={"uri": f"{uri}/" if folder else uri})
 
     def resolved(self, storage: Storage) -> InputSpec:
-        """The canonical input without a last slash that tells nothing: one spelling for one folder.
+        """Returns the canonical input without a trailing slash that has no meaning, so that a folder has one spelling.
 
-        ConfigError: a pattern for the bucket, a name that cannot be kept. InputNotFoundError: a local file with a last slash.
+        Raises ConfigError for a pattern in the bucket or a name that cannot be stored, InputNotFoundError for a local file with
+        a trailing slash.
         """
         if not is_utf8(self.uri):
             raise ConfigError(f"{os.fsencode(self.uri)!r}: is not UTF-8, as a table needs it; rename it, or link to it")
@@ -92,17 +93,17 @@ class InputSpec(BaseModel):
 
 
 def is_glob(uri: str) -> bool:
-    """Whether `uri` may be a pattern."""
+    """Returns whether `uri` may be a pattern."""
     return any(sign in uri for sign in "*?[")
 
 
 def list_inputs(storage: Storage, spec: InputSpec, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
-    """Every image of the input as OBJECT_SCHEMA batches; a list's names may repeat, a folder's do not.
+    """Yields every image of the input as OBJECT_SCHEMA batches. Names in a list may repeat, those in a folder do not.
 
-    Folders and prefixes give names with an image suffix, without hidden ones; a glob and a list give what they name. A list's
-    relative names are below its own folder, and rows without an `etag` are asked of the storage, in parallel; etag stays null
-    where nothing is. left_out: hears of the rest. InputNotFoundError: no such folder, bucket or list. ConfigError: no such
-    column, no list of its kind.
+    Folders and prefixes give names with an image suffix, except hidden ones; a glob and a list give what they name. Relative
+    names in a list are below the list's own folder. Rows without an `etag` are looked up in the storage, in parallel; etag
+    stays null if nothing is there. left_out: counts the rest. Raises InputNotFoundError for a missing folder, bucket or list,
+    ConfigError for a missing column or an unknown kind of list.
     """
     left_out = LeftOut() if left_out is None else left_out
     spec = spec.resolved(storage)
@@ -115,7 +116,9 @@ def list_inputs(storage: Storage, spec: InputSpec, left_out: LeftOut | None = No
 
 
 def _is_one_object(storage: Storage, uri: str) -> bool:
-    """Whether the input is an object and no folder. An empty S3 object beside a prefix of its name marks a folder."""
+    """Returns whether the input is an object and not a folder. An empty S3 object next to a prefix of its name marks a
+    folder.
+    """
     if uri.endswith("/") or not storage.is_file(uri):
         return False
     if parse(uri).is_local or storage.stat(uri).bytes:
@@ -146,7 +149,7 @@ def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator
 
 
 def _check_no_text(storage: Storage, uri: str) -> None:
-    """Raises ConfigError for text that is not called an image: it may be a list, which its name does not show."""
+    """Raises ConfigError for a text file without the suffix of an image: it may be a list whose name does not say so."""
     if uri.lower().endswith((*IMAGE_SUFFIXES, *OTHER_SUFFIXES)):
         return
     with storage.open_input(uri) as source:
@@ -159,7 +162,7 @@ def _check_no_text(storage: Storage, uri: str) -> None:
 
 
 def list_images(storage: Storage, uri: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
-    """The images below a folder or prefix, by their suffix (any case), without what is hidden or of other systems."""
+    """Yields the images below a folder or prefix, by suffix (any case), except hidden files and those of other systems."""
     base = below(uri)
     for batch in storage.list_objects(uri, left_out):
         batch = _chosen(
@@ -185,7 +188,7 @@ def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, left_out: LeftOut, rea
 
 
 def fixed_folder(pattern: str) -> str:
-    """The folder that a pattern's names are below: its part before the first wildcard, without the last name."""
+    """Returns the folder that contains all matches of a pattern: the part before the first wildcard, up to its last slash."""
     fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     return fixed[: fixed.rindex("/") + 1]
 
@@ -206,7 +209,7 @@ def _list_glob(storage: Storage, pattern: str, left_out: LeftOut) -> Iterator[pa
 
 
 def glob_regex(pattern: str) -> str:
-    """The RE2 expression of a shell pattern: `*` and `?` stay within a folder, `**/` is any number of folders."""
+    """Returns the RE2 expression of a shell pattern: `*` and `?` stay within a folder, `**/` matches any number of folders."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "^(?s:" + "".join(wild.get(part) or _literal_or_class(part) for part in parts) + ")$"
@@ -223,7 +226,7 @@ def _literal_or_class(part: str) -> str:
 
 
 def _listed_uri(base: str, name: str, left_out: LeftOut) -> str | None:
-    """The URI that a list's row names, or None where nothing could ever be read by it."""
+    """Returns the URI that a row of a list names, or None if it could never be read."""
     uri: str | None = None
     try:
         reason = _unnameable(name)
@@ -246,7 +249,7 @@ def _unnameable(name: str) -> Reason | None:
 
 
 def _unreadable(uri: str) -> Reason | None:
-    """Why no request for this key could ever succeed."""
+    """Returns why no request for this key could ever succeed, or None."""
     at = parse(uri)
     if at.is_local:
         return None
@@ -256,14 +259,18 @@ def _unreadable(uri: str) -> Reason | None:
 
 
 def _unreadable_files(paths: Sequence[str]) -> dict[str, Reason]:
-    """The local paths that no fetch could ever read, asked in parallel: a network's file system takes a while for each."""
+    """Returns the local paths that could never be read. They are checked in parallel: network file systems are slow for
+    each.
+    """
     with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
         reasons = pool.map(_unreadable_file, paths)
         return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
 
 
 def _unreadable_file(path: str) -> Reason | None:
-    """Why this path cannot be read; one at which nothing is (yet) is no such case, nor one that is forbidden (so far)."""
+    """Returns why this path cannot be read, or None. A path that does not exist (yet) or is forbidden (so far) is not such a
+    case.
+    """
     try:
         mode = Path(path).stat().st_mode
     except ValueError:  # a zero byte
@@ -276,7 +283,7 @@ def _unreadable_file(path: str) -> Reason | None:
 
 
 def _with_etags(storage: Storage, uris: Sequence[str], rows: Sequence[Named]) -> pa.RecordBatch:
-    """OBJECT_SCHEMA rows; what the list's author left out (etag, bytes) comes from the storage."""
+    """Returns OBJECT_SCHEMA rows; etag and bytes that the list does not give come from the storage."""
     unknown = [uri for uri, row in zip(uris, rows, strict=True) if row.etag is None]
     asked = iter(storage.stat_many(unknown).to_pylist()) if unknown else iter(())
     known: list[tuple[str | None, int | None]] = []

@@ -1,7 +1,7 @@
-"""Lists of images in the forms that people have: Parquet, CSV, text, JSON lines and JSON arrays, compressed or not.
+"""Reads lists of images: Parquet, CSV, text, JSON lines and JSON arrays, compressed or not.
 
-A list gives names, and perhaps the version (`etag`) and size (`bytes`) of each; `pipeline.inputs.listing` says
-what the names mean. Text is UTF-8 or, with its mark, UTF-16 or UTF-32.
+A list gives names and optionally the version (`etag`) and size (`bytes`) of each; `pipeline.inputs.listing` interprets the
+names. Text is UTF-8 or, with a byte order mark, UTF-16 or UTF-32.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _FIELD_LIMIT = 1 << 28  # characters; csv's own limit of 128 Ki is less than the
 
 @dataclass(frozen=True)
 class Named:
-    """A row of a list. name may be anything but blank; etag without quotes; etag and bytes are null where not given."""
+    """A row of a list. name is not blank; etag has no quotes; etag and bytes are null if the list does not give them."""
 
     name: str
     etag: str | None = None
@@ -74,7 +74,7 @@ class Named:
 
 
 def list_kind(uri: str) -> str | None:
-    """`parquet`, `csv`, `text` or `json` by the name's suffix; None for what is no list."""
+    """Returns `parquet`, `csv`, `text` or `json` by the suffix of the name; None if it is not a list."""
     return _KINDS.get(_suffix(uri))
 
 
@@ -85,9 +85,10 @@ def _suffix(uri: str) -> str:
 
 
 def read_list(storage: Storage, uri: str, column: str | None, left_out: LeftOut) -> Iterator[list[Named]]:
-    """The list's rows, LISTING_BATCH at a time; comments and rows that name nothing are left out.
+    """Yields the rows of a list, LISTING_BATCH at a time, without comments and rows that name nothing.
 
-    column: which one names the images; default `uri`, or the only one. ConfigError: no such column, or no list of that kind.
+    column: the column with the image names; default `uri`, or the only one. Raises ConfigError if there is no such column, or
+    the file is not a list of its kind.
     """
     kind = list_kind(uri)
     readers = {"parquet": _read_parquet, "csv": _read_csv, "text": _read_text, "json": _read_json}

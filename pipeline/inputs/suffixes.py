@@ -1,4 +1,4 @@
-"""Which names end like an image's."""
+"""File name suffixes of images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ IMAGE_SUFFIXES = (
     ".tif", ".tiff", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".pbm", ".pgm", ".ppm",
     ".pnm", ".pfm", ".tga", ".psd", ".qoi", ".sgi", ".pcx",
 )
-"""What a folder's listing takes for an image, in any case; a list and a pattern may name anything."""
+"""Suffixes that the listing of a folder takes for images, in any case. A list and a pattern may name any file."""
 
 OTHER_SUFFIXES = (
     ".ico", ".icns", ".cur", ".dds", ".blp", ".fli", ".flc", ".ras", ".rgb", ".rgba", ".bw", ".icb", ".vda", ".vst",
 )
-"""What the decoder reads, too, and a folder's listing leaves: icons, textures, animations, and suffixes of many meanings."""
+"""Suffixes that the decoder reads too, but the listing of a folder skips: icons, textures, animations, and ambiguous
+suffixes.
+"""
 # fmt: on
 
 IMAGE_REGEX = f"({'|'.join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)})$"
-"""RE2 and Python; case does not matter."""
+"""Valid in RE2 and Python; to be matched without regard to case."""
 
 _ADDRESS_OR_IMAGE = re.compile(f"^[a-z][a-z0-9+.-]*://|{IMAGE_REGEX}", re.IGNORECASE)
 
 
 def looks_like_image(name: str) -> bool:
-    """Whether this is an address or ends like an image's name; column names do neither."""
+    """Returns whether a text is an address or ends like the name of an image; names of columns do neither."""
     return _ADDRESS_OR_IMAGE.search(name.strip()) is not None

@@ -1,1 +1,1 @@
-"""Local files and object storage: every handle, error and retry (S3, GCS, Azure)."""
+"""Local files and object storage (S3, GCS, Azure): clients, operations, errors and retries."""

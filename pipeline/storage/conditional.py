@@ -1,7 +1,7 @@
-"""Conditional puts that survive a lost reply, and the proof that a store has them.
+"""Conditional puts that survive a lost reply, and a check that a store supports them.
 
-A put whose reply is lost may have been done, and the same put again is then refused because of the object it wrote itself. So
-a refusal is an answer only after the object was read: content that bears our own token is ours.
+A put whose reply is lost may have succeeded. Repeating it is then refused because of the object that the first attempt wrote. A
+refusal therefore counts only after the object was read: content that carries our own token is ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PAUSES_S = (0.1, 0.5, 2.0)  # between puts of which no reply came
 
 
 class RefusedError(Exception):
-    """The condition does not hold: another writer's content is there (`found`), or nothing any more (None)."""
+    """The condition does not hold. `found` is another writer's content, or None if the object is gone."""
 
     def __init__(self, uri: str, found: Found | None) -> None:
         super().__init__(f"{uri}: the condition of a put does not hold")
@@ -42,17 +42,17 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """An object as it was read; version: what a put may name as its condition."""
+    """An object as it was read. version: the condition for a later put."""
 
     content: bytes
     version: UpdateVersion
 
 
 class ConditionalObject:
-    """One object of a store, written under conditions alone.
+    """One object in a store that is written only under conditions.
 
-    token: text that each content put here bears, and no other writer's. bare_tags: name entity tags without their quotes
-    (`bare_tags`). Methods raise what obstore raises, and RefusedError.
+    token: text that every content put here contains, and no other writer's does. bare_tags: send entity tags without their
+    quotes (see `bare_tags`). Methods raise the errors of obstore, and RefusedError.
     """
 
     def __init__(self, storage: Storage, uri: str, token: str, bare_tags: bool) -> None:
@@ -62,7 +62,7 @@ class ConditionalObject:
         self._bare_tags = bare_tags
 
     def read(self) -> Found | None:
-        """The object now, or None where there is none."""
+        """Returns the current object, or None if there is none."""
         try:
             answer = obstore.get(self._store, self._key)
             return Found(bytes(answer.bytes()), self._version(answer.meta["e_tag"], answer.meta["version"]))
@@ -70,11 +70,11 @@ class ConditionalObject:
             return None
 
     def create(self, content: bytes) -> UpdateVersion:
-        """Put where no object is; RefusedError where one is that is not ours."""
+        """Creates the object. Raises RefusedError if another writer's object exists."""
         return self._put(content, "create")
 
     def replace(self, content: bytes, version: UpdateVersion) -> UpdateVersion:
-        """Put where the object is still of this version, or ours; RefusedError where it is not."""
+        """Replaces the object if it still has this version or is ours. Raises RefusedError otherwise."""
         return self._put(content, version)
 
     def _put(self, content: bytes, condition: PutMode) -> UpdateVersion:
@@ -130,10 +130,10 @@ _PROVEN: dict[tuple[str | None, str, str], bool] = {}  # (endpoint, scheme, buck
 
 
 def bare_tags(storage: Storage, folder: str) -> bool:
-    """Whether the store that holds `folder` wants entity tags without their quotes, as Ceph's gateway 16.2 does.
+    """Returns whether the store that holds `folder` expects entity tags without quotes, as Ceph's gateway 16.2 does.
 
-    Proves, once a process and bucket, with an object of its own in `folder`, that the store refuses to create what exists,
-    replaces under the right tag and refuses a wrong one. StorageError says in one line what a store lacks.
+    Checks, once per process and bucket, with an object of its own in `folder`, that the store refuses to create an object that
+    exists, replaces one under the right tag and refuses a wrong tag. Raises StorageError that says what the store lacks.
     """
     at = parse(folder)
     place = (storage.options.endpoint_url, at.scheme, at.bucket)

@@ -1,7 +1,7 @@
-"""What storage clients raise, told as MaskLake's own errors: what happened, and the remedy that fits.
+"""Translates the exceptions of storage clients into MaskLake's errors: what happened, and a remedy that fits.
 
-botocore, obstore, pyarrow and deltalake each word the same answer of a store differently; `fault` reads its status and code out
-of any of them, and `_MEANINGS` says what a code means. Local files speak in the operating system's error numbers.
+botocore, obstore, pyarrow and deltalake each word the same answer of a store differently. `fault` extracts its status and code
+from any of them, and `_MEANINGS` holds the meaning of each code. For local files the operating system's error number decides.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 
 FOREIGN = (obstore_errors.BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
-"""What the clients raise for a request that failed (pyarrow, s3fs and deltalake: OSError)."""
+"""The exceptions that clients raise for a request that failed (pyarrow, s3fs and deltalake: OSError)."""
 
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Turn whatever a storage client raises into MaskLake's own error, which names `uri`."""
+    """Context manager that translates an exception of a storage client into MaskLake's error, which names `uri`."""
     try:
         yield
     except MaskLakeError:
@@ -37,7 +37,7 @@ def translated(uri: str) -> Iterator[None]:
 
 
 def is_vague(error: BaseException) -> bool:
-    """Whether a store refused without its reason: the answer to a HEAD has no body, and pyarrow drops a GET's."""
+    """Returns whether a store refused without a reason: the answer to a HEAD has no body, and pyarrow drops that of a GET."""
     found, text = fault(error), str(error)
     if "AWS Error" in text:
         return found.code in (None, "AccessDenied") and bool(re.search(r"ACCESS_DENIED|HTTP status [34]|Failed to flush", text))
@@ -46,14 +46,16 @@ def is_vague(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """A store's answer. status: of HTTP. code: the store's own, like `ExpiredToken`. None: the error does not tell."""
+    """A store's answer. status: the HTTP status. code: the store's own, such as `ExpiredToken`. Each is None where the error
+    lacks it.
+    """
 
     status: int | None = None
     code: str | None = None
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the store answered and would answer the same again: a 4xx, but for those that ask for patience."""
+        """Whether the store answered and would answer the same again: a 4xx status, except for those that ask to retry."""
         return self.status is not None and 400 <= self.status < 500 and self.status not in (408, 409, 412, 429)
 
     def __str__(self) -> str:
@@ -74,7 +76,7 @@ _ARROW_VAGUE = {"UNKNOWN", "INTERNAL_FAILURE", "NETWORK_CONNECTION"}  # not the 
 
 
 def fault(error: BaseException) -> Fault:
-    """Status and code in whatever a storage client raised."""
+    """Returns the status and code found in an exception of a storage client."""
     if isinstance(error.__cause__, botocore.exceptions.ClientError):
         error = error.__cause__
     if isinstance(error, botocore.exceptions.ClientError):
@@ -97,7 +99,7 @@ def _arrow_code(text: str) -> str | None:
 
 
 class Meaning(NamedTuple):
-    """What a code says: the error's class, what happened (empty: in the client's own words) and the remedy."""
+    """The meaning of a code: the class of the error, what happened (empty: the client's own words are used) and the remedy."""
 
     kind: type[MaskLakeError]
     happened: str
@@ -105,7 +107,7 @@ class Meaning(NamedTuple):
     may_pass: bool = False
 
     def error(self, uri: str, cause: BaseException) -> MaskLakeError:
-        """The error that says so of `uri`."""
+        """Returns the error for `uri`."""
         reason = str(fault(cause))
         happened = f"{self.happened}{f' ({reason})' if reason else ''}" if self.happened else describe(cause)
         made = self.kind(f"{uri}: {happened}; {self.remedy}")
@@ -194,7 +196,7 @@ _UNREACHABLE = _UNKNOWN._replace(may_pass=True)
 
 
 def meaning(error: BaseException) -> Meaning:
-    """What a store's client says with `error`; without a known answer: that the store cannot be reached."""
+    """Returns the meaning of `error`; if it holds no known answer, that the store cannot be reached."""
     found = fault(error)
     if found.code is not None and (known := _MEANINGS.get(found.code.removesuffix("Exception"))):
         return known
@@ -212,7 +214,7 @@ def meaning(error: BaseException) -> Meaning:
 
 
 def is_known(error: BaseException) -> bool:
-    """Whether the store named a reason that has a remedy of its own."""
+    """Returns whether the store gave a reason that has a remedy of its own."""
     return meaning(error) not in (_LACKS, _UNKNOWN, _UNREACHABLE)
 
 
@@ -220,7 +222,7 @@ _DENIALS = (PermissionError, obstore_errors.PermissionDeniedError, obstore_error
 
 
 def translate(error: BaseException, uri: str) -> MaskLakeError:
-    """The error of MaskLake's tree that `error` means, without the request's headers or the server's XML."""
+    """Returns the MaskLakeError for `error`, without request headers or the server's XML."""
     if is_local(uri):
         number = os_error_number(error)
         if number is not None:
@@ -231,7 +233,7 @@ def translate(error: BaseException, uri: str) -> MaskLakeError:
 
 
 def is_local(uri: str) -> bool:
-    """Whether the operating system's own calls reach `uri`."""
+    """Returns whether `uri` is a path of this machine's file system."""
     return "://" not in uri.removeprefix("file://")
 
 
@@ -246,7 +248,9 @@ _NAMED_NUMBERS: dict[type[OSError], int] = {
 
 
 def os_error_number(error: BaseException) -> int | None:
-    """The operating system's error number, also where a client put it into words (deltalake, pyarrow)."""
+    """Returns the operating system's error number, even if a client put it into words (deltalake, pyarrow); None if there is
+    none.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if named := next((number for kind, number in _NAMED_NUMBERS.items() if isinstance(error, kind)), None):
@@ -287,13 +291,13 @@ def _translate_local(number: int, uri: str) -> MaskLakeError:
 
 
 _NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
-"""What the machine refuses whatever is asked of it; `write` and `tempfile` raise them without a file's name."""
+"""Errors of the machine that do not depend on the file; `write` and `tempfile` raise them without a file name."""
 
 
 def of_the_machine(error: BaseException) -> MaskLakeError | None:
-    """What an OSError that nobody translated says of this machine's files; None where it may be a fault of our own.
+    """Returns the MaskLakeError for an untranslated OSError about this machine's files, or None if it may be a bug of ours.
 
-    Such an error has a number and a file's name, or the number of a disk that is full, read-only or failing.
+    Such an error has a number and a file name, or the number of a disk that is full, read-only or failing.
     """
     if not isinstance(error, OSError) or error.errno is None:
         return None
@@ -307,7 +311,9 @@ def of_the_machine(error: BaseException) -> MaskLakeError | None:
 
 
 def describe(error: BaseException) -> str:
-    """One line on what a storage client raised; never the answer's body, which may quote an access key."""
+    """Returns one line about an exception of a storage client. It never quotes the answer's body, which may contain an access
+    key.
+    """
     if answer := str(fault(error)):
         return answer
     text = re.sub(r"\s*↳\s*", ": ", _ANSI.sub("", str(error)))

@@ -1,7 +1,7 @@
-"""Every client of storage, built from one set of options: obstore, pyarrow, botocore, fsspec and deltalake.
+"""Clients for storage, all built from one set of options: obstore, pyarrow, botocore, fsspec and deltalake.
 
-Which client does what, and why: `docs/decisions/0003-storage-clients.md`. No function here returns or prints a credential
-except `Handles.delta_options`, whose result goes to `deltalake` and nowhere else.
+`docs/decisions/0003-storage-clients.md` says which client does what, and why. No function here returns or prints a credential
+except `Handles.delta_options`, whose result is passed to `deltalake` and nowhere else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ CONCURRENT_HEADS = 64
 
 
 class _BotocoreCredentials:
-    """obstore's credential provider over botocore's chain: variables, profiles, SSO, containers, instances; refreshed."""
+    """Credential provider for obstore on top of botocore's chain (variables, profiles, SSO, containers, instances), with
+    refresh.
+    """
 
     def __init__(self, credentials: Any) -> None:
         self._credentials = credentials
@@ -52,7 +54,9 @@ class _BotocoreCredentials:
 
 
 class Handles:
-    """Clients for every library, from one set of options; cached, and rebuilt in the process that unpickles them."""
+    """Clients for each library, from one set of options. They are cached, and built again in a process that unpickles this
+    object.
+    """
 
     def __init__(self, options: StorageOptions | None = None) -> None:
         self.options = (options or StorageOptions()).resolved()
@@ -69,9 +73,9 @@ class Handles:
         return (type(self), (self.options,))
 
     def object_store(self, uri: str) -> tuple[ObjectStore, str]:
-        """An obstore store and the key of `uri` in it: one store a bucket, one for all local files.
+        """Returns an obstore store and the key of `uri` in it. There is one store per bucket, and one for all local files.
 
-        ConfigError for a key that obstore would take for another one; see `literal_object`.
+        Raises ConfigError for a key that obstore would take for another one; see `literal_object`.
         """
         at = parse(uri)
         if at.key and not at.is_local and not is_plain(at.key.removesuffix("/")):
@@ -83,7 +87,7 @@ class Handles:
         return self._stores[where], at.key.lstrip("/") if at.is_local else at.key
 
     def literal_object(self, uri: str) -> LiteralObject | None:
-        """The object of an S3 URI whose key obstore cannot name; None where obstore can, and for other schemes."""
+        """Returns the object of an S3 URI whose key obstore cannot address, or None if obstore can (and for other schemes)."""
         at = parse(uri)
         if at.scheme != "s3" or not at.key or is_plain(at.key):
             return None
@@ -91,7 +95,9 @@ class Handles:
             return LiteralObject(self._botocore_client(at.bucket), at.bucket, at.key)
 
     def arrow(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-        """A pyarrow file system and the path of `uri` in it (S3: bucket/key). It pickles, credentials included."""
+        """Returns a pyarrow file system and the path of `uri` in it (S3: bucket/key). It can be pickled, credentials
+        included.
+        """
         at = parse(uri)
         where = (at.scheme, at.bucket)
         if where not in self._filesystems:
@@ -100,7 +106,7 @@ class Handles:
         return self._filesystems[where], at.key if at.is_local else f"{at.bucket}/{at.key}"
 
     def fsspec(self, uri: str) -> tuple[Any, str]:
-        """An fsspec file system and the path of `uri` in it; for libraries that take nothing else."""
+        """Returns an fsspec file system and the path of `uri` in it, for libraries that accept nothing else."""
         at = parse(uri)
         import fsspec
 
@@ -113,7 +119,7 @@ class Handles:
         return filesystem, f"{at.bucket}/{at.key}"
 
     def delta_options(self, uri: str | None = None) -> dict[str, str]:
-        """`storage_options` for deltalake. It HOLDS CREDENTIALS: pass it on, never print, log or store it."""
+        """Returns `storage_options` for deltalake. They CONTAIN CREDENTIALS: pass them on, never print, log or store them."""
         if uri is not None and parse(uri).scheme != "s3":
             return {}
         bucket = parse(uri).bucket if uri is not None else ""
@@ -134,7 +140,9 @@ class Handles:
         return options | ({"AWS_SESSION_TOKEN": secrets.token} if secrets.token else {})
 
     def region(self, bucket: str) -> str:
-        """The region to sign for: named, else the profile's, else asked of AWS; a custom endpoint seldom minds."""
+        """Returns the region to sign for: the configured one, else the profile's, else AWS is asked. Custom endpoints rarely
+        check it.
+        """
         if self.options.region:
             return self.options.region
         if not self.options.anonymous:
@@ -228,7 +236,7 @@ class Handles:
         return pyarrow.fs.S3FileSystem(**arguments, **self._arrow_credentials())
 
     def _arrow_credentials(self) -> dict[str, Any]:
-        """Explicit keys where they are static; pyarrow's own chain where a role renews them, for it outlives one key."""
+        """Returns static keys explicitly; where a role renews them, pyarrow uses its own chain, because it outlives one key."""
         if self.options.anonymous:
             return {"anonymous": True}
         credentials = self._botocore_credentials
@@ -255,7 +263,7 @@ class Handles:
         }
 
     def _botocore_client(self, bucket: str) -> Any:
-        """One client a bucket: making one takes a tenth of a second, and threads may share it."""
+        """Returns the client of a bucket. Creating one takes a tenth of a second, and threads may share it."""
         with self._client_lock:
             if bucket not in self._clients:
                 self._clients[bucket] = self._build_botocore_client(bucket)

@@ -1,4 +1,4 @@
-"""What a listing leaves out, counted by reason: nobody should have to guess why 10,000 files gave 9,990 images."""
+"""Counts what a listing leaves out, by reason: nobody should have to guess why 10,000 files gave 9,990 images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME_LENGTH = 120  # characters of a name that a line shows
 
 
 class Reason(StrEnum):
-    """Why something is no image of the input."""
+    """Why an entry is not an image of the input."""
 
     OTHER_FILES = "other_files"
     OTHER_SYSTEMS = "other_systems"
@@ -53,33 +53,35 @@ _WORDS = {
 
 
 class LeftOut:
-    """Counts by reason, and the first name of each."""
+    """Counts by reason, with the first name for each."""
 
     def __init__(self) -> None:
         self._counts: Counter[Reason] = Counter()
         self._first: dict[Reason, str] = {}
 
     def add(self, reason: Reason, name: str, count: int = 1) -> None:
-        """``count`` more are left out for this reason; ``name`` is one of them."""
+        """Counts `count` more entries for this reason; `name` is one of them."""
         if count:
             self._counts[reason] += count
             self._first.setdefault(reason, name)
 
     def counts(self) -> dict[str, int]:
-        """How many, by reason; reasons that did not occur are left out."""
+        """Returns the counts by reason; reasons that did not occur are absent."""
         return {reason.value: count for reason, count in self._counts.items()}
 
     def names(self) -> dict[str, str]:
-        """The first name of each reason, as a line shows it."""
+        """Returns the first name for each reason, shortened for display."""
         return {reason.value: _shown(name) for reason, name in self._first.items()}
 
     def restore(self, counts: Mapping[str, int], names: Mapping[str, str]) -> None:
-        """Take over what `counts` and `names` gave in an earlier start of the same run."""
+        """Adds the `counts` and `names` of an earlier start of the same run."""
         for reason, count in counts.items():
             self.add(Reason(reason), names.get(reason, ""), count)
 
     def __str__(self) -> str:
-        """One line, empty when nothing was left out: `left out: 3 Windows paths (C:\\a.jpg), 1 unreadable folder (/a/b)`."""
+        r"""Returns one line, empty if nothing was left out: `left out: 3 Windows paths (C:\a.jpg), 1 unreadable folder
+        (/a/b)`.
+        """
         parts = [
             counted(count, *_WORDS[reason]) + (f" ({_shown(self._first[reason])})" if self._first[reason] else "")
             for reason, count in self._counts.items()

@@ -1,7 +1,7 @@
-"""S3 objects whose keys obstore cannot name, by botocore, which sends a key as it is.
+"""S3 objects whose keys obstore cannot address, through botocore, which sends a key unchanged.
 
-obstore strips a key's first slash, so that it reads ANOTHER object, and refuses `//`, `/./`, `/../` and control characters.
-S3 has such keys: a slash too many in somebody's upload is enough.
+obstore strips the leading slash of a key, and so reads ANOTHER object, and refuses `//`, `/./`, `/../` and control characters.
+Such keys exist in S3: one slash too many in an upload is enough.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import IO, Any
 import botocore.exceptions
 
 MAX_KEY_BYTES = 1024
-"""S3's limit of a key, in UTF-8."""
+"""Maximum length of a key in S3, in bytes of UTF-8."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def is_plain(key: str) -> bool:
-    """Whether obstore names exactly this object by this key."""
+    """Returns whether obstore addresses exactly this object by this key."""
     return not _CONTROL.search(key) and not any(part in ("", ".", "..") for part in key.split("/"))
 
 
 @dataclass(frozen=True)
 class LiteralAnswer:
-    """An object's version (with the store's quotes), its size in bytes, and its data unless it was larger than asked."""
+    """An object's version (with the store's quotes), its size in bytes, and its data unless it is larger than requested."""
 
     etag: str | None
     size: int
@@ -36,20 +36,20 @@ class LiteralAnswer:
 
 @dataclass(frozen=True)
 class LiteralObject:
-    """One object by its literal key. Calls raise FileNotFoundError, PermissionError, or what botocore raises."""
+    """One object, addressed by its literal key. Methods raise FileNotFoundError, PermissionError and botocore's errors."""
 
     client: Any  # botocore's; threads may share it
     bucket: str
     key: str
 
     def head(self) -> LiteralAnswer:
-        """Version and size."""
+        """Returns version and size."""
         with _file_errors():
             answer = self.client.head_object(Bucket=self.bucket, Key=self.key)
         return LiteralAnswer(answer.get("ETag"), answer["ContentLength"], None)
 
     def get(self, max_bytes: int | None = None) -> LiteralAnswer:
-        """Version, size and bytes of one answer; a body of more than ``max_bytes`` is not read."""
+        """Returns version, size and bytes from one answer. A body larger than `max_bytes` is not read."""
         with _file_errors():
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key)
         etag, size, body = answer.get("ETag"), answer["ContentLength"], answer["Body"]
@@ -59,12 +59,12 @@ class LiteralObject:
             body.close()
 
     def put(self, body: bytes | IO[bytes]) -> None:
-        """Write the object, of at most 5 GB, in one request."""
+        """Writes the object in one request; at most 5 GB."""
         with _file_errors():
             self.client.put_object(Bucket=self.bucket, Key=self.key, Body=body)
 
     def delete(self) -> None:
-        """Remove the object; an absent one is no error."""
+        """Deletes the object; it is no error if there is none."""
         with _file_errors():
             self.client.delete_object(Bucket=self.bucket, Key=self.key)
 

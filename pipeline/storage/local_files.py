@@ -1,6 +1,6 @@
-"""Local files that appear whole, with the permissions that the umask says, and stay through a power cut.
+"""Atomic, durable writes of local files, with the permissions of the umask.
 
-`tempfile` makes files that nobody else may read, whatever the umask: a colleague's query of such a table is refused.
+`tempfile` creates files that only their owner may read, whatever the umask is: a colleague could not query such a table.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import BinaryIO
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new bytes, never a part; its folders are made. Raises OSError."""
+    """Writes a file atomically: a reader sees the old or the new bytes, never a part. Parent folders are created. Raises
+    OSError.
+    """
     with _replacing(path) as file:
         file.write(data)
 
 
 def copy(source: Path, path: Path) -> None:
-    """Copy a file's content to `path` as `write` does."""
+    """Copies the content of a file to `path`, atomically as `write` does."""
     with _replacing(path) as file, source.open("rb") as content:
         shutil.copyfileobj(content, file, 1 << 20)
 
@@ -43,7 +45,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are not there; the names of those made are on the disk then."""
+    """Creates a folder and its missing parents, and syncs their directory entries to disk."""
     if folder.is_dir():
         return
     if folder.parent != folder:
@@ -53,7 +55,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have what another program wrote to this file, and its name, on the disk."""
+    """Syncs a file that another program wrote, and its directory entry, to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     _sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""What a mistyped path may have meant: names beside it that look alike."""
+"""Suggestions for a mistyped path: existing folders with similar names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ _CHOICES = 5
 
 
 def first_missing(storage: Storage, uri: str) -> str:
-    """The outermost folder on the way to `uri` that is not there; `uri` itself where only that is missing."""
+    """Returns the outermost folder of the path `uri` that does not exist; `uri` itself if its parent exists."""
     while (above := parent(uri)) != uri and not storage.exists(above):
         uri = above
     return uri
 
 
 def near(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], bool]) -> str | None:
-    """A folder that exists and that `wanted` may have meant, `missing` being the first part of it that is not there.
+    """Returns an existing folder that `wanted` may have meant, or None. missing: the first part of `wanted` that does not
+    exist.
 
-    One that ``is_right`` is preferred to one whose name is more alike. None where no name is alike, or nothing can be listed.
+    A folder for which `is_right` holds is preferred to one whose name is more similar. None if no name is similar or nothing
+    can be listed.
     """
     above, rest = parent(missing), wanted[len(missing) :]
     name = missing.rpartition("/")[2]
@@ -37,7 +39,7 @@ def near(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], 
 
 
 def within(storage: Storage, uri: str, is_right: Callable[[str], bool]) -> str | None:
-    """A folder directly below `uri` that ``is_right``: what is meant by who names the folder around it."""
+    """Returns a folder directly below `uri` for which `is_right` holds, or None: for users who gave the folder around it."""
     try:
         places = (storage.join(uri, name) for name in storage.folders(uri))
         return next((place for place in places if is_right(place)), None)

@@ -1,4 +1,4 @@
-"""What a listing says of an object: its URI, version and size."""
+"""What a listing returns for an object: URI, version and size."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 OBJECT_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
-"""One row an object. etag: the store's, without quotes; local files: size and mtime_ns."""
+"""One row per object. etag: the store's, without quotes; for local files, size and mtime_ns."""
 
 LISTING_BATCH = 10_000  # rows a batch of a listing: 1-2 MB of Arrow
 
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What a listing says about one object."""
+    """Version (`etag`) and size of one object."""
 
     etag: str | None
     bytes: int
 
 
 def local_etag(stat: os.stat_result) -> str:
-    """The version of a local file: size and modification time in nanoseconds."""
+    """Returns the version of a local file: its size and its modification time in nanoseconds."""
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def unquoted(etag: str | None) -> str | None:
-    """An HTTP entity tag without its quotes: the form that stands in tables."""
+    """Returns an HTTP entity tag without its quotes, as tables store it."""
     return etag.removeprefix("W/").strip('"') if etag is not None else None
 
 
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """All batches of a listing as one table."""
+    """Returns all batches of a listing as one table."""
     return pa.Table.from_batches(batches, schema=OBJECT_SCHEMA)

@@ -1,4 +1,4 @@
-"""Where storage is and who asks: the options that every client is built from."""
+"""Options of storage, from which every client is built."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class StorageOptions(BaseModel):
     max_retries: int = Field(default=3, ge=0, description="Retries of one request after a connection error or a 5xx answer.")
 
     def resolved(self) -> StorageOptions:
-        """These options with the environment's answers filled in, so that a worker elsewhere reaches the same storage."""
+        """Returns these options with the values of the environment filled in, so that a worker elsewhere reaches the same
+        storage.
+        """
         env = os.environ.get
         endpoint = self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None
         if endpoint is not None and not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:]+)(:\d+)?(/\S*)?", endpoint):

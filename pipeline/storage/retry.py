@@ -1,4 +1,4 @@
-"""Steps that wait out a store's bad minute: what follows hours of work must not fail by one 503."""
+"""Retries while a store is busy: a step that follows hours of work must not fail because of one 503."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Between the attempts: a minute in all, on top of what each client does for each request."""
+"""Seconds between attempts: one minute in total, on top of each client's own retries per request."""
 
 
 def patiently(step: Callable[[], T]) -> T:
-    """The step's answer. It runs again while its StorageError `may_pass`, so repeating it must do no harm; raises the last."""
+    """Returns the result of `step`, repeating it while its StorageError `may_pass`; raises the last one. Repeating must do no
+    harm.
+    """
     for pause in PAUSES_S:
         try:
             return step()

@@ -1,4 +1,4 @@
-"""Objects in storage: read, written, listed, the same for local files and object stores."""
+"""Reads, writes and lists objects in storage, alike for local files and object stores."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ REPLACEMENT = "\ufffd"
 
 
 class Storage(Handles):
-    """Reads, writes and lists objects by URI; errors are those of `pipeline.errors`."""
+    """Reads, writes and lists objects by URI. Methods raise the errors of `pipeline.errors`."""
 
     @contextmanager
     def reading(self, uri: str, asked: str | None = None) -> Iterator[None]:
-        """`translated`; a store that refused without its reason is asked for it by a GET of one byte, of ``asked`` or `uri`."""
+        """Context manager: `translated`, and if a store refused without a reason, a GET of one byte of `asked` (or `uri`) asks
+        for it.
+        """
         with translated(uri):
             try:
                 yield
@@ -54,7 +56,7 @@ class Storage(Handles):
                 raise
 
     def read_bytes(self, uri: str) -> bytes:
-        """The object's bytes; InputNotFoundError, AccessDeniedError or StorageError."""
+        """Returns the bytes of an object. Raises InputNotFoundError, AccessDeniedError or StorageError."""
         at = parse(uri)
         with translated(uri):
             if at.is_local:
@@ -65,7 +67,7 @@ class Storage(Handles):
             return bytes(obstore.get(store, key).bytes())
 
     def write_bytes(self, uri: str, data: bytes) -> None:
-        """Write an object so that a reader sees the old or the new bytes, never a part; parents are made."""
+        """Writes an object atomically: a reader sees the old or the new bytes, never a part. Parent folders are created."""
         at = parse(uri)
         with translated(uri):
             if at.is_local:
@@ -78,7 +80,7 @@ class Storage(Handles):
             obstore.put(store, key, data)
 
     def upload(self, path: Path, uri: str) -> None:
-        """Copy a local file to `uri`, in parts where it is large; a reader sees all of it or nothing."""
+        """Copies a local file to `uri`, in parts if it is large. A reader sees all of it or nothing."""
         at = parse(uri)
         with translated(uri):
             if at.is_local:
@@ -92,14 +94,14 @@ class Storage(Handles):
             obstore.put(store, key, path)
 
     def sync(self, uris: Iterable[str]) -> None:
-        """Have what another program wrote on the disk; object stores have it as soon as they answer."""
+        """Syncs local files that another program wrote to disk. Object stores are durable once they answer."""
         for uri in uris:
             if parse(uri).is_local:
                 with translated(uri):
                     local_files.sync(Path(parse(uri).key))
 
     def delete(self, uri: str) -> None:
-        """Remove one object; an absent one is no error."""
+        """Deletes one object; it is no error if there is none."""
         at = parse(uri)
         with translated(uri):
             if at.is_local:
@@ -115,7 +117,7 @@ class Storage(Handles):
                 return
 
     def stat(self, uri: str) -> ObjectStat:
-        """Version and size of one object; InputNotFoundError where there is none."""
+        """Returns version and size of one object. Raises InputNotFoundError if there is none."""
         at = parse(uri)
         with self.reading(uri):
             if at.is_local:
@@ -129,9 +131,10 @@ class Storage(Handles):
             return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
 
     def stat_many(self, uris: Sequence[str]) -> pa.RecordBatch:
-        """OBJECT_SCHEMA rows in the order asked, HEADs in parallel; etag and bytes are null where no answer came.
+        """Returns OBJECT_SCHEMA rows in the order of `uris`, by parallel HEAD requests. etag and bytes are null where no answer
+        came.
 
-        An object that is missing or forbidden is no error here: whoever fetches it gives it its status and reason.
+        An object that is missing or forbidden raises nothing here: the fetch gives it its status and reason.
         """
         with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
             stats = list(pool.map(self._stat_or_none, uris))
@@ -147,7 +150,7 @@ class Storage(Handles):
             return None
 
     def exists(self, uri: str) -> bool:
-        """Whether `uri` is an object, a folder, or a prefix of at least one object."""
+        """Returns whether `uri` is an object, a folder, or a prefix of at least one object."""
         at = parse(uri)
         if at.is_local:
             return os.path.exists(at.key)
@@ -163,7 +166,7 @@ class Storage(Handles):
             return False
 
     def is_file(self, uri: str) -> bool:
-        """Whether `uri` is one object (not a folder or prefix)."""
+        """Returns whether `uri` is one object (not a folder or prefix)."""
         at = parse(uri)
         if at.is_local:
             return os.path.isfile(at.key)
@@ -176,18 +179,20 @@ class Storage(Handles):
         return True
 
     def list_objects(self, uri: str, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
-        """Everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no promised order.
+        """Yields everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no particular order.
 
-        A stream: a bucket of millions costs one batch of memory. left_out: hears what cannot be listed; without it a folder
-        that cannot be read is an error, which names that folder. InputNotFoundError: no such folder or bucket (a prefix that
-        holds nothing gives no batch: object stores have no folders).
+        Results are streamed: a bucket with millions of objects takes the memory of one batch. left_out: counts what cannot be
+        listed; without it, a folder that cannot be read is an error that names the folder. Raises InputNotFoundError if there
+        is no such folder or bucket. An empty prefix yields no batch: object stores have no folders.
         """
         at = parse(uri)
         with translated(uri):
             yield from _list_local(at.key, left_out) if at.is_local else self._list_store(at, left_out)
 
     def folders(self, uri: str) -> list[str]:
-        """Names of the folders directly below a folder or prefix: of at most a thousand entries, in no promised order."""
+        """Returns the names of the folders directly below a folder or prefix, from at most a thousand entries, in no particular
+        order.
+        """
         at = parse(uri)
         with translated(uri):
             if at.is_local:
@@ -211,7 +216,7 @@ class Storage(Handles):
             yield pa.record_batch([uris, [unquoted(etag) for etag in etags], sizes], schema=OBJECT_SCHEMA)
 
     def _is_readable(self, at: Location, key: str, size: int, left_out: LeftOut | None) -> bool:
-        """Whether this listed key can be asked for again."""
+        """Returns whether a listed key can be requested."""
         reason: Reason | None = None
         if key.endswith("/"):
             if not size:
@@ -226,7 +231,7 @@ class Storage(Handles):
         return reason is None
 
     def _s3_pages(self, at: Location) -> Iterator[list[tuple[str, str | None, int]]]:
-        """Listed by botocore: obstore gives up on the whole bucket at the first key like `a//b` or `a/./b`."""
+        """Lists with botocore, because obstore fails on the whole bucket at the first key like `a//b` or `a/./b`."""
         pages = (
             self._botocore_client(at.bucket).get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=key_prefix(at))
         )
@@ -239,7 +244,7 @@ class Storage(Handles):
             yield [(item["path"], item["e_tag"], item["size"]) for item in page]
 
     def open_input(self, uri: str) -> pa.NativeFile:
-        """The object as a file to read anywhere in; InputNotFoundError, AccessDeniedError or StorageError."""
+        """Returns the object as a random-access file. Raises InputNotFoundError, AccessDeniedError or StorageError."""
         if self.literal_object(uri) is not None:
             return pa.BufferReader(self.read_bytes(uri))
         filesystem, path = self.arrow(uri)
@@ -248,7 +253,7 @@ class Storage(Handles):
 
     @staticmethod
     def join(base: str, *parts: str) -> str:
-        """`base/part/part`, whatever the scheme; nothing is quoted."""
+        """Returns `base/part/part`, for any scheme; nothing is quoted."""
         return "/".join([base.removesuffix("/"), *(part.strip("/") for part in parts)])
 
 

@@ -1,8 +1,9 @@
-"""URIs of storage: parsed, in one spelling, joined and related.
+"""URIs of storage: parsing, the canonical spelling, and paths relative to a folder.
 
-A URI is a local path (`/data/x`, `photos`, `file:///data/x`) or `scheme://bucket/key`; `s3://` is tested, `gs://` and `az://`
-come through the same libraries. Keys are literal: `s3://b/100%25.jpg` names the object `100%25.jpg`, `s3://b//a` is `/a` in b.
-Only `file://` URIs are percent-encoded, as their standard says. The canonical form of a local URI is its absolute path.
+A URI is a local path (`/data/x`, `photos`, `file:///data/x`) or `scheme://bucket/key`. `s3://` is tested; `gs://` and `az://`
+use the same libraries. Keys are literal: `s3://b/100%25.jpg` names the object `100%25.jpg`, and `s3://b//a` is the key `/a` in
+bucket b. Only `file://` URIs are percent-encoded, as their standard requires. The canonical form of a local URI is its absolute
+path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed URI. scheme: "file", "s3", "gs" or "az". bucket: "" for local files. key: for local files the absolute path."""
+    """A parsed URI. scheme: "file", "s3", "gs" or "az". bucket: "" for local files. key: the absolute path for local files."""
 
     scheme: str
     bucket: str
@@ -28,19 +29,19 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether the operating system's own calls reach it."""
+        """Whether this is a path of the local file system."""
         return self.scheme == "file"
 
     @property
     def uri(self) -> str:
-        """The canonical URI: one spelling for one object, as it stands in the table."""
+        """The canonical URI: one spelling per object, as the table stores it."""
         if self.is_local:
             return self.key
         return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
 
 
 def parse(uri: str | os.PathLike[str]) -> Location:
-    """Split a URI; ConfigError for a scheme that no client here speaks, or a missing bucket."""
+    """Splits a URI. Raises ConfigError for a scheme without a client here, or a missing bucket."""
     text = os.fspath(uri)
     if not text:
         raise ConfigError("an empty path names nothing; give a local path, s3://, gs:// or az://")
@@ -59,7 +60,7 @@ def parse(uri: str | os.PathLike[str]) -> Location:
 
 
 def _absolute(path: str) -> str:
-    """`os.path.abspath`, but two slashes at the front, which POSIX leaves open, are one."""
+    """`os.path.abspath`, but a leading double slash, whose meaning POSIX leaves open, becomes a single one."""
     return re.sub("^//+", "/", os.path.abspath(path))
 
 
@@ -71,22 +72,23 @@ def _file_uri_path(uri: str) -> str:
 
 
 def canonical(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a place: an absolute path for local files, `scheme://bucket/key` without a last slash elsewhere.
+    """Returns the canonical spelling: an absolute path for local files, else `scheme://bucket/key` without a trailing slash.
 
-    Keys are literal: `s3://b/a/` is `s3://b/a`, but `s3://b/a//` stays as it is. A folder's keys begin with `below`.
+    Keys are literal: `s3://b/a/` becomes `s3://b/a`, but `s3://b/a//` is unchanged. `below` gives the prefix of a folder's
+    keys.
     """
     at = parse(uri)
     return at.uri[:-1] if not at.is_local and re.search("[^/]/$", at.key) else at.uri
 
 
 def real_place(uri: str) -> str:
-    """The canonical name with the symbolic links of this machine's paths followed."""
+    """Returns the canonical URI with symbolic links in local paths resolved."""
     at = parse(uri)
     return os.path.realpath(at.key) if at.is_local else canonical(uri)
 
 
 def relative_to(base: str, name: str) -> str:
-    """`name` as a canonical URI: as it is where it is absolute, otherwise below the folder `base`.
+    """Returns `name` as a canonical URI: unchanged if it is absolute, otherwise below the folder `base`.
 
     A relative name may begin with `./` and `../`; every other part of a key is literal.
     """
@@ -100,13 +102,13 @@ def relative_to(base: str, name: str) -> str:
 
 
 def below(folder: str) -> str:
-    """What the names in a folder begin with: the folder, in one spelling, and a slash. `s3://b//` holds `s3://b//a`."""
+    """Returns the prefix of all names in a folder: the canonical folder and a slash. `s3://b//` contains `s3://b//a`."""
     place = canonical(folder)
     return place if place.endswith("/") else f"{place}/"
 
 
 def parent(uri: str) -> str:
-    """The folder that holds `uri`, as `canonical` spells it."""
+    """Returns the folder that contains `uri`, in canonical spelling."""
     at = parse(uri)
     if at.is_local:
         return os.path.dirname(at.key)
@@ -115,5 +117,5 @@ def parent(uri: str) -> str:
 
 
 def key_prefix(folder: Location) -> str:
-    """What the keys below a folder begin with."""
+    """Returns the prefix of all keys below a folder."""
     return f"{folder.key}/" if folder.key and not folder.key.endswith("/") else folder.key

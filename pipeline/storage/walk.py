@@ -1,4 +1,4 @@
-"""The files below a local folder. What one entry fails with ends no listing: it is left out and counted."""
+"""Lists the files below a local folder. An entry that fails does not end the listing: it is left out and counted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from masklake.pipeline.storage.left_out import LeftOut, Reason
 
 
 def walk(folder: str, left_out: LeftOut | None) -> Iterator[tuple[str, os.stat_result]]:
-    """(path, its stat) of every regular file below ``folder``, by name; OSError where the folder itself cannot be read.
+    """Yields (path, stat) of every regular file below `folder`, by name. Raises OSError if the folder itself cannot be read.
 
-    Links to files are followed, links to folders are not (they may loop). left_out: hears of whatever cannot be listed; without
-    one, a folder or file that cannot be read raises its OSError: a caller that must see everything cannot go on. What was
-    removed meanwhile, leads nowhere, is no regular file or has a name that is not UTF-8 is never listed.
+    Links to files are followed, links to folders are not (they may loop). left_out: counts whatever cannot be listed. Without
+    it, a folder or file that cannot be read raises its OSError, for callers that must see everything. Files removed meanwhile,
+    broken links, files that are not regular and names that are not UTF-8 are never listed.
     """
     pending = [folder]
     while pending:
@@ -42,7 +42,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _file_stat(entry: os.DirEntry[str], left_out: LeftOut | None) -> os.stat_result | None:
-    """The stat of a regular file with a usable name, or None."""
+    """Returns the stat of a regular file with a usable name, or None."""
     status: os.stat_result | None = None
     try:
         status = entry.stat()
@@ -77,7 +77,7 @@ def _file_reason(error: OSError, entry: os.DirEntry[str]) -> Reason:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a table can hold this name; Python holds foreign bytes of a name as lone surrogates."""
+    """Returns whether a table can store this name. Python represents other bytes of a file name as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
