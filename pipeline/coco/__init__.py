@@ -1,1 +1,1 @@
-"""COCO annotation files, checked number by number."""
+"""COCO annotation files: reading, checking and writing."""

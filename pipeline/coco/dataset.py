@@ -13,7 +13,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parent
 
 NAMED = 5
-"""How many offenders an error message names before it only counts."""
+"""Number of offenders that an error message names before it only counts them."""
 
 REPEATED_IMAGE, REPEATED_ROW = "repeated image rows", "repeated annotation rows"
 ZERO_AREA, OUTSIDE = "boxes without an area", "boxes outside their image"
@@ -27,10 +27,10 @@ _ONE = {
     UNUSABLE_IMAGE: "image that cannot be used",
 }
 DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
-"""Reasons for which an annotation that somebody drew is left out."""
+"""Reasons for leaving out an annotation that somebody drew."""
 
 MOST_UNUSABLE = 0.05
-"""Share of instances, or of images where some may be left out at all, up to which a data set is used without them."""
+"""Default maximum share of instances (or of images, where leaving out images is allowed) that may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class CocoAnnotation:
 class CocoDataset:
     """A checked COCO file.
 
-    `annotations` holds every image's own, crowds included; `dropped` counts what was left out, by reason, and `examples` names
-    the first few.
+    `annotations` holds the annotations by image id, crowds included. `dropped` counts what was left out, by reason; `examples`
+    names the first few.
     """
 
     source: str
@@ -63,29 +63,31 @@ class CocoDataset:
 
     @property
     def has_masks(self) -> bool:
-        """Whether any instance has an outline to learn from."""
+        """Whether any instance has an outline."""
         return any(a.segmentation is not None for a in self._instances())
 
     @property
     def has_keypoints(self) -> bool:
-        """Whether any category names keypoints."""
+        """Whether any category defines keypoints."""
         return any(category.keypoints for category in self.categories)
 
     def instance_count(self) -> int:
-        """Annotations that are not crowd regions."""
+        """Returns the number of annotations that are not crowd regions."""
         return sum(1 for _ in self._instances())
 
     def without_outline(self) -> int:
-        """Instances whose box is known and whose mask is not: they count in everything but masks."""
+        """Returns the number of instances with a box but no mask; they are used for everything but masks."""
         return sum(a.segmentation is None for a in self._instances())
 
     def without_keypoints(self) -> int:
-        """Instances of categories with keypoints that have none, or absent ones only: they count in everything else."""
+        """Returns the number of instances of categories with keypoints that have none visible or hidden; they are used for
+        everything else.
+        """
         named = {category.id for category in self.categories if category.keypoints}
         return sum(a.category_id in named and not any(a.keypoints[2::3]) for a in self._instances())
 
     def incomplete(self) -> dict[str, int]:
-        """Instances that lack the truth of a task that the data set has, by what they lack."""
+        """Returns the numbers of instances that lack the ground truth of a task that the data set has, by what they lack."""
         lacking = {
             "without an outline": self.without_outline() if self.has_masks else 0,
             "without keypoints": self.without_keypoints(),
@@ -93,7 +95,7 @@ class CocoDataset:
         return {what: count for what, count in lacking.items() if count}
 
     def below_a_pixel(self) -> int:
-        """Instances of which training sees less than a pixel (`learnable`)."""
+        """Returns the number of instances of which training sees less than a pixel (`learnable`)."""
         images = {image.id: image for image in self.images}
         return sum(not learnable(a, images[a.image_id]) for a in self._instances())
 
@@ -102,14 +104,16 @@ class CocoDataset:
 
 
 def learnable(annotation: CocoAnnotation, image: CocoImage) -> bool:
-    """Whether an instance can be learnt from: no crowd, and a pixel or more of its box lies on the image, each way."""
+    """Returns whether an instance is used in training: it is no crowd, and its box covers at least a pixel of the image each
+    way.
+    """
     x, y, width, height = annotation.bbox
     wide, high = min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0)
     return not annotation.crowd and wide >= 1 and high >= 1
 
 
 def without_images(dataset: CocoDataset, image_ids: Collection[int], reason: str) -> CocoDataset:
-    """The data set without some of its images and their annotations, counted under `reason`."""
+    """Returns the data set without some of its images and their annotations, counted under `reason`."""
     if not image_ids:
         return dataset
     return replace(
@@ -121,12 +125,12 @@ def without_images(dataset: CocoDataset, image_ids: Collection[int], reason: str
 
 
 def counted_reason(count: int, reason: str) -> str:
-    """How many were left out for a reason of `CocoDataset.dropped`: `1 box without an area`."""
+    """Returns a count with a reason of `CocoDataset.dropped` in words: `1 box without an area`."""
     return counted(count, _ONE[reason], reason)
 
 
 def check_dropped(dataset: CocoDataset, most: float | None = None) -> None:
-    """Raises AnnotationError when more than this share of a data set's instances had to be left out; None: 0.05."""
+    """Raises AnnotationError if more than the share `most` of a data set's instances was left out. None means 0.05."""
     most = MOST_UNUSABLE if most is None else most
     left_out = sum(dataset.dropped.get(reason, 0) for reason in DROPPED_INSTANCES)
     drawn = left_out + dataset.instance_count()
@@ -141,5 +145,5 @@ def check_dropped(dataset: CocoDataset, most: float | None = None) -> None:
 
 
 def image_folder(given: str | None, annotations: str) -> str:
-    """Where the images of the COCO file at `annotations` are: the folder that is given, else `images` beside the file."""
+    """Returns the image folder of the COCO file at `annotations`: `given`, or else `images` beside the file."""
     return canonical(given) if given is not None else Storage.join(parent(annotations), "images")

@@ -1,4 +1,4 @@
-"""A COCO data set as others take it: regions as run lengths and masks, and the whole as a COCO document."""
+"""Converts a COCO data set: regions to run-length encodings and masks, and the whole to a COCO document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from masklake.pipeline.errors import AnnotationError
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """The region as one compressed run-length encoding of (height, width) pixels, as pycocotools draws it."""
+    """Returns the region as one compressed run-length encoding of (height, width) pixels, as pycocotools draws it."""
     if segmentation is None:
         raise AnnotationError("an annotation without an outline has no mask.")
     if isinstance(segmentation, list):
@@ -26,12 +26,14 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
 
 
 def to_mask(segmentation: Segmentation, height: int, width: int) -> NDArray[np.uint8]:
-    """The region as uint8 (height, width) of 0 and 1."""
+    """Returns the region as a mask, uint8 (height, width) of 0 and 1."""
     return np.asarray(pycocotools.mask.decode([to_rle(segmentation, height, width)])[:, :, 0])
 
 
 def to_document(dataset: CocoDataset, image_ids: Iterable[int] | None = None) -> dict[str, Any]:
-    """The data set (or only these images) as a COCO document; annotation ids count from 1, as evaluators take 0 for "none"."""
+    """Returns the data set (or only these images) as a COCO document. Annotation ids start at 1: evaluators take 0 for
+    "none".
+    """
     kept = {image.id for image in dataset.images} if image_ids is None else set(image_ids)
     annotations = [a for image_id, rows in dataset.annotations.items() if image_id in kept for a in rows]
     return {
@@ -67,6 +69,6 @@ def _row(number: int, annotation: CocoAnnotation) -> dict[str, Any]:
 
 
 def box_outline(bbox: Sequence[float]) -> list[float]:
-    """The box x, y, width, height as a polygon."""
+    """Returns the box (x, y, width, height) as a polygon."""
     x, y, width, height = bbox
     return [x, y, x + width, y, x + width, y + height, x, y + height]

@@ -1,8 +1,8 @@
-"""Which images of a COCO file can be used: looked at before a run is planned, counted while it goes on, limited in both.
+"""Checks which images of a COCO file can be used: before a run is planned, and during the run; both are limited.
 
-Before: every file is there, its header says an image, of the size that its row says. Only a decoder finds the rest (a file that
-is cut short, one that goes away meanwhile): the loader puts another image in the place of such a one, so that epochs keep
-their length, and says so.
+Before the run, every file must exist, and its header must be that of an image of the annotated size. Only decoding finds the
+rest (a truncated file, or one that was removed meanwhile). The loader replaces such an image by another one, so that epochs
+keep their length, and reports it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse, relative_to
 
 HEAD_BYTES = 8192
-"""Of a remote object: the size of nearly every JPEG and PNG stands there."""
+"""Bytes read of a remote object: they contain the size of nearly every JPEG and PNG."""
 LOOKS_AT_ONCE = 32
 MISSING = "there is no such file"
 
 
 def unusable_share(allow_missing: bool, most: float | None) -> float:
-    """Share of images that may be left out: `most` where it is given, else 5 % with `allow_missing` and none without."""
+    """Returns the share of images that may be left out: `most` if given, else 5 % with `allow_missing` and none without."""
     return most if most is not None else (MOST_UNUSABLE if allow_missing else 0.0)
 
 
 def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: float = 0.0) -> CocoDataset:
-    """The data set without the images that cannot be used, counted by reason.
+    """Returns the data set without the images that cannot be used, counted by reason.
 
-    folder: of the images, local or s3://. most: share of images that may be left out. More of them, or all, are an
-    AnnotationError that names the first few with their reasons; a storage that is busy or out of reach is a StorageError.
+    folder: of the images, local or s3://. most: share of images that may be left out. Raises AnnotationError that names the
+    first few images and reasons if there are more, or if no image can be used; StorageError if the storage is busy or out of
+    reach.
     """
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         reasons = list(pool.map(lambda image: _look(storage, relative_to(folder, image.file_name), image), dataset.images))
@@ -66,9 +67,9 @@ def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: flo
 
 
 def check_unusable(messages: Sequence[str], images: int, most: float, source: str, already: int = 0) -> None:
-    """Raises AnnotationError when more than the share `most` of so many images cannot be used, or when none can.
+    """Raises AnnotationError if more than the share `most` of `images` images cannot be used, or if none can.
 
-    messages: one an image that cannot, with its reason. already: images that were left out before, for reasons told then.
+    messages: one per unusable image, with its reason. already: number of images that were left out and reported before.
     """
     unusable = len(messages) + already
     if messages and (unusable > most * images or unusable >= images):
@@ -79,28 +80,27 @@ def check_unusable(messages: Sequence[str], images: int, most: float, source: st
 
 
 def named(messages: Sequence[str], of: int | None = None) -> str:
-    """The first few messages in one line, and how many of them all (or of so many) are not shown."""
+    """Returns the first few messages in one line, and how many of them (or of `of`) are not shown."""
     more = (len(messages) if of is None else of) - len(messages[:NAMED])
     return "; ".join(messages[:NAMED]) + (f"; and {more:,} more" if more else "")
 
 
 def listed_and_left_out(dataset: CocoDataset) -> tuple[int, int]:
-    """How many images a data set's file lists, and how many of them `usable_images` left out."""
+    """Returns how many images the file of a data set lists, and how many of them `usable_images` left out."""
     left_out = sum(dataset.dropped.get(reason, 0) for reason in (MISSING_FILE, UNUSABLE_IMAGE))
     return len(dataset.images) + left_out, left_out
 
 
 def remedy(most: float) -> str:
-    """How more images than the share `most` are left out."""
+    """Returns how to leave out more images than the share `most`."""
     if most == 0:
         return f"leave such images out with --allow-missing (up to {MOST_UNUSABLE:.0%} of all; --max-unusable says how many)"
     return f"allow more than {100 * most:.3g}% of the images to be left out with --max-unusable"
 
 
 def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
-    """Why an image cannot be used, as far as its header shows; None where nothing speaks against it.
-
-    Raises StorageError where the storage is busy or out of reach.
+    """Returns why an image cannot be used, as far as its header shows, or None. Raises StorageError if the storage is busy or
+    out of reach.
     """
     limits = DecodeLimits()
     try:
@@ -119,7 +119,7 @@ def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
 
 @contextmanager
 def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bool]]:
-    """A local file, or the first bytes of a remote one; and whether it is the whole."""
+    """Context manager for a local file, or the first bytes of a remote one, and whether that is the whole file."""
     at = parse(uri)
     if at.is_local:
         if not stat.S_ISREG(Path(at.key).stat().st_mode):
@@ -140,7 +140,9 @@ def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bool]]:
 
 
 def wrong_size(size: tuple[int, int], row: CocoImage | Mapping[str, int], turned: bool = False) -> str | None:
-    """What is wrong with an upright image's width and height, given its row; turned: they may be exchanged."""
+    """Returns what is wrong with the width and height of an upright image, given its row, or None. turned: they may be
+    swapped.
+    """
     width, height = (row.width, row.height) if isinstance(row, CocoImage) else (row["width"], row["height"])
     if size == (width, height) or (turned and size == (height, width)):
         return None

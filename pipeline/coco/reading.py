@@ -1,9 +1,9 @@
-"""Reads COCO annotation files: each is read once, checked once, and then plain values.
+"""Reads COCO annotation files: each is read and checked once, and is plain values afterwards.
 
-What other readers let pass and fail on later is decided here: an image row that is repeated, an annotation of an unknown image
-or category, boxes without an area or outside their image, crowd regions in either run-length form, files without `info`. What
-contradicts itself is an error that names the row (each number's check is in `pipeline.coco.values`). What can be left out is
-left out and counted (`CocoDataset.dropped`). An instance that lacks the truth of one task stays for the others.
+Cases that other readers accept and fail on later are decided here: repeated image rows, annotations of an unknown image or
+category, boxes without an area or outside their image, crowd regions in either run-length form, files without `info`.
+Contradictions raise an error that names the row (`pipeline.coco.values` checks each number). What can be left out is left out
+and counted (`CocoDataset.dropped`). An instance that lacks the ground truth of one task is kept for the others.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
 
 FEW_BOXES = 8
-"""Fewer boxes say too little about how all of them were written."""
+"""Fewer boxes than this say too little about the format of all boxes."""
 
 
 def read_coco(storage: Storage, uri: str) -> CocoDataset:
     """Reads and checks the COCO JSON at `uri` (local path or s3://).
 
-    Raises InputNotFoundError, AccessDeniedError or StorageError when it cannot be fetched, AnnotationError when it cannot be
-    used.
+    Raises InputNotFoundError, AccessDeniedError or StorageError if it cannot be fetched, AnnotationError if it cannot be used.
     """
     data = storage.read_bytes(uri)
     try:
@@ -72,7 +71,7 @@ def parse_coco(document: Any, source: str) -> CocoDataset:
 
 
 def flip_pairs(keypoints: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Which keypoints a mirror exchanges: `left_x` and `right_x`, as indices; every other keypoint stays itself."""
+    """Returns the pairs of keypoint indices that a mirror image swaps: `left_x` and `right_x`."""
     index = {name: number for number, name in enumerate(keypoints)}
     return tuple(
         (number, index["right_" + name.removeprefix("left_")])
@@ -95,7 +94,7 @@ class _Dropped:
 
 
 def _bytes_hint(data: bytes) -> str:
-    """What a file that is no JSON document probably is."""
+    """Returns a guess what a file is that is not a JSON document."""
     start = data[:64].lstrip()
     if start.startswith(b"\x1f\x8b"):
         return "It is compressed: unpack it first."
@@ -151,7 +150,7 @@ def _keypoint_names(row: Mapping[str, Any], place: Place) -> tuple[str, ...]:
 
 
 def _skeleton(row: Mapping[str, Any], keypoints: Sequence[str], place: Place) -> tuple[tuple[int, int], ...]:
-    """COCO counts a skeleton's ends from 1, a `Category` from 0."""
+    """Returns the skeleton's edges. COCO counts keypoints from 1, a `Category` from 0."""
     edges = row.get("skeleton") or []
     if not isinstance(edges, list):
         raise AnnotationError(f"{place} needs a list of pairs as its skeleton, not {quoted(edges)}.")
@@ -229,7 +228,9 @@ def _annotation(
 
 
 def _check_units(found: Sequence[tuple[CocoImage, CocoAnnotation]], source: str) -> None:
-    """Raises AnnotationError where most boxes are shares of their image's sides, or corners instead of a corner and sides."""
+    """Raises AnnotationError if most boxes seem to be fractions of the image's sides, or two corners instead of a corner and
+    sides.
+    """
     boxes = np.array([a.bbox for _, a in found], np.float64).reshape(-1, 4)
     sizes = np.array([(image.width, image.height) for image, _ in found], np.float64).reshape(-1, 2)
     drawn = (boxes[:, 2:] > 0).all(axis=1)

@@ -1,8 +1,8 @@
-"""The numbers of a COCO file, each against its type and the image that it belongs to.
+"""Checks the numbers of a COCO file against their types and against the image that they belong to.
 
-Behind this reader every number goes to code that trusts it: tables with 64-bit image ids and 32-bit category ids, pycocotools,
-which draws coordinates in C (a polygon that reaches to 1e9 ends the process) and adds up run lengths without a look. So all of
-it is checked here, once, and what does not fit is an AnnotationError that names file, row, annotation and image.
+After this reader every number reaches code that trusts it: tables with 64-bit image ids and 32-bit category ids, and
+pycocotools, which draws coordinates in C (a polygon that extends to 1e9 ends the process) and adds up run lengths unchecked. So
+everything is checked here, once. What does not fit raises AnnotationError that names file, row, annotation and image.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Segmentation: TypeAlias = list[list[float]] | dict[str, Any] | None
 """Polygons (x, y, x, y, ... in pixels), or a run-length encoding {"size": [H, W], "counts": list | str}; None: box only."""
 
 INT64 = (-(2**63), 2**63 - 1)
-"""Range of an image's id: a column of that type carries it."""
+"""Range of an image id, which is stored in a column of that type."""
 EXACT = 2**53
-"""Whole numbers written as floats (7.0) are taken up to here: above it a float has lost digits."""
+"""Integers written as floats (7.0) are accepted up to this value: larger floats have lost digits."""
 REACH = 1.0
-"""Image sides by which a coordinate may lie outside its image, as outlines of objects do that its border cuts off."""
+"""How far a coordinate may lie outside its image, in image sides: outlines of objects may be cut off by the border."""
 MOST_AREA = 1e10
-"""Pixels; COCO's scores leave out what is larger."""
+"""Maximum area in pixels; COCO's scores leave out larger ones."""
 VISIBILITIES = frozenset((0.0, 1.0, 2.0))
 SHOWN = 60
-"""Characters of a wrong value that a message quotes."""
+"""Number of characters of a wrong value that a message quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class CocoImage:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value stands; as text, what a message begins with."""
+    """The place of a value in the file; as text, the beginning of a message."""
 
     source: str
     part: str
@@ -67,7 +67,7 @@ class Place:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written to a file: it holds no zero byte and no lone half of a character."""
+    """Returns whether a string can be written to a file: it contains no zero byte and no lone surrogate."""
     try:
         return b"\0" not in value.encode()
     except UnicodeEncodeError:
@@ -75,7 +75,7 @@ def is_text(value: str) -> bool:
 
 
 def quoted(value: Any) -> str:
-    """A value as a message shows it."""
+    """Returns a value as a message shows it."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python prints
@@ -84,7 +84,7 @@ def quoted(value: Any) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A JSON number as a float; None for text, true, null, NaN, infinity, and whole numbers beyond floats."""
+    """Returns a JSON number as a float; None for text, true, null, NaN, infinity, and integers too large for a float."""
     if type(value) not in (int, float):
         return None
     try:
@@ -101,7 +101,7 @@ def _object(row: Any, place: Place) -> Mapping[str, Any]:
 
 
 def whole(row: Any, key: str, place: Place, limits: tuple[int, int] = INT64) -> int:
-    """The whole number `row[key]` within `limits`; 7.0 is 7. Raises AnnotationError for text, true and everything else."""
+    """Returns the integer `row[key]` within `limits`; 7.0 is 7. Raises AnnotationError for text, true and everything else."""
     value = _object(row, place).get(key)
     number = value if type(value) is int else None
     if type(value) is float and value.is_integer() and abs(value) <= EXACT:
@@ -115,7 +115,7 @@ def whole(row: Any, key: str, place: Place, limits: tuple[int, int] = INT64) -> 
 
 
 def image_of(row: Any, place: Place) -> CocoImage:
-    """A checked row of `images`."""
+    """Returns a checked row of `images`."""
     name = _object(row, place).get("file_name")
     if not isinstance(name, str) or not name or not is_text(name):
         raise AnnotationError(f"{place} has no file_name that a file can have: {quoted(name)}.")
@@ -126,7 +126,9 @@ def image_of(row: Any, place: Place) -> CocoImage:
 
 
 def box_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> tuple[float, float, float, float]:
-    """x, y, width, height: four finite numbers. Where any of it lies on the image, its corners must be near it."""
+    """Returns x, y, width, height: four finite numbers. If any part of the box lies on the image, its corners must be near
+    it.
+    """
     bbox = row.get("bbox")
     numbers = [finite(side) for side in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
     if None in numbers:
@@ -138,7 +140,7 @@ def box_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> tuple[floa
 
 
 def overlaps(bbox: tuple[float, float, float, float], image: CocoImage) -> bool:
-    """Whether a box has any area on its image."""
+    """Returns whether a box has any area on its image."""
     x, y, width, height = bbox
     return x < image.width and y < image.height and x + width > 0 and y + height > 0
 
@@ -153,7 +155,7 @@ def _check_reach(xs: Sequence[float], ys: Sequence[float], image: CocoImage, pla
 
 
 def area_of(row: Mapping[str, Any], bbox: tuple[float, float, float, float], place: Place) -> float:
-    """Pixels; the box's where the row has none."""
+    """Returns the area in pixels; that of the box if the row has none."""
     value = row.get("area")
     if value is None:
         return bbox[2] * bbox[3]
@@ -164,7 +166,7 @@ def area_of(row: Mapping[str, Any], bbox: tuple[float, float, float, float], pla
 
 
 def crowd_of(row: Mapping[str, Any], place: Place) -> bool:
-    """`iscrowd`: 0 or 1, false or true; a row without it is no crowd."""
+    """Returns `iscrowd`: 0 or 1, false or true; False if the row has none."""
     value = row.get("iscrowd")
     if value is None or value in (0, 1):  # False == 0, 1.0 == 1
         return bool(value)
@@ -172,10 +174,9 @@ def crowd_of(row: Mapping[str, Any], place: Place) -> bool:
 
 
 def keypoints_of(row: Mapping[str, Any], name: str, count: int, image: CocoImage, place: Place) -> tuple[float, ...]:
-    """x, y, visibility for each of a category's `count` keypoints, flat; () where the row has none.
+    """Returns x, y, visibility for each of a category's `count` keypoints, flat; () if the row has none.
 
-    Visibility is 0 (absent), 1 (hidden) or 2 (visible); `num_keypoints` is not read, but counted from it. A keypoint that is
-    absent may lie anywhere.
+    Visibility is 0 (absent), 1 (hidden) or 2 (visible). `num_keypoints` is not read. An absent keypoint may lie anywhere.
     """
     value = row.get("keypoints")
     if not count or value is None or value == []:
@@ -196,9 +197,9 @@ def keypoints_of(row: Mapping[str, Any], name: str, count: int, image: CocoImage
 
 
 def segmentation_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> Segmentation:
-    """Polygons of at least three corners, or a run-length encoding of this image's size.
+    """Returns polygons of at least three corners, or a run-length encoding of this image's size.
 
-    None where there is no outline: missing, null, empty, polygons of two points, runs without a pixel.
+    None if there is no outline: missing, null, empty, polygons of two points, runs without a pixel.
     """
     value = row.get("segmentation")
     if not value:
@@ -221,12 +222,12 @@ def segmentation_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> S
 
 
 def finite_list(value: Any) -> bool:
-    """Whether a value is a list of finite numbers."""
+    """Returns whether a value is a list of finite numbers."""
     return isinstance(value, list) and _numbers(value) is not None
 
 
 def _numbers(values: list[Any]) -> NDArray[np.float64] | None:
-    """float64 (n,) of a flat list of finite numbers; None for any other list."""
+    """Returns float64 (n,) for a flat list of finite numbers; None for any other list."""
     if not set(map(type, values)) <= {int, float}:
         return None
     try:
@@ -237,7 +238,7 @@ def _numbers(values: list[Any]) -> NDArray[np.float64] | None:
 
 
 def _no_number(values: list[Any]) -> Any:
-    """The first element that `_numbers` refuses."""
+    """Returns the first element that `_numbers` refuses."""
     return next(value for value in values if _numbers([value]) is None)
 
 
@@ -255,10 +256,10 @@ def _run_lengths(value: Mapping[str, Any], image: CocoImage, place: Place) -> di
 
 
 def checked_runs(counts: Any, height: int, width: int) -> NDArray[np.int64]:
-    """Run lengths int64 (n,) of COCO counts: a list of numbers, or compressed as text or bytes.
+    """Returns the run lengths, int64 (n,), of COCO counts: a list of numbers, or compressed as text or bytes.
 
-    Raises ValueError unless they are 0 or more and fill height x width: readers in C trust their sum, and would give pixels
-    that nobody wrote.
+    Raises ValueError unless they are non-negative and fill height x width: readers in C trust their sum, and would return
+    pixels that nobody wrote.
     """
     if isinstance(counts, list):
         if not set(map(type, counts)) <= {int}:

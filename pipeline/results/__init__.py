@@ -1,1 +1,1 @@
-"""What labels are worth and look like: COCO metrics, mIoU, drawings."""
+"""Evaluation and display of labels: COCO metrics, mean IoU, drawings."""

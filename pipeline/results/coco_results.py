@@ -1,4 +1,4 @@
-"""A table's images and a COCO file's: which row of the one is which of the other, and the table's detections as results."""
+"""Matches the images of a table with those of a COCO file, and returns the table's detections as COCO results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from masklake.pipeline.table.stored_values import check_row
 
 @dataclass
 class TableDetections:
-    """COCO result rows of the images that the truth lists, and what the table says of the others.
+    """COCO result rows of the images in the ground truth, and counts of the table's images.
 
-    labelled, failed: images of the truth with an `ok` row, or another. failures: these by status. first_failure: the URI and
-    error of one. strangers: images of the table that the truth does not list. names: the table's category names by id. sizes:
-    width and height of the labelled images, by id.
+    labelled, failed: images of the ground truth whose row has status `ok`, or another. failures: the failed ones by status.
+    first_failure: URI and error of one of them. strangers: images of the table that the ground truth does not list. names: the
+    table's category names by id. sizes: width and height of the labelled images, by id.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -38,16 +38,16 @@ class TableDetections:
 
     @property
     def failed(self) -> int:
-        """Images of the truth whose row says that they could not be labelled."""
+        """Number of images of the ground truth whose row says that they could not be labelled."""
         return self.failures.total()
 
 
 COLUMNS = ("uri", "status", "error", "height", "width", "instances", "rles", "keypoints")
-"""What `collect` needs of a table."""
+"""Columns of a table that `collect` needs."""
 
 
 class Fit(IntEnum):
-    """How well a URI fits an image's `file_name`."""
+    """How well a URI fits the `file_name` of an image."""
 
     LAST_PART = 1  # where files moved into another folder
     END = 2
@@ -56,18 +56,19 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True)
 class Matches:
-    """Which URI is which image of the truth. ambiguous: URIs whose last part alone fits several images: none is meant."""
+    """Image ids of the ground truth by URI. ambiguous: URIs whose last part alone fits several images; they match none."""
 
     image_ids: dict[str, int]
     ambiguous: list[str]
 
 
 class ImageNames:
-    """Finds the images of the truth among a table's URIs.
+    """Finds the images of the ground truth among the URIs of a table.
 
-    With a folder the URI must be the file's in it. Without one the URI's end must be a `file_name`, or, where files moved into
-    another folder, have its last part: `s3://b/val2017/1.jpg` is `val2017/1.jpg`, `1.jpg` and `images/1.jpg`. Where several
-    URIs fit one image the best fit is it (`Fit`), and the others are not in the truth.
+    With a folder, the URI must be that of the file in the folder. Without one, the URI must end in a `file_name` or, where
+    files moved to another folder, have the same last part: `s3://b/val2017/1.jpg` matches `val2017/1.jpg`, `1.jpg` and
+    `images/1.jpg`. If several URIs fit one image, the best fit (`Fit`) is used, and the others count as not in the ground
+    truth.
     """
 
     def __init__(self, truth: CocoDataset, folder: str | None = None) -> None:
@@ -84,7 +85,7 @@ class ImageNames:
             self._by_last_part[last] = None if last in self._by_last_part else image.id
 
     def match(self, uris: Iterable[str]) -> Matches:
-        """Raises ConfigError when two URIs fit one image equally well."""
+        """Returns the matches. Raises ConfigError if two URIs fit one image equally well."""
         candidates: dict[int, list[str]] = {}
         ambiguous: list[str] = []
         for uri in uris:
@@ -121,7 +122,7 @@ class ImageNames:
 
 
 def common_folder(uris: Iterable[str]) -> str:
-    """The deepest folder that all URIs lie in; "" where there is none."""
+    """Returns the deepest folder that contains all URIs; "" if there is none."""
     common: list[str] | None = None
     for uri in uris:
         folder = uri.split("/")[:-1]
@@ -133,9 +134,9 @@ def common_folder(uris: Iterable[str]) -> str:
 
 
 def collect(batches: Iterable[pa.RecordBatch], image_ids: Mapping[str, int]) -> TableDetections:
-    """The detections of a table's rows (`COLUMNS`), each with the id of its image in the truth. image_ids: by URI.
+    """Returns the detections of a table's rows (`COLUMNS`), each with the image id of the ground truth. image_ids: by URI.
 
-    Raises TableError for a row whose numbers cannot be scored (`pipeline.table.stored_values`).
+    Raises TableError for a row whose values cannot be scored (`pipeline.table.stored_values`).
     """
     found = TableDetections()
     for batch in batches:
@@ -178,7 +179,9 @@ def _flat(points: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def check_sizes(found: TableDetections, truth: CocoDataset) -> None:
-    """Raises ConfigError when an image was labelled in another size: the truth is of other images, or of images not upright."""
+    """Raises ConfigError if an image was labelled in another size: the ground truth is of other images, or of images not turned
+    upright.
+    """
     for image in truth.images:
         labelled = found.sizes.get(image.id)
         if labelled is not None and None not in labelled and labelled != (image.width, image.height):
@@ -189,7 +192,7 @@ def check_sizes(found: TableDetections, truth: CocoDataset) -> None:
 
 
 def check_keypoints(found: TableDetections, truth: CocoDataset) -> None:
-    """Raises ConfigError when a category's instances have another number of keypoints than the truth's category."""
+    """Raises ConfigError if a category's instances have another number of keypoints than in the ground truth."""
     counts = {category.id: len(category.keypoints) for category in truth.categories if category.keypoints}
     for row in found.rows:
         points, expected = len(row.get("keypoints", ())) // 3, counts.get(row["category_id"])

@@ -1,7 +1,7 @@
-"""Pictures of what the table says: instances drawn on their image, and sheets of many images.
+"""Drawings of labels: instances on their image, and contact sheets of many images.
 
-Masks are filled and outlined in a colour of their own per instance, boxes carry category and score, keypoints are dots joined
-by their skeleton. Small images are enlarged so that the text can be read.
+Each instance has its own colour for its mask. Boxes show category and score; keypoints are dots joined by their skeleton. Small
+images are enlarged so that the text can be read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PALETTE: tuple[Colour, ...] = (
     (255, 112, 45),
     (0, 134, 97),
 )
-"""Twelve colours that stay apart on photographs; instances take them in turn."""
+"""Twelve colours that are easy to tell apart on photographs; instances use them in turn."""
 
 # fmt: off
 PERSON_SKELETON: Skeleton = (
@@ -44,7 +44,7 @@ PERSON_SKELETON: Skeleton = (
     (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
 )
 # fmt: on
-"""COCO's person (cocodataset.org, format of keypoints), pairs of indices from 0; taken for any 17 keypoints."""
+"""COCO's person skeleton (cocodataset.org, keypoint format) as pairs of indices from 0, used for any 17 keypoints."""
 
 READABLE_SIDE = 960  # pixels: an image is enlarged until its longer side has these
 MASK_OPACITY = 0.45
@@ -57,11 +57,11 @@ def draw_instances(
     skeletons: Mapping[str, Skeleton] | None = None,
     readable_side: int = READABLE_SIDE,
 ) -> Image.Image:
-    """The image with its instances on it, enlarged by a whole factor when its longer side is below `readable_side`.
+    """Returns the image with its instances, enlarged by an integer factor if its longer side is below `readable_side`.
 
-    image: uint8 RGB (H, W, 3). instances: rows as the view `detections` has them: category, score, x1, y1, x2, y2, and, where
-    known, rle (COCO compressed counts) and keypoints (x, y, score each; in the image's pixels). skeletons: by category, pairs
-    of keypoint indices from 0; 17 keypoints without an entry are taken for COCO's person.
+    image: uint8 RGB (H, W, 3). instances: rows of the view `detections`: category, score, x1, y1, x2, y2, and optionally rle
+    (COCO compressed counts) and keypoints (x, y, score each; in pixels of the image). skeletons: pairs of keypoint indices from
+    0, by category; 17 keypoints without an entry are drawn as COCO's person.
     """
     height, width = image.shape[:2]
     scale = max(1, math.ceil(readable_side / max(height, width)))
@@ -81,7 +81,9 @@ def draw_instances(
 def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, cell: int = 320, margin: int = 12
 ) -> Image.Image:
-    """The images in a grid of square cells of `cell` pixels, each centred above its caption; ValueError without images."""
+    """Returns the images in a grid of square cells of `cell` pixels, each centred above its caption. Raises ValueError without
+    images.
+    """
     if not images or len(images) != len(captions) or columns < 1:
         raise ValueError(f"a sheet needs images, a caption each and columns; got {len(images)}, {len(captions)} and {columns}")
     font = _font(max(11, cell // 26))
@@ -111,7 +113,7 @@ def _decode(rle: bytes | str, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _fill_mask(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: Colour, scale: int) -> None:
-    """Blend the mask into `pixels` (its size times `scale`), and its outline at full strength, within its own extent only."""
+    """Blends the mask into `pixels` (its size times `scale`) and draws its outline, within the mask's own extent only."""
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(ys):
         return
@@ -124,7 +126,7 @@ def _fill_mask(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: Colou
 
 
 def _outline(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """The mask's pixels that are within `width` of its edge."""
+    """Returns the pixels of the mask within `width` of its edge."""
     core = inside
     for _ in range(width):
         padded = np.pad(core, 1)
@@ -173,7 +175,7 @@ def _box(row: Mapping[str, Any], scale: int) -> tuple[float, float, float, float
 
 
 def _draw_labels(picture: Image.Image, rows: Sequence[Mapping[str, Any]], colours: Sequence[Colour], scale: int) -> None:
-    """Category and score of each box, best score first, where they cover no other label."""
+    """Draws category and score of each box, best score first, where they cover no other label."""
     pen = ImageDraw.Draw(picture)
     font = _font(min(26, max(13, max(picture.size) // 60)))
     taken: list[tuple[float, float, float, float]] = []
@@ -199,7 +201,9 @@ def _free_place(
     picture: tuple[int, int],
     taken: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float] | None:
-    """A rectangle for a label at the box: above it, inside its top, below it, inside its bottom; None where all are taken."""
+    """Returns a free rectangle for a label: above the box, inside its top, below it, or inside its bottom; None if all are
+    taken.
+    """
     width, height = size
     for top, left in itertools.product((box[1] - height, box[1], box[3], box[3] - height), (box[0], box[2] - width)):
         left = min(max(left, 0.0), max(picture[0] - width, 0.0))
@@ -217,7 +221,7 @@ def _line_width(width: int, height: int) -> int:
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which matplotlib brings and which has the letters of most alphabets; else Pillow's own font."""
+    """Returns DejaVu Sans, which comes with matplotlib and covers most alphabets, else Pillow's own font."""
     found = importlib.util.find_spec("matplotlib")
     for folder in (found.submodule_search_locations or []) if found else []:
         path = Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans-Bold.ttf")
@@ -232,7 +236,7 @@ def _text_size(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, its middle left out until it fits: a path's end says more than its middle."""
+    """Returns the text with its middle left out until it fits: the end of a path says more than its middle."""
     if _text_size(text, font)[0] <= width:
         return text
     for kept in range(len(text) - 1, 1, -1):

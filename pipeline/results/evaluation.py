@@ -1,8 +1,8 @@
-"""How good labels are: COCO's average precision for boxes, masks and keypoints, and the foreground's mean IoU.
+"""Metrics of labels: COCO's average precision for boxes, masks and keypoints, and the mean IoU of the foreground.
 
-faster-coco-eval does the matching (equal to pycocotools on every published fixture, 2 to 8 times faster); this module gives it
-each kind of result in the form that it needs, and reads precision and recall from its arrays, so that any number of detections
-an image can be asked for (pycocotools' own summary knows only 100).
+faster-coco-eval matches detections with the ground truth (equal to pycocotools on every published fixture, 2 to 8 times
+faster). This module converts each kind of result to the form that it needs, and reads precision and recall from its arrays, so
+that any number of detections per image can be scored (the summary of pycocotools supports only 100).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from masklake.pipeline.coco.values import CocoImage
 IouType = Literal["bbox", "segm", "keypoints"]
 
 KIND_NAMES: Mapping[IouType, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
-"""What people call COCO's kinds of result."""
+"""Common names of COCO's kinds of results."""
 
 FIELDS: Mapping[IouType, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-"""The field of a COCO row that holds each kind's answer."""
+"""The field of a COCO result row for each kind."""
 
 KEYPOINT_MAX_DETS = (20,)
-"""COCO scores keypoints on the 20 best detections of an image."""
+"""COCO scores keypoints on the 20 best detections per image."""
 
 # The standard deviation of annotators' clicks, per keypoint of COCO's person, in units of the object's scale.
 COCO_SIGMAS: tuple[float, ...] = tuple(
@@ -53,24 +53,27 @@ COCO_SIGMAS: tuple[float, ...] = tuple(
     for _ in range(count)
 )
 OTHER_SIGMA = 0.05
-"""For keypoints that COCO never measured: the middle of its range."""
+"""Sigma of keypoints that COCO did not measure: the middle of its range."""
 
 MOST_DETECTIONS = 1_000_000
-"""Of an image, that a score may be asked for: the evaluator counts in 32 bits."""
+"""Maximum of `max_dets`: the evaluator counts in 32 bits."""
 
 PROPOSAL_COUNTS = (100, 1000)
-"""Proposals of an image whose recall is measured: as many as detections are reported, and as an FPN's RPN makes."""
+"""Numbers of proposals per image for which recall is measured: as many as detections are reported, and as an FPN's RPN
+makes.
+"""
 
 AREAS = ("all", "small", "medium", "large")
-"""Below 32 x 32 pixels, below 96 x 96, above; keypoints have no small."""
+"""Area ranges: below 32 x 32 pixels, below 96 x 96, above. Keypoints have no "small"."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """COCO's numbers for one kind of result, in 0..1; None where the truth has nothing of the kind.
+    """COCO's numbers for one kind of result, in 0..1; None if the ground truth has nothing of the kind.
 
-    `ap`, `ap50`, `ap75` and `ap_by_area` are at the greatest of `max_dets`; `by_max_dets` gives AP, AP50 and AR for each.
-    `ar_by_area` leaves out "all", which is `ar_by_max_dets` at the greatest.
+    `ap`, `ap50`, `ap75`, `ap_by_area`, `ap_by_category`, `ar50` and `ar75` are at the largest of `max_dets`. `by_max_dets`
+    gives AP, AP50 and AR for each of `max_dets`. `ar_by_area` has no "all": that is the AR in `by_max_dets` at the largest of
+    `max_dets`.
     """
 
     ap: float | None
@@ -91,13 +94,13 @@ def coco_metrics(
     max_dets: Sequence[int] = (1, 10, 100),
     sigmas: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[IouType, Score]:
-    """COCO's average precision and recall of `detections` against `truth`.
+    """Returns COCO's average precision and recall of `detections` against `truth`, by kind of result.
 
-    detections: COCO result rows: image_id, category_id, score, and bbox (x, y, width, height), segmentation (run-length
-    encoding) or keypoints (x, y, score per keypoint, flat). Rows of images that the truth does not list are refused.
-    iou_types: None scores what the truth has and the detections answer. max_dets: detections an image that count, for boxes
-    and masks. sigmas: by category name; default COCO's for its person, 0.05 otherwise.
-    Raises ConfigError when a kind is asked for that the truth or the detections do not have.
+    detections: COCO result rows with image_id, category_id, score, and bbox (x, y, width, height), segmentation (run-length
+    encoding) or keypoints (x, y, score per keypoint, flat). Rows of images that the ground truth does not list are refused.
+    iou_types: the kinds to score; None scores those that both the ground truth and the detections have. max_dets: numbers of
+    detections per image, for boxes and masks. sigmas: by category name; default COCO's for its person, 0.05 otherwise. Raises
+    ConfigError for a kind that the ground truth or the detections do not have.
     """
     if not max_dets or not all(1 <= count <= MOST_DETECTIONS for count in max_dets):
         raise ConfigError(f"max_dets are numbers of detections from 1 to {MOST_DETECTIONS}, not {list(max_dets)}.")
@@ -116,9 +119,10 @@ def coco_metrics(
 def proposal_recall(
     truth: CocoDataset, proposals: Iterable[Mapping[str, Any]], counts: Sequence[int] = PROPOSAL_COUNTS
 ) -> dict[str, float | None]:
-    """Average recall of boxes without classes: the mean over IoU 0.50 to 0.95, among the first `counts` of each image.
+    """Returns the average recall of class-agnostic boxes: the mean over IoU 0.50 to 0.95, among the first `counts` per image.
 
-    proposals: rows of `image_id` and `boxes`, (P, 4) xyxy, the best first. Returns, for each count, `proposal AR<count>`.
+    proposals: rows of `image_id` and `boxes`, (P, 4) xyxy, best first. The result has a key `proposal AR<count>` for each
+    count.
     """
     thing = Category(id=1, name="object")
     annotations = {
@@ -135,7 +139,7 @@ def proposal_recall(
 
 
 def answerable(truth: CocoDataset, detections: Sequence[Mapping[str, Any]]) -> tuple[IouType, ...]:
-    """The kinds that both sides have; without any detection, all that the truth has (they score 0)."""
+    """Returns the kinds that both sides have; without any detections, all that the ground truth has (they score 0)."""
     kinds: list[IouType] = ["bbox"]
     if truth.has_masks and (not detections or any("segmentation" in row for row in detections)):
         kinds.append("segm")
@@ -167,10 +171,11 @@ def _score(
 
 
 def _ignoring_incomplete(document: dict[str, Any], kind: IouType, truth: CocoDataset) -> dict[str, Any]:
-    """The document, in which an instance without this kind's truth is neither asked for nor a false positive when it is found.
+    """Returns the document with instances that lack this kind's ground truth marked so that finding or missing them does not
+    count.
 
-    Without an outline its box becomes a crowd region for masks; without keypoints it has none that are labelled, which COCO's
-    evaluators ignore.
+    Without an outline, the box becomes a crowd region for masks. Without keypoints, it has no labelled ones, and COCO's
+    evaluators ignore it.
     """
     counts = {category.id: len(category.keypoints) for category in truth.categories}
     for row in document["annotations"]:
@@ -182,14 +187,16 @@ def _ignoring_incomplete(document: dict[str, Any], kind: IouType, truth: CocoDat
 
 
 class _Numbers:
-    """Images and categories counted from 1, in the order of their ids: the evaluator's numbers are narrower than COCO's ids."""
+    """Consecutive numbers from 1 for images and categories, in the order of their ids: the evaluator's are narrower than COCO's
+    ids.
+    """
 
     def __init__(self, truth: CocoDataset) -> None:
         self.images = {number: n for n, number in enumerate(sorted(image.id for image in truth.images), start=1)}
         self.categories = {number: n for n, number in enumerate(sorted(c.id for c in truth.categories), start=1)}
 
     def renumbered(self, document: dict[str, Any]) -> dict[str, Any]:
-        """A COCO document with these numbers."""
+        """Returns a COCO document with these numbers."""
         return {
             "images": [{**row, "id": self.images[row["id"]]} for row in document["images"]],
             "categories": [{**row, "id": self.categories[row["id"]]} for row in document["categories"]],
@@ -200,8 +207,8 @@ class _Numbers:
         }
 
     def result(self, row: Mapping[str, Any], kind: IouType) -> dict[str, Any]:
-        """A result with these numbers, 0 for a category that the truth does not have, and only the field that `kind` needs:
-        the evaluator takes an object's area from the first field it knows.
+        """Returns a result row with these numbers (0 for a category that the ground truth does not have) and only the field for
+        `kind`: the evaluator takes an object's area from the first field it knows.
         """
         return {
             "image_id": self.images[row["image_id"]],
@@ -212,7 +219,7 @@ class _Numbers:
 
 
 def keypoint_sigmas(category: Category, sigmas: Mapping[str, Sequence[float]]) -> list[float]:
-    """One sigma per keypoint. Raises ConfigError when the number given is another."""
+    """Returns one sigma per keypoint. Raises ConfigError if another number of sigmas is given."""
     count = len(category.keypoints)
     chosen = list(sigmas.get(category.name, COCO_SIGMAS if count == len(COCO_SIGMAS) else [OTHER_SIGMA] * count))
     if len(chosen) != count:
@@ -230,7 +237,9 @@ def _evaluate(
     category_ids: Sequence[int],
     sigmas: list[float] | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """precision (IoU thresholds, recall points, categories, areas, max_dets) and recall, the same without recall points."""
+    """Returns precision (IoU thresholds, recall points, categories, areas, max_dets) and recall (the same without recall
+    points).
+    """
     chosen = set(category_ids)
     truth = COCO({**document, "annotations": [dict(a) for a in document["annotations"] if a["category_id"] in chosen]})
     found = truth.loadRes([dict(row) for row in rows if row["category_id"] in chosen])
@@ -276,18 +285,19 @@ def _summarise(
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """Mean of what is defined; the evaluator writes -1 where the truth has nothing."""
+    """Returns the mean of the defined values; the evaluator writes -1 where the ground truth has nothing."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else None
 
 
 def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_threshold: float = 0.5) -> float | None:
-    """Foreground IoU: per class the mean over images of |truth and found| / |truth or found| (pixels), then over classes.
+    """Returns the foreground IoU: for each class the mean of intersection over union (pixels) over images, then the mean over
+    classes.
 
-    The masks of a class are united first, so it says how well pixels are found, not how well instances are told apart. An image
-    counts for a class when it holds any of it on either side. Detections below `score_threshold` do not count, nor do pixels of
-    crowd regions, and of boxes of instances without an outline, that the truth gives to no other instance. None when no image
-    counts.
+    The masks of a class are united first, so the value says how well pixels are found, not how well instances are separated. An
+    image counts for a class that either side has in it. Detections below `score_threshold` do not count. Neither do pixels of
+    crowd regions and of boxes of instances without an outline, unless the ground truth assigns them to another instance. None
+    if no image counts.
     """
     found: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in detections:
@@ -332,7 +342,7 @@ def _area(rle: dict[str, Any]) -> int:
 
 
 def result_rows(image_id: int, found: Instances, categories: Mapping[int, Category]) -> list[dict[str, Any]]:
-    """COCO result rows of a model's answer for one image; `categories` says which of them have keypoints."""
+    """Returns COCO result rows for a model's answer on one image. `categories` says which of them have keypoints."""
     rows: list[dict[str, Any]] = []
     for n, (box, score, label) in enumerate(
         zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)

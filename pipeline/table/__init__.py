@@ -1,1 +1,1 @@
-"""The table of labels: schema, rows, commits (Delta Lake), and SQL over it (DuckDB)."""
+"""The table of labels: its schema, rows and commits (Delta Lake), and SQL queries over it (DuckDB)."""

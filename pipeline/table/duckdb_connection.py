@@ -1,4 +1,4 @@
-"""DuckDB connections that Ctrl-C and SIGTERM interrupt."""
+"""DuckDB connections that Ctrl-C and SIGTERM can interrupt."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ AGAIN_S = 0.05  # between calls for an interrupt: one that comes just before a s
 
 @contextmanager
 def connected() -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to a database in memory, closed at the end of the block.
+    """Context manager for a connection to an in-memory database.
 
-    While DuckDB computes Python handles no signal: a long query ran on after Ctrl-C. The signal's number comes through a
-    socket, whatever the main thread does; a second thread waits for it there and calls DuckDB off. Then, and only then, any
-    error that leaves the block is a KeyboardInterrupt.
+    While DuckDB computes, Python handles no signals, so a long query would continue after Ctrl-C. The number of a signal
+    arrives through a socket, whatever the main thread does; a second thread waits for it there and interrupts DuckDB. Only then
+    is an error that leaves the block raised as KeyboardInterrupt.
     """
     with duckdb.connect() as connection:
         if threading.current_thread() is threading.main_thread():

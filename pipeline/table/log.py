@@ -35,7 +35,7 @@ class DataFile:
 
 
 class DeltaLog:
-    """The log of the table at `uri`, which need not exist yet. Holds no connection and no snapshot."""
+    """The Delta log of the table at `uri`, which need not exist yet. Holds no connection and no snapshot."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
         self._storage = storage
@@ -58,7 +58,7 @@ class DeltaLog:
         return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
 
     def snapshot_or_created(self) -> DeltaTable:
-        """Returns the newest snapshot, of a log that is created where there is none."""
+        """Returns the newest snapshot; creates the log if there is none."""
         delta = self.snapshot()
         if delta is not None:
             return delta
@@ -84,7 +84,7 @@ class DeltaLog:
         return created
 
     def try_append(self, snapshot: DeltaTable, run_id: str, files: Sequence[DataFile]) -> bool:
-        """Adds a run's files in the transaction that follows `snapshot`; False when another writer took that version."""
+        """Adds a run's files in the transaction after `snapshot`. Returns False if another writer took that version."""
         actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in files]
         version = snapshot.version() + 1
         try:

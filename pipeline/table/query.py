@@ -1,10 +1,10 @@
-"""SQL over a table: DuckDB with four views, offline, on local and object storage alike.
+"""SQL queries over a table: DuckDB with four views, offline, for local and object storage alike.
 
-The rows come through pyarrow from the log's own file list, so no DuckDB extension has to be downloaded and a query sees one
-snapshot. Projections and filters are pushed into the Parquet files: counting instances by category reads no mask.
+Rows are read through pyarrow from the file list of the log, so no DuckDB extension has to be downloaded and a query sees a
+single snapshot. Projections and filters are pushed down to the Parquet files: counting instances by category reads no masks.
 
-A query cannot touch anything but the views: the connection has no access to files or the network and its settings are
-locked, so `COPY ... TO`, `read_csv` and `ATTACH` fail. Write results with `masklake query --output`.
+A query can access nothing but the views: the connection has no access to files or the network and its settings are locked, so
+`COPY ... TO`, `read_csv` and `ATTACH` fail. `masklake query --output` writes results.
 """
 
 from __future__ import annotations
@@ -57,14 +57,17 @@ SEMI JOIN (
 # The choice needs narrow columns only; joining back keeps masks out of the aggregation, and unread where nobody asks.
 
 VIEWS = ("images", "detections", "current_images", "current_detections")
-"""images: one row an image and run. detections: one row an instance. current_*: per uri the newest ok row, else the newest."""
+"""images: one row per image and run. detections: one row per instance. current_*: for each uri, the newest row with status ok,
+or else the newest row.
+"""
 
 
 @contextmanager
 def connect(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB connection with the four views over the table's newest snapshot, closed at the end of the block.
+    """Context manager for a DuckDB connection with the four views over the table's newest snapshot.
 
-    TableError: no table, no committed run yet, or one of a newer version. Its execution is otherwise DuckDB's own.
+    Raises TableError if there is no table or no committed run, or if a newer version wrote it. Queries raise DuckDB's own
+    errors.
     """
     dataset = open_table(storage, table_uri).dataset()
     with tempfile.TemporaryDirectory(prefix="masklake-query-") as spill, connected() as connection:
@@ -94,7 +97,7 @@ Errors = Callable[[duckdb.DuckDBPyConnection], AbstractContextManager[None]]
 
 
 class Answer:
-    """An answer as record batches, for results larger than memory. QueryError while iterating: the query failed at that row."""
+    """A result as record batches, for results larger than memory. Iterating raises QueryError when the query fails at a row."""
 
     def __init__(self, reader: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection, errors: Errors) -> None:
         self.schema: pa.Schema = reader.schema
@@ -107,19 +110,22 @@ class Answer:
             yield from self._reader
 
     def read_all(self) -> pa.Table:
-        """All rows in memory."""
+        """Returns all rows in memory."""
         return pa.Table.from_batches(self, self.schema)
 
 
 def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
-    """The whole answer in memory. parameters: values of `$name` in the SQL. QueryError with DuckDB's message and the views."""
+    """Returns the whole result in memory.
+
+    parameters: values for `$name` in the SQL. Raises QueryError with DuckDB's message and the list of views.
+    """
     with stream(storage, table_uri, sql, parameters) as answer:
         return answer.read_all()
 
 
 @contextmanager
 def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[Answer]:
-    """The answer as batches; valid inside the block. Errors as in `query`."""
+    """Context manager for the result as record batches, valid inside the block. Raises the errors of `query`."""
     errors = partial(_query_errors, storage, table_uri)
     with connect(storage, table_uri) as connection:
         with errors(connection):
@@ -133,13 +139,17 @@ def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, 
 
 
 _AS_TEXT = frozenset({"uhugeint", "bignum", "time with time zone", "time_ns", "interval", "bit", "variant", "geometry"})
-"""DuckDB's types that Arrow or Python has not: UHUGEINT would be signed, TIMETZ lose its zone, BIT and BIGNUM be raw bytes."""
+"""DuckDB types that Arrow or Python lacks: UHUGEINT would be signed, TIMETZ would lose its zone, BIT and BIGNUM would be raw
+bytes.
+"""
 
 _NESTED = frozenset({"struct", "tuple", "list", "array", "map", "union"})
 
 
 def with_exact_values(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """The relation with DuckDB's own text, as of `::VARCHAR`, for the values that would not survive the way through Arrow."""
+    """Returns the relation with DuckDB's own text (`::VARCHAR`) in place of values that would not survive the conversion to
+    Arrow.
+    """
     kinds = [exact_type(kind) for kind in relation.types]
     if kinds == [str(kind) for kind in relation.types]:
         return relation
@@ -151,7 +161,7 @@ def with_exact_values(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelat
 
 
 def exact_type(kind: DuckDBPyType) -> str:
-    """The type in SQL with VARCHAR in place of each of `_AS_TEXT`, also within nested types; without any, the type itself."""
+    """Returns the SQL type with VARCHAR in place of each of `_AS_TEXT`, also within nested types; other types are unchanged."""
     if kind.id in _AS_TEXT:
         return "VARCHAR"
     if kind.id not in _NESTED:
@@ -174,11 +184,13 @@ def _quoted(name: str) -> str:
 
 
 _READING = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})
-"""DuckDB's types of statements that only read: SHOW, DESCRIBE and SUMMARIZE are SELECT, a PIVOT of unknown values is MULTI."""
+"""Types of DuckDB statements that only read. SHOW, DESCRIBE and SUMMARIZE are SELECT; a PIVOT of unknown values is MULTI."""
 
 
 def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Raises QueryError unless `sql` is one statement that reads. Nothing else could do harm, but its answer would mislead."""
+    """Raises QueryError unless `sql` is a single statement that reads. Other statements do no harm, but their result would
+    mislead.
+    """
     statements = connection.extract_statements(sql)
     if not statements:
         raise QueryError(f"the query is empty; select from {', '.join(VIEWS)}")
@@ -193,7 +205,7 @@ ELSEWHERE = "Write the answer of a SELECT to a file with --output (`masklake que
 
 
 def _a_data_file(storage: Storage, table_uri: str) -> str | None:
-    """One of the files that a query reads, to ask the store why it refuses; None where the log cannot be read either."""
+    """Returns one of the files that a query reads, to ask the store why it refuses; None if the log cannot be read either."""
     try:
         files = open_table(storage, table_uri).files()
     except MaskLakeError:
@@ -217,13 +229,15 @@ def _query_errors(storage: Storage, table_uri: str, connection: duckdb.DuckDBPyC
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    """Whether the table's files could not be read, which DuckDB puts into words of its own: no fault of the SQL."""
+    """Returns whether the error is that the table's files could not be read, which DuckDB rewords, rather than a fault of the
+    SQL.
+    """
     text = str(error)
     return "reading the Arrow source failed" in text and ("IOError" in text or os_error_number(error) is not None)
 
 
 def describe_views(connection: duckdb.DuckDBPyConnection) -> str:
-    """The views and their columns, one view a line: what a query can name."""
+    """Returns the views and their columns, one view per line: what a query can use."""
     lines = []
     for view in VIEWS[:2]:
         columns = connection.execute(

@@ -1,4 +1,4 @@
-"""One image's outcome, and many of them as Arrow rows of FILE_SCHEMA, built column by column."""
+"""Outcomes of images as Arrow rows of FILE_SCHEMA, built column by column."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from masklake.pipeline.table.schema import BOX, FILE_SCHEMA, INSTANCE, KEYPOINT
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image of the manifest; the columns of FILE_SCHEMA of the same names."""
+    """The outcome of one image of the manifest. Its fields are the columns of FILE_SCHEMA."""
 
     image_id: int
     uri: str
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def to_table(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, category_names: Mapping[int, str]) -> pa.Table:
-    """FILE_SCHEMA rows in the order given, stamped with the present time."""
+    """Returns FILE_SCHEMA rows in the given order, stamped with the current time."""
     found = [outcome.instances for outcome in outcomes]
     now = datetime.now(UTC)
     columns = {
@@ -55,7 +55,7 @@ def to_table(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, categ
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    """Where each list starts in the flat values, and where the last one ends."""
+    """Returns where each list starts in the flat values, and where the last one ends."""
     return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
 
 
@@ -64,7 +64,7 @@ def _lengths(found: Sequence[Instances | None]) -> list[int]:
 
 
 def _instances(found: Sequence[Instances | None], names: Mapping[int, str]) -> pa.Array:
-    """list<struct>: one flat array a field, sliced by offsets."""
+    """Returns list<struct>: one flat array per field, sliced by offsets."""
     some = [instances for instances in found if instances is not None and len(instances)]
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(i.boxes for i in some)])
     labels = np.concatenate([np.zeros(0, np.int64), *(i.labels for i in some)])
@@ -80,13 +80,13 @@ def _instances(found: Sequence[Instances | None], names: Mapping[int, str]) -> p
 
 
 def _rles(found: Sequence[Instances | None]) -> pa.Array:
-    """list<binary>, aligned with the instances; null for each of them where no mask was asked for."""
+    """Returns list<binary>, aligned with the instances; null for each instance if no masks were requested."""
     flat = [i.rles if i.rles is not None else [None] * len(i) for i in found if i is not None]
     return pa.ListArray.from_arrays(_offsets(_lengths(found)), pa.array(list(chain.from_iterable(flat)), type=pa.binary()))
 
 
 def _keypoints(found: Sequence[Instances | None]) -> pa.Array:
-    """list<list<struct>>: a row of NaN (a category without keypoints) becomes an empty list."""
+    """Returns list<list<struct>>: a row of NaN (a category without keypoints) becomes an empty list."""
     counts: list[int] = []
     points: list[NDArray[np.float32]] = [np.zeros((0, 3), np.float32)]
     for instances in found:

@@ -1,4 +1,4 @@
-"""Records of a table's runs: what each set out to do, and which one a restart continues."""
+"""Records of a table's runs: what each run is to do, and which one a restart continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 class RunRecord(BaseModel):
-    """What a run set out to do: `_masklake/<run_id>/run.json`."""
+    """What a run is to do, as stored in `_masklake/<run_id>/run.json`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -30,9 +30,9 @@ class RunRecord(BaseModel):
 
 
 def valid_run_id(run_id: str, given: str = "run id") -> str:
-    """The run_id itself; ConfigError unless it can be a folder's name and a partition's value everywhere.
+    """Returns `run_id` unchanged. Raises ConfigError unless it can name a folder and a partition on every storage.
 
-    given: what the id is where it comes from, such as `--tick`.
+    given: the name of the value in messages, such as `--tick`.
     """
     if not _RUN_ID.fullmatch(run_id):
         raise ConfigError(
@@ -42,5 +42,5 @@ def valid_run_id(run_id: str, given: str = "run id") -> str:
 
 
 def input_key(label_id: str, spec: dict[str, Any]) -> str:
-    """Which runs continue each other: 16 hex digits over the label_id and the input's specification."""
+    """Returns 16 hex digits over the label_id and the input's specification: runs with an equal key continue each other."""
     return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""The table's column names, and types: the one place that spells them (design: one row an image, always).
+"""Column names and types of the table, in one place (design: one row per image, always).
 
-The heavy columns (`rles`, `keypoints`) stand beside `instances` and not inside it: readers do not prune a struct within a
-list, so a query that needs no mask would otherwise read every mask (measured: 31 MB against 0.5 MB for a count by category).
+The heavy columns (`rles`, `keypoints`) stand beside `instances`, not inside it. Readers do not prune a struct within a list, so
+a query that needs no mask would otherwise read every mask (measured: 31 MB against 0.5 MB for a count by category).
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-"""Stands in `_masklake/table.json`; a reader refuses a newer one."""
+"""Stored in `_masklake/table.json`; a reader refuses a newer version."""
 
 RUN_COLUMN = "run"
-"""The partition column: in the folder's name and the Delta log, not in the files."""
+"""The partition column: part of the folder's name and the Delta log, not of the files."""
 
 
 LIKELY_SCORE = 0.5
-"""From here on an instance counts in summaries and is drawn. Weaker ones, down to the model's threshold (0.05), are stored
-because average precision needs them; there are several times as many as there are things in the pictures."""
+"""Minimum score of an instance that summaries count and drawings show. Weaker ones, down to the model's threshold (0.05), are
+stored because average precision needs them; they outnumber the objects in the images several times.
+"""
 
 
 BOX = pa.struct([(side, pa.float32()) for side in ("x1", "y1", "x2", "y2")])
-"""xyxy, in the original image's pixels."""
+"""xyxy, in pixels of the original image."""
 
 INSTANCE = pa.struct(
     [
@@ -53,10 +54,10 @@ FILE_SCHEMA = pa.schema(
         ("keypoints", pa.list_(pa.list_(KEYPOINT))),  # aligned with instances; empty for categories without keypoints
     ]
 )
-"""What a data file holds. `instances`, `rles` and `keypoints` are empty lists, never null, when nothing was found."""
+"""Columns of a data file. `instances`, `rles` and `keypoints` are empty lists, never null, if nothing was found."""
 
 TABLE_SCHEMA = FILE_SCHEMA.append(pa.field(RUN_COLUMN, pa.string()))
-"""What a reader of the table sees."""
+"""Columns that a reader of the table sees."""
 
 MANIFEST_SCHEMA = pa.schema(
     [

@@ -1,6 +1,6 @@
-"""What a table says of an instance, checked before code that trusts it: pycocotools and the drawing read numbers in C.
+"""Checks the stored values of an instance before they reach code that trusts them (pycocotools and the drawing use C).
 
-Our own rows pass; a damaged file, or a table that another program wrote, is a TableError that names the image.
+Our own rows pass. A damaged file, or a table that another program wrote, raises TableError that names the image.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ def check_instance(
     keypoints: Sequence[Mapping[str, float | None] | None] | None,
     image: Mapping[str, Any],
 ) -> None:
-    """Checks one instance; `place` begins the message.
+    """Checks one instance. Raises TableError; its message begins with `place`.
 
     instance: category_id, score in 0..1, x1, y1, x2 and y2 (pixels). rle: COCO compressed counts. keypoints: x, y and score
     each. image: width and height (pixels).
-    Raises TableError.
     """
     if instance["category_id"] is None:
         raise TableError(f"{place} has no category. {REMEDY}")

@@ -1,12 +1,12 @@
-"""The table: a Delta Lake of Parquet files with one row an image, committed one run at a time (design, section 3.2).
+"""The table: a Delta Lake of Parquet files with one row per image, committed one run at a time (design, section 3.2).
 
-    <table>/_delta_log/                   one transaction a run
+    <table>/_delta_log/                   one transaction per run
     <table>/run=<run_id>/*.parquet        data; nothing else has the suffix
     <table>/_masklake/table.json          schema version
     <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
     <table>/_masklake/<run_id>/           manifest, lease, run record
 
-Readers see a run entirely or not at all: they follow the log, and the log gains a run's files in one transaction.
+Readers see a run entirely or not at all: they follow the log, which gains all files of a run in one transaction.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ COMMIT_ATTEMPTS = 20
 
 
 def open_table(storage: Storage, uri: str) -> Table:
-    """The table at `uri`, which need not exist yet; TableError when something else is there, or a newer version's table."""
+    """Returns the table at `uri`, which need not exist yet.
+
+    Raises TableError if something else is there or a newer version wrote the table, ConfigError for a path that cannot hold a
+    table.
+    """
     table = Table(storage, canonical(uri))
     if re.search(r"%[0-9A-Fa-f]{2}|[\\\n]", table.uri):
         raise ConfigError(f"{table.uri}: Delta keeps no table at a path with %XX, a backslash or a line break; give another")
@@ -68,7 +72,7 @@ def open_table(storage: Storage, uri: str) -> Table:
 
 
 class Table:
-    """One table; make it with `open_table`, which checks what is there. Holds no connection and no snapshot."""
+    """One table. `open_table` creates it after checking what is there. Holds no connection and no snapshot."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
         self.storage = storage
@@ -81,19 +85,21 @@ class Table:
     # -- places --------------------------------------------------------------------------------------------------------
 
     def run_folder(self, run_id: str) -> str:
-        """Where a run's data files are written."""
+        """Returns the folder of a run's data files."""
         return self.storage.join(self.uri, f"{RUN_COLUMN}={valid_run_id(run_id)}")
 
     def private(self, run_id: str, *names: str) -> str:
-        """A place in `_masklake/<run_id>/`: what a run needs to resume, no part of the table."""
+        """Returns a path in `_masklake/<run_id>/`, which holds what a run needs to resume and is not part of the table."""
         return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
 
     def manifest_uri(self, run_id: str) -> str:
-        """Where a run's frozen manifest is written: Parquet by another name, so that `**/*.parquet` finds images only."""
+        """Returns where a run's frozen manifest is written: Parquet under another suffix, so that `**/*.parquet` finds only
+        images.
+        """
         return self.private(run_id, "images.manifest")
 
     def find_manifest(self, run_id: str) -> str:
-        """The run's frozen manifest as it is there; earlier versions named it `manifest.parquet`."""
+        """Returns the URI of an existing frozen manifest; earlier versions named it `manifest.parquet`."""
         earlier = self.private(run_id, "manifest.parquet")
         return earlier if self.storage.is_file(earlier) else self.manifest_uri(run_id)
 
@@ -106,7 +112,7 @@ class Table:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def schema_version(self) -> int | None:
-        """The version in `_masklake/table.json`; None where there is no table yet."""
+        """Returns the version in `_masklake/table.json`; None if there is no table yet."""
         try:
             content = self.storage.read_bytes(self._schema_uri())
         except InputNotFoundError:
@@ -119,7 +125,7 @@ class Table:
             ) from error
 
     def initialise(self) -> None:
-        """Write the table's description where there is none; the Delta log begins with the first commit."""
+        """Writes the table's description if there is none. The Delta log is created by the first commit."""
         if self.schema_version() is None:
             description = {"schema_version": SCHEMA_VERSION, "created_at": datetime.now(UTC).isoformat()}
             self.storage.write_bytes(self._schema_uri(), json.dumps(description, indent=1).encode())
@@ -129,12 +135,12 @@ class Table:
         return self.log.snapshot()
 
     def version(self) -> int:
-        """The newest snapshot's version; -1 before the first commit."""
+        """Returns the version of the newest snapshot; -1 before the first commit."""
         delta = self.delta()
         return delta.version() if delta else -1
 
     def is_committed(self, run_id: str) -> bool:
-        """Whether the log holds this run."""
+        """Returns whether the log contains this run."""
         delta = self.delta()
         return delta is not None and delta.transaction_version(run_id) is not None
 
@@ -143,9 +149,9 @@ class Table:
         return self.log.files()
 
     def dataset(self) -> pyarrow.dataset.Dataset:
-        """The newest snapshot as a pyarrow dataset of TABLE_SCHEMA; TableError before the first commit.
+        """Returns the newest snapshot as a pyarrow dataset of TABLE_SCHEMA. Raises TableError before the first commit.
 
-        Built from the log's own file list, never from a listing of folders: those also hold what is being written.
+        It is built from the file list of the log, never from a listing of folders, which also hold unfinished files.
         """
         files = self.files()
         if not files:
@@ -160,7 +166,7 @@ class Table:
         return pyarrow.dataset.FileSystemDataset(fragments, TABLE_SCHEMA, parquet, filesystem)
 
     def _why_empty(self) -> str:
-        """Why nothing can be read here, with what may have been meant."""
+        """Returns why nothing can be read here, with a suggestion."""
         storage = self.storage
         if self.schema_version() is not None:
             return f"{self.uri}: holds no committed run yet; label images into it first (masklake label)"
@@ -175,7 +181,7 @@ class Table:
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def run_record(self, run_id: str) -> RunRecord | None:
-        """The run's record, or None where no such run was planned."""
+        """Returns the record of a run, or None if no such run was planned."""
         uri = self.private(run_id, "run.json")
         try:
             return RunRecord.model_validate_json(self.storage.read_bytes(uri))
@@ -187,13 +193,15 @@ class Table:
             ) from error
 
     def begin_run(self, record: RunRecord) -> None:
-        """Remember a planned run, so that a restart with the same input and label_id continues it."""
+        """Records a planned run, so that a restart with the same input and label_id continues it."""
         self._write_record(record)
         pointer = json.dumps({"run_id": record.run_id}).encode()
         self.storage.write_bytes(self._open_run_uri(input_key(record.label_id, record.input)), pointer)
 
     def find_open_run(self, label_id: str, spec: dict[str, Any]) -> RunRecord | None:
-        """The planned, uncommitted run of this label_id and input; closes one whose driver died right after its commit."""
+        """Returns the planned, uncommitted run of this label_id and input, or None. Closes a run whose driver died right after
+        its commit.
+        """
         uri = self._open_run_uri(input_key(label_id, spec))
         try:
             pointer = self.storage.read_bytes(uri)
@@ -218,7 +226,7 @@ class Table:
         self.storage.delete(self._open_run_uri(input_key(record.label_id, record.input)))
 
     def run_files(self, run_id: str) -> list[DataFile]:
-        """The Parquet files in a run's folder with their row counts, read from their footers in parallel."""
+        """Returns the Parquet files in a run's folder with their row counts, read from their footers in parallel."""
         data = self._listed(run_id)
         with ThreadPoolExecutor(16) as pool:
             counts = pool.map(lambda row: self._count_rows(row["uri"]), data)
@@ -227,11 +235,11 @@ class Table:
             ]
 
     def _listed(self, run_id: str) -> list[dict[str, Any]]:
-        """OBJECT_SCHEMA rows of the Parquet files in a run's folder, by name."""
+        """Returns OBJECT_SCHEMA rows of the Parquet files in a run's folder, by name."""
         return [row for row in self._below(self.run_folder(run_id)) if row["uri"].endswith(".parquet")]
 
     def _below(self, folder: str) -> list[dict[str, Any]]:
-        """OBJECT_SCHEMA rows of what is in a folder, by name; none where there is no folder."""
+        """Returns OBJECT_SCHEMA rows of the files in a folder, by name; none if there is no folder."""
         try:
             batches = list(self.storage.list_objects(folder))
         except InputNotFoundError:
@@ -246,12 +254,14 @@ class Table:
     def commit_run(
         self, run_id: str, files: Sequence[DataFile] | None = None, confirm: Callable[[], None] = lambda: None
     ) -> bool:
-        """Add a run's files to the table in one transaction; False where the log already holds the run.
+        """Adds a run's files to the table in one transaction. Returns False if the log already contains the run.
 
-        files: default, every Parquet file in the run's folder. Files without rows are left out. Each attempt commits to the
-        version it has read and no other, so the check for the run's presence holds at the moment of the commit. A commit whose
-        reply is lost is looked for in the log and made again only where it is not there. confirm: called right before each
-        attempt; raises where this process may not write the run any more (`Lease.confirm`).
+        files: default, every Parquet file in the run's folder. Files without rows are left out. confirm: called right before
+        each attempt; raises if this process may no longer write the run (`Lease.confirm`).
+
+        Each attempt commits on top of the version that it has read, so the check that the run is absent still holds at the
+        moment of the commit. If the reply to a commit is lost, the log is read again, and the commit is repeated only if it is
+        not there.
         """
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
@@ -284,8 +294,10 @@ class Table:
             self._close_run(record)
 
     def tidy(self, run_id: str) -> None:
-        """Remove what a committed run left in its folders and the log does not name, so that whoever reads the folder itself
-        finds each row once: files of workers that outlived their driver, and what earlier versions wrote beside the data.
+        """Deletes files in a committed run's folders that the log does not list, so that readers of the folder find each row
+        once.
+
+        These are files of workers that outlived their driver, and files that earlier versions wrote beside the data.
         """
         kept = {path for path, run in self.files() if run == run_id}
         present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()
@@ -299,5 +311,5 @@ class Table:
 
 
 def is_table(storage: Storage, uri: str) -> bool:
-    """Whether `uri` holds a MaskLake table (of any version)."""
+    """Returns whether `uri` holds a MaskLake table (of any version)."""
     return not parse(uri).key.endswith(".parquet") and Table(storage, canonical(uri)).schema_version() is not None
