@@ -1,1 +1,1 @@
-"""A labelling run: its manifest, lease, worker and output."""
+"""A labelling run: its manifest, lease, workers and output."""

@@ -1,8 +1,8 @@
-"""The labelling step: a block of manifest rows in, a block of finished table rows out.
+"""The labelling step: takes a block of manifest rows and returns a block of finished table rows.
 
 One labeller holds one model replica. It fetches its own images, so that neither compressed bytes nor pixels travel through
-Ray's object store, decodes them in threads (the decoders release the interpreter lock), and predicts while the next images
-are decoded. Whatever happens to an image, its row comes back, with a status and a reason.
+Ray's object store, decodes them in threads (the decoders release the interpreter lock), and predicts while the next images are
+decoded. Whatever happens to an image, its row is returned, with a status and a reason.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from masklake.pipeline.table.rows import Outcome, to_table
 from masklake.pipeline.table.table import Table
 
 FETCH_WINDOW_BYTES = 128 * 2**20
-"""Compressed bytes that a labeller holds at once (one larger file goes alone)."""
+"""Maximum of compressed bytes that a labeller holds at once (a single larger file is held alone)."""
 DECODE_WINDOW_PIXELS = 32_000_000
-"""Pixels that are decoded together, 96 MB; twice that is alive, since the next window is decoded during prediction."""
+"""Pixels that are decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
 BATCHES_PER_WINDOW = 4
-"""Batches that a window of decoded images fills: enough to find images of equal canvas, few enough to show progress."""
+"""Number of batches in a window of decoded images: enough to find images of equal canvas, few enough to show progress."""
 _ERROR_LENGTH = 300
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """What every labeller of a run does alike. All of it travels to the workers."""
+    """Settings that are the same for every labeller of a run. They are sent to the workers."""
 
     storage: Storage
     model_id: str
@@ -59,7 +59,7 @@ class LabelSpec:
     torch_threads: int = 1
     decode_threads: int = 2
     decode_timeout_s: float = 60.0
-    """Seconds after which an image counts as one that hangs its decoder (`crashed`)."""
+    """Seconds after which an image counts as hanging its decoder (`crashed`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Source:
     bytes: int | None
 
     def outcome(self, fetched: Fetched, decoded: Decoded | None = None, instances: Instances | None = None) -> Outcome:
-        """This image's row, as far as it got. The version that was read counts, not the one that was listed."""
+        """Returns the row of this image, as far as it got, with the version that was read, not the one that was listed."""
         last = decoded or fetched
         return Outcome(
             image_id=self.image_id,
@@ -89,7 +89,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Job:
-    """An image that is worth decoding. Sizes are pixels as stored."""
+    """An image to decode. Sizes are pixels as stored."""
 
     source: _Source
     fetched: Fetched
@@ -99,10 +99,10 @@ class _Job:
 
 
 class Labeller:
-    """Labels blocks of the manifest with one model. Calls may overlap: the model itself serves one at a time."""
+    """Labels blocks of the manifest with one model. Calls may overlap; the model itself serves one call at a time."""
 
     def __init__(self, spec: LabelSpec, model: Detector, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """``on_progress(images, failed)`` is told of finished images as they come."""
+        """`on_progress(images, failed)` is called with the numbers of images that were finished."""
         self._spec = spec
         self._model = model
         self._names = {category.id: category.name for category in model.categories}
@@ -110,7 +110,7 @@ class Labeller:
         self._model_lock = Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """MANIFEST_SCHEMA rows in, FILE_SCHEMA rows out: one each, in the same order."""
+        """Takes MANIFEST_SCHEMA rows and returns FILE_SCHEMA rows: one for each, in the same order."""
         sources = [_Source(**row) for row in block.select(["image_id", "uri", "etag", "bytes"]).to_pylist()]
         outcomes: dict[int, Outcome] = {}
         for window in _windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES):
@@ -124,7 +124,9 @@ class Labeller:
         )
 
     def _label(self, sources: Sequence[_Source]) -> Iterator[Outcome]:
-        """Fetch, judge the headers, then decode and predict window by window, images of like shape together."""
+        """Fetches images, checks their headers, then decodes and predicts window by window, images of similar shape
+        together.
+        """
         found = fetch(self._spec.storage, [source.uri for source in sources], max_bytes=self._spec.limits.max_bytes)
         jobs: list[_Job] = []
         for source, fetched in zip(sources, found, strict=True):
@@ -145,7 +147,7 @@ class Labeller:
         return outcomes
 
     def _predict(self, jobs: Sequence[_Job], decoded: Sequence[Decoded]) -> list[Outcome]:
-        """The outcomes of one window. Images that the model fails on are tried again by themselves."""
+        """Returns the outcomes of one window. Images on which the model fails are tried again one by one."""
         images = [each.image for each in decoded if each.image is not None]
         with self._model_lock:
             answers = iter(self._answers(images))
@@ -158,7 +160,7 @@ class Labeller:
         return outcomes
 
     def _answers(self, images: Sequence[torch.Tensor]) -> Sequence[Instances | str]:
-        """Instances of each image, or the reason why the model has none."""
+        """Returns the instances of each image, or the reason why the model failed."""
         if not images:
             return []
         try:
@@ -176,7 +178,7 @@ class Labeller:
 
 
 class LabellingActor(Labeller):
-    """A `Labeller` as it lives on a worker: it writes what it labels, so that a node's death takes what it had in hand only."""
+    """A `Labeller` on a worker. It writes what it labels, so that only images in progress are lost when its node dies."""
 
     def __init__(self, spec: LabelSpec, checkpoint: list[Any], progress: Any, table: Table, run_id: str) -> None:
         """checkpoint: a list of one Ray reference to the bytes (references outside of lists are resolved by Ray itself).
@@ -194,9 +196,10 @@ class LabellingActor(Labeller):
         _told(progress.ready.remote())
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Label and write a block; REPORT_SCHEMA, one row: the file that holds it, or why it could not be written.
+        """Labels and writes a block. Returns REPORT_SCHEMA with one row: the file that holds the block, or why it could not be
+        written.
 
-        No row where workers died with this block: Ray gives it to the next one for ever, and it is left out here.
+        Returns no row if workers died with this block: Ray would give it to the next worker forever, so it is left out here.
         """
         first = int(block["image_id"][0].as_py())
         if _told(self._progress.take.remote(first)) is False:
@@ -206,9 +209,9 @@ class LabellingActor(Labeller):
         return report
 
     def alone(self, block: pa.Table) -> pa.Table:
-        """The same for a caller that gives the block to nobody else.
+        """Labels and writes a block, for a caller that gives the block to no other worker.
 
-        An error is an answer here, never an exception: Ray would count it as a lost block, as it counts a dead worker.
+        Errors are returned, never raised: Ray would count an exception as a lost block, as it counts a dead worker.
         """
         rows: pa.Table | None = None
         try:
@@ -222,7 +225,9 @@ class LabellingActor(Labeller):
             return failed(error)
 
     def prove(self) -> str:
-        """Label a picture made here; the id of the node. What this worker is given next and dies of is not its own fault."""
+        """Labels a picture generated here and returns the id of the node. If this worker dies later, it was able to work
+        before.
+        """
         import ray
 
         picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -234,7 +239,7 @@ class LabellingActor(Labeller):
 
 
 def _told(answer: Any) -> Any:
-    """Wait until the counter has heard it, for this process may end at any moment; without a counter go on all the same."""
+    """Waits until the counter has received it, because this process may end at any moment. Without a counter, continues."""
     import ray
 
     try:
@@ -245,7 +250,7 @@ def _told(answer: Any) -> Any:
 
 
 def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:
-    """A job where the bytes came and their header is fine, else the row that says why not."""
+    """Returns a job if the image was fetched and its header is fine, else the row that says why not."""
     if fetched.data is None:
         return source.outcome(fetched)
     header = read_header(fetched.data, limits)
@@ -256,7 +261,7 @@ def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Ou
 
 
 def _windows(items: Sequence[T], weight: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
-    """Consecutive items of at most ``most`` weight (at least one item) and at most ``count`` items."""
+    """Yields consecutive items of at most `most` weight (at least one item) and at most `count` items."""
     window: list[T] = []
     total = 0
     for item in items:
@@ -270,7 +275,7 @@ def _windows(items: Sequence[T], weight: Callable[[T], int], most: int, count: i
 
 
 def _one_ahead(windows: Sequence[list[_Job]], decoder: _Decoder) -> Iterator[tuple[list[_Job], list[Decoded]]]:
-    """Each window with its decoded images; while the caller works on one, the next is decoded."""
+    """Yields each window with its decoded images; while the caller works on one, the next is decoded."""
     ahead = decoder.start(windows[0]) if windows else []
     for number, window in enumerate(windows):
         decoded = decoder.finish(window, ahead)
@@ -280,18 +285,20 @@ def _one_ahead(windows: Sequence[list[_Job]], decoder: _Decoder) -> Iterator[tup
 
 
 class _Decoder:
-    """Decodes in threads, with a time limit. A thread that hangs is left behind and replaced: threads cannot be killed."""
+    """Decodes in threads, with a time limit. A thread that hangs is abandoned and replaced: threads cannot be killed."""
 
     def __init__(self, spec: LabelSpec) -> None:
         self._spec = spec
         self._pool = self._new_pool()
 
     def start(self, jobs: Iterable[_Job]) -> list[Future[Decoded]]:
-        """Decode ``jobs`` in the background."""
+        """Starts decoding `jobs` in the background."""
         return [self._pool.submit(decode, job.data, self._spec.limits) for job in jobs]
 
     def finish(self, jobs: Sequence[_Job], futures: list[Future[Decoded]]) -> list[Decoded]:
-        """What `start` began, in its order. An image that hangs is `crashed`; those queued behind it start anew."""
+        """Returns the results of `start`, in order. An image that hangs is `crashed`; those queued behind it are started
+        again.
+        """
         late = wait(futures, timeout=self._spec.decode_timeout_s).not_done
         if not late:
             return [future.result() for future in futures]
@@ -308,7 +315,7 @@ class _Decoder:
         ]
 
     def close(self) -> None:
-        """Let the threads go; one that hangs is not waited for."""
+        """Shuts the threads down without waiting for one that hangs."""
         self._pool.shutdown(wait=False, cancel_futures=False)
 
     def _new_pool(self) -> ThreadPoolExecutor:

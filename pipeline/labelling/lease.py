@@ -1,13 +1,15 @@
-"""One writer a run: the lease `_masklake/<run_id>/lease` (design, section 3.3).
+"""The lease of a run, `_masklake/<run_id>/lease`: one writer per run (design, section 3.3).
 
-Two drivers on one run would each write every row; Ray Data's checkpoint protects sequential restarts only. In an object store
-the lease is an object created and renewed by conditional puts, so that of two drivers one is refused by the store itself. On a
-local file system it is a lock of the operating system, which the kernel drops when the driver dies.
+Two drivers on one run would each write every row; the checkpoint of Ray Data protects only sequential restarts. In an object
+store the lease is an object that is created and renewed by conditional puts, so the store itself refuses one of two drivers. On
+a local file system it is a lock of the operating system, which the kernel releases when the driver dies.
 
-A put whose reply is lost is asked about and never mistaken for another driver's (`pipeline.storage.conditional`).
+If the reply to a put is lost, the object is read, so that our own put is never mistaken for another driver's
+(`pipeline.storage.conditional`).
 
-An expired lease is taken over. A holder on this host whose process is gone counts as expired at once; of a holder elsewhere
-we only know its last renewal, and clocks differ between hosts, so we watch the lease for its whole lifetime on our own clock.
+An expired lease is taken over. A holder on this host whose process has ended counts as expired at once. Of a holder on another
+host only the last renewal is known, and clocks differ between hosts, so the lease is watched for its whole lifetime on our own
+clock.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ if TYPE_CHECKING:  # it exists in obstore's stubs alone
 logger = logging.getLogger(__name__)
 
 TTL_S = 30.0
-"""Seconds a lease lives without renewal; a driver renews it three times in that time."""
+"""Seconds until a lease expires without renewal. A driver renews it three times in that time."""
 
 OnWait = Callable[[str], None]
 
@@ -50,7 +52,7 @@ _HELD_HERE: set[str] = set()  # tokens of the leases in objects that this proces
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. host: name, boot and process namespace, so that equal pids in two containers stay apart."""
+    """The holder of a lease. host: name, boot and process namespace, so that equal pids in two containers are distinguished."""
 
     host: str
     pid: int
@@ -63,26 +65,26 @@ class Holder:
 
     @classmethod
     def this_process(cls, ttl_s: float) -> Holder:
-        """A new holder that names the calling process."""
+        """Returns a new holder for the calling process."""
         now = _now()
         pid = os.getpid()
         return cls(_this_host(), pid, _start_tick(pid) or "", uuid.uuid4().hex, now, now, ttl_s)
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> Holder:
-        """Read a lease's content; StorageError when it is not one."""
+        """Reads the content of a lease. Raises StorageError if it is not one."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise StorageError(f"{uri}: not a lease ({error}); remove it if no driver of this run lives") from error
 
     def to_json(self) -> bytes:
-        """The lease's content."""
+        """Returns the content of the lease."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @property
     def is_gone(self) -> bool:
-        """Whether this holder surely does not write any more: it said so, or it or its process on this host ended."""
+        """Whether this holder certainly writes no more: it said so, or it or its process on this host has ended."""
         if self.released:
             return True
         if self.host != _this_host():
@@ -97,7 +99,7 @@ class Holder:
 
 
 class Lease(ABC):
-    """The right to write one run; a context manager that renews itself and gives the lease back at its end."""
+    """The right to write one run. A context manager that renews the lease and releases it at the end."""
 
     def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
         self.uri = uri
@@ -106,9 +108,10 @@ class Lease(ABC):
 
     @staticmethod
     def acquire(storage: Storage, table_uri: str, run_id: str, ttl_s: float = TTL_S, on_wait: OnWait | None = None) -> Lease:
-        """Take the lease of a run, or raise LeaseHeldError naming who holds it.
+        """Acquires the lease of a run. Raises LeaseHeldError that names the holder if another driver has it.
 
-        on_wait: told why and how long, when the lease of a holder on another host has to be watched until it expires.
+        on_wait: called with the reason and the duration if the lease of a holder on another host has to be watched until it
+        expires.
         """
         uri = storage.join(table_uri, "_masklake", run_id, "lease")
         if parse(uri).is_local:
@@ -117,15 +120,15 @@ class Lease(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise LeaseLostError if the lease is known to be lost or too old; asks no server. Cheap: call it often."""
+        """Raises LeaseLostError if the lease is known to be lost or too old. Asks no server, so it may be called often."""
 
     @abstractmethod
     def confirm(self) -> None:
-        """`check`, and ask the storage: call it right before a commit. StorageError when the storage does not answer."""
+        """`check`, and asks the storage. Call it right before a commit. Raises StorageError if the storage does not answer."""
 
     @abstractmethod
     def release(self) -> None:
-        """Give the lease back; nothing happens where it is already lost."""
+        """Releases the lease; does nothing if it is already lost."""
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +148,7 @@ class Lease(ABC):
 
 
 class FileLease(Lease):
-    """A lock of the operating system on a local file; it ends with the process, so it needs no renewal."""
+    """A lock of the operating system on a local file. It ends with the process and needs no renewal."""
 
     def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
         super().__init__(uri, run_id, ttl_s)
@@ -174,7 +177,7 @@ class FileLease(Lease):
         self._file.flush()
 
     def check(self) -> None:
-        """Raise LeaseLostError if the lock's file was removed or replaced: another driver may hold the new one."""
+        """Raises LeaseLostError if the lock's file was removed or replaced: another driver may hold the new one."""
         if self._file.closed:
             raise self._lost("it was released")
         try:
@@ -185,11 +188,11 @@ class FileLease(Lease):
             raise self._lost("its file was removed")
 
     def confirm(self) -> None:
-        """The same as `check`: the operating system is the storage."""
+        """Same as `check`: the operating system is the storage."""
         self.check()
 
     def release(self) -> None:
-        """Drop the lock. The file stays: removing it would let two waiting drivers lock two different files."""
+        """Releases the lock. The file is kept: removing it would let two waiting drivers lock two different files."""
         if self._file.closed:
             return
         try:
@@ -200,7 +203,7 @@ class FileLease(Lease):
 
 
 class ObjectLease(Lease):
-    """An object held by conditional puts and renewed by a thread three times a lifetime."""
+    """An object held by conditional puts, which a thread renews three times per lifetime."""
 
     def __init__(self, storage: Storage, uri: str, run_id: str, ttl_s: float, on_wait: OnWait) -> None:
         super().__init__(uri, run_id, ttl_s)
@@ -223,7 +226,7 @@ class ObjectLease(Lease):
         self._thread.start()
 
     def _take(self) -> tuple[UpdateVersion, float]:
-        """The version of our lease object, and when it was asked for: others count its lifetime from a later moment."""
+        """Returns the version of our lease object, and when it was requested: others count its lifetime from a later moment."""
         started = time.monotonic()
         try:
             return self._object.create(self._holder.to_json()), started
@@ -248,7 +251,9 @@ class ObjectLease(Lease):
         return Holder.from_json(refused.found.content, self.uri) if refused.found else "another driver"
 
     def _watch_until_expired(self, holder: Holder, version: UpdateVersion) -> None:
-        """Return when the lease was not renewed for its lifetime; LeaseHeldError as soon as it is, or on this host at once."""
+        """Returns when the lease was not renewed for its lifetime. Raises LeaseHeldError as soon as it is, or at once on this
+        host.
+        """
         if holder.host == _this_host():
             raise self._held_by(holder)
         self._on_wait(
@@ -273,7 +278,9 @@ class ObjectLease(Lease):
                 return
 
     def _renew(self) -> None:
-        """Put the lease anew; sets the reason where another driver's, or nothing, stands there. StorageError and its kin."""
+        """Renews the lease; records the reason if another driver's lease, or none, is there. Raises StorageError and its
+        kin.
+        """
         with self._lock, translated(self.uri):
             started = time.monotonic()  # others count the lifetime from the put's arrival, which is later: ours ends first
             self._holder = replace(self._holder, renewed_at=_now())
@@ -285,7 +292,7 @@ class ObjectLease(Lease):
                 self._renewed, self._trouble = started, None
 
     def check(self) -> None:
-        """Raise LeaseLostError if a renewal was refused, or none succeeded within the lease's lifetime."""
+        """Raises LeaseLostError if a renewal was refused, or none succeeded within the lease's lifetime."""
         if self._reason:
             raise self._lost(self._reason)
         if (silent := time.monotonic() - self._renewed) > self.ttl_s:
@@ -293,13 +300,13 @@ class ObjectLease(Lease):
             raise self._lost(f"it could not be renewed for {silent:.0f} s{why}")
 
     def confirm(self) -> None:
-        """`check`, then renew it now."""
+        """`check`, then renews the lease."""
         self.check()
         self._renew()
         self.check()
 
     def release(self) -> None:
-        """Mark the lease as given back, unless another driver has it by now."""
+        """Marks the lease as released, unless another driver has it by now."""
         self._stop.set()
         self._thread.join()
         _HELD_HERE.discard(self._holder.token)
@@ -317,7 +324,7 @@ class ObjectLease(Lease):
 
 
 def _impatient(storage: Storage, ttl_s: float) -> Storage:
-    """The same storage with requests that end well within the lifetime: a silent one must not cost the lease."""
+    """Returns the same storage with requests that end well within the lifetime: a silent one must not cost the lease."""
     limit = min(storage.options.request_timeout_s, max(ttl_s / 6, 1.0))
     return Storage(storage.options.model_copy(update={"request_timeout_s": limit}))
 
@@ -327,7 +334,7 @@ def _now() -> str:
 
 
 def _this_host() -> str:
-    """Host name, boot id and process namespace; the latter two where the system has them (Linux)."""
+    """Returns host name, boot id and process namespace; the latter two if the system has them (Linux)."""
     parts = [socket.gethostname()]
     if os.path.exists("/proc/self/ns/pid"):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -336,7 +343,7 @@ def _this_host() -> str:
 
 
 def _start_tick(pid: int) -> str | None:
-    """When a process started, as the kernel's tick count; None where there is no such process or no /proc."""
+    """Returns when a process started, as the kernel's tick count; None if there is no such process or no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""What a run works on: list the input, subtract what the table holds, freeze the rest (design, section 3.3, step 1).
+"""Plans a run: lists the input, subtracts what the table holds, and freezes the rest (design, section 3.3, step 1).
 
-Everything streams: listings arrive as Arrow batches, go to a temporary Parquet file, and DuckDB joins and sorts them out of
-core, so a bucket of millions needs disk and not memory.
+Everything is streamed: listings arrive as Arrow batches and go to a temporary Parquet file, and DuckDB joins and sorts them out
+of core. A bucket with millions of images needs disk space, not memory.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from masklake.pipeline.table.schema import MANIFEST_SCHEMA, RUN_COLUMN
 from masklake.pipeline.table.table import Table
 
 MEMORY_LIMIT = "2GB"
-"""DuckDB's share while it plans; joins and sorts beyond it go to a temporary folder."""
+"""Memory limit of DuckDB during planning; larger joins and sorts use a temporary folder."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is ready to start. images: rows of its frozen manifest. listed: images in the input, null when resumed."""
+    """A run that is ready to start. images: rows of its frozen manifest. listed: images in the input, None when resumed."""
 
     run_id: str
     manifest_uri: str
@@ -62,12 +62,14 @@ def plan_run(
     left_out: LeftOut | None = None,
     before_freeze: Callable[[int], None] = lambda images: None,
 ) -> Plan | None:
-    """The run to work on now: an uncommitted one of the same input and label_id, else a new one; None: nothing to do.
+    """Returns the run to work on: an uncommitted one of the same input and label_id, else a new one; None if there is nothing
+    to do.
 
-    tick: the new run's id, for schedulers; a tick whose run is committed is nothing to do. facts: kept in the run's record.
-    left_out: hears what of the input is no image, also when an earlier start listed it. before_freeze: told how many images a
-    new run has, before anything is written; what it raises leaves no trace. EmptyInputError when the input holds no image (no
-    table is made then). ConfigError when input and table are not apart. LeaseHeldError while another driver plans the same.
+    tick: the id of the new run, for schedulers; a tick whose run is committed has nothing to do. facts: stored in the run's
+    record. left_out: counts what of the input is no image, also if an earlier start listed it. before_freeze: called with the
+    number of images of a new run before anything is written; if it raises, no trace is left. Raises EmptyInputError if the
+    input holds no image (no table is created then), ConfigError if input and table overlap, and LeaseHeldError while another
+    driver plans the same run.
     """
     left_out = LeftOut() if left_out is None else left_out
     spec = spec.resolved(storage)
@@ -102,16 +104,16 @@ def plan_run(
 
 
 def _continued(table: Table, record: RunRecord, left_out: LeftOut) -> Plan:
-    """The plan of a run that an earlier start has begun."""
+    """Returns the plan of a run that an earlier start began."""
     known = record.model_extra or {}
     left_out.restore(known.get("left_out", {}), known.get("left_out_names", {}))
     return Plan(record.run_id, table.find_manifest(record.run_id), record.images, None, resumed=True)
 
 
 def check_apart(source: str, table: str) -> None:
-    """ConfigError when the table is the input's own folder or in it, or the input in the table; links are followed.
+    """Raises ConfigError if the table is the input's folder or inside it, or the input is inside the table; links are followed.
 
-    A later start would list what the table holds, and a query's or a drawing's file there would be labelled.
+    A later start would otherwise list the table's files, and label the file of a query or a drawing there.
     """
     pattern = is_glob(source) and not os.path.lexists(source)
     inside = real_place(fixed_folder(source) if pattern else source)
@@ -126,7 +128,9 @@ def check_apart(source: str, table: str) -> None:
 
 
 def _reaches(pattern: str, folder: str) -> bool:
-    """Whether a pattern can match names below ``folder``: with `**` anywhere, else where its first parts match the folder."""
+    """Returns whether a pattern can match names below `folder`: with `**` anywhere, else if its first parts match the
+    folder.
+    """
     parts, depth = pattern.split("/"), folder.count("/") + 1
     return "**" in pattern or (depth < len(parts) and re.match(glob_regex("/".join(parts[:depth])), folder) is not None)
 
@@ -165,12 +169,12 @@ def _spill(batches: Iterable[pa.RecordBatch], path: Path) -> None:
 
 
 def plan_manifest(table: Table, listing: Path, frozen: Path, label_id: str, retry_failed: bool = False) -> int:
-    """Write the listed images that the table does not hold yet to `frozen` (MANIFEST_SCHEMA, by uri); their number.
+    """Writes the listed images that the table does not hold yet to `frozen` (MANIFEST_SCHEMA, by uri); returns their number.
 
-    Held means: the uri's newest row of this label_id with a final status (`schema.FINAL_STATUSES`; with retry_failed only `ok`)
-    has the same etag. Where it has another one, the storage is asked: a listing may be older than the row, or give versions of
-    another kind (a list's author took them elsewhere), and only what the storage says now is a change. A uri listed twice is
-    taken once.
+    The table holds an image if the newest row of its uri and this label_id has a final status (`schema.FINAL_STATUSES`; with
+    retry_failed only `ok`) and the same etag. If the etag differs, the storage is asked: a listing may be older than the row or
+    use another kind of version (of a list's author), so only the storage's current answer counts as a change. A uri listed
+    twice is taken once.
     """
     folder = frozen.parent
     with connected() as connection:
@@ -203,7 +207,7 @@ def plan_manifest(table: Table, listing: Path, frozen: Path, label_id: str, retr
 
 
 def _asked_again(storage: Storage, candidates: Path) -> Iterable[pa.RecordBatch]:
-    """OBJECT_SCHEMA rows, as the storage has them now, of the candidates that the table holds in another version."""
+    """Returns OBJECT_SCHEMA rows, as the storage has them now, of the candidates that the table holds in another version."""
     with pq.ParquetFile(candidates) as file:
         for batch in file.iter_batches(LISTING_BATCH, columns=["uri", "held"]):
             changed = batch.filter(pc.is_valid(batch["held"]))
@@ -212,7 +216,9 @@ def _asked_again(storage: Storage, candidates: Path) -> Iterable[pa.RecordBatch]
 
 
 def _register_held(connection: duckdb.DuckDBPyConnection, table: Table, label_id: str, statuses: list[str]) -> None:
-    """A table `held` (uri, etag): the newest row of each image that needs no work. Without an etag nothing was read."""
+    """Registers a table `held` (uri, etag): the newest row of each image that needs no work. Without an etag nothing was
+    read.
+    """
     connection.execute("CREATE TEMP TABLE held (uri VARCHAR, etag VARCHAR)")
     if table.version() < 0 or not table.files():
         return
@@ -227,9 +233,9 @@ def _register_held(connection: duckdb.DuckDBPyConnection, table: Table, label_id
 
 
 def content_run_id(manifest: Path, label_id: str, spec: InputSpec, table_version: int) -> str:
-    """A run's id where no tick names it: 16 hex digits over its frozen rows and what shall be done with them.
+    """Returns the id of a run without a tick: 16 hex digits over its frozen rows and the settings that it is labelled with.
 
-    The table's version is part of it: what failed and is tried again is another run of the same rows.
+    The table's version is included: a retry of failed images is another run of the same rows.
     """
     digest = hashlib.sha256(f"{label_id}\n{spec.model_dump_json()}\n{table_version}\n".encode())
     with pq.ParquetFile(manifest) as file:
@@ -240,7 +246,7 @@ def content_run_id(manifest: Path, label_id: str, spec: InputSpec, table_version
 
 
 def read_manifest(storage: Storage, uri: str) -> pa.Table:
-    """A frozen manifest as a table of MANIFEST_SCHEMA, whole in memory; InputNotFoundError where there is none."""
+    """Returns a frozen manifest as a table of MANIFEST_SCHEMA, in memory. Raises InputNotFoundError if there is none."""
     filesystem, path = storage.arrow(uri)
     with storage.reading(uri):
         return pq.read_table(path, filesystem=filesystem).cast(MANIFEST_SCHEMA)

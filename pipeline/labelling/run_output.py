@@ -1,11 +1,11 @@
-"""What a run has written so far: which files count, which images are missing, and each image exactly once.
+"""The output of a run so far: which files count, which images are missing, and that each image appears exactly once.
 
-A worker writes each block as one file, `part-<first image>-<hash of all of them>.parquet`, in one piece, and a block that is
-labelled again writes the same name. The driver's own files (`driver-*`) are written in one piece, too. Nothing else in a run's
-folder counts, and neither does a file that is damaged: its images are labelled again.
+A worker writes each block atomically as one file, `part-<first image>-<hash of all of them>.parquet`; a block that is labelled
+again gets the same name. The driver's own files (`driver-*`) are written atomically, too. No other file in a run's folder
+counts, and neither does a damaged file: its images are labelled again.
 
 Workers of a killed driver live on for up to half a minute and may finish a block whose images the restarted run has divided
-otherwise. So `settle` looks at every image's number before a commit.
+differently. So `settle` checks the number of every image before a commit.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ BLOCK_PREFIX = "part-"
 DRIVER_PREFIX = "driver-"
 READERS = 16
 TARGET_FILE_BYTES = 256 * 2**20
-"""Merged files' size: large enough that a query opens few, small enough that readers share a table."""
+"""Size of merged files: large enough that a query opens few, small enough that several readers share a table."""
 ROW_GROUP_ROWS = 10_000
 ROW_GROUP_BYTES = 128 * 2**20
-"""Most rows and bytes (in memory) of a merged file's row group: what a reader and the merging driver hold at once."""
+"""Maximum size (in memory) of a row group of a merged file: what a reader and the merging driver hold at once."""
 _WITH_STATISTICS = [field.name for field in FILE_SCHEMA if not pa.types.is_list(field.type)]  # none for masks: they only cost
 
 
@@ -62,7 +62,7 @@ REPORT_SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
-"""What a worker answers for a block: a file that holds it, or an error of ours, which is never an image's fault."""
+"""A worker's report on a block: the file that holds it, or an error of ours, which is never the fault of an image."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Finished:
 
 
 def checkpoint_uri(table: Table, run_id: str) -> str:
-    """Where runs of earlier versions noted the blocks that were written (by Ray Data, in two phases)."""
+    """Returns where runs of earlier versions recorded the blocks that were written (by Ray Data, in two phases)."""
     return table.private(run_id, "checkpoint")
 
 
 def finished(table: Table, run_id: str, known: Sequence[Finished] = ()) -> list[Finished]:
-    """The run's data files that count, by name. Files in ``known`` are not read again."""
+    """Returns the data files of the run that count, by name. Files in `known` are not read again."""
     folder = table.run_folder(run_id)
     counting = _counting(table, run_id, _names(table.storage, folder))
     ids = {file.file.path.rpartition("/")[2]: file.image_ids for file in known}
@@ -104,7 +104,7 @@ def _counting(table: Table, run_id: str, names: Mapping[str, int]) -> list[tuple
 
 
 def _names(storage: Storage, folder: str) -> dict[str, int]:
-    """Parquet files below ``folder`` and their bytes; empty where there is no such folder."""
+    """Returns the Parquet files below `folder` and their sizes; none if there is no such folder."""
     try:
         batches = list(storage.list_objects(folder))
     except InputNotFoundError:
@@ -114,7 +114,7 @@ def _names(storage: Storage, folder: str) -> dict[str, int]:
 
 
 def _image_ids(storage: Storage, uri: str) -> NDArray[np.int64]:
-    """image_ids of a data file. A local file is decoded to its end: a power cut may leave zeros anywhere in it."""
+    """Returns the image_ids of a data file. A local file is decoded completely: a power cut may leave zeros anywhere in it."""
     filesystem, path = storage.arrow(uri)
     columns = None if parse(uri).is_local else ["image_id"]
     with storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
@@ -128,7 +128,9 @@ def _decoded(file: pq.ParquetFile, columns: list[str] | None) -> NDArray[np.int6
 
 
 def _image_ids_if_whole(storage: Storage, uri: str) -> NDArray[np.int64] | None:
-    """image_ids of a file; None for one that is not whole Parquet, which a power cut may leave: its images count as missing."""
+    """Returns the image_ids of a file; None if it is not complete Parquet (after a power cut), so that its images count as
+    missing.
+    """
     try:
         return _image_ids(storage, uri)
     except StorageError:
@@ -139,7 +141,7 @@ def _image_ids_if_whole(storage: Storage, uri: str) -> NDArray[np.int64] | None:
 
 
 def _is_damaged(storage: Storage, uri: str) -> bool:
-    """Whether the file's bytes can be had and are not whole Parquet. pyarrow raises OSError for either."""
+    """Returns whether the file can be read and is not complete Parquet. pyarrow raises OSError for either."""
     content = storage.read_bytes(uri)
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
@@ -150,7 +152,7 @@ def _is_damaged(storage: Storage, uri: str) -> bool:
 
 
 def missing(files: Sequence[Finished], images: int) -> NDArray[np.int64]:
-    """image_ids of a manifest of ``images`` rows that no file holds."""
+    """Returns the image_ids, of a manifest of `images` rows, that no file contains."""
     absent = np.ones(images, dtype=bool)
     for file in files:
         absent[file.image_ids] = False
@@ -158,10 +160,10 @@ def missing(files: Sequence[Finished], images: int) -> NDArray[np.int64]:
 
 
 def settle(table: Table, run_id: str, files: Sequence[Finished], images: int) -> list[DataFile]:
-    """The files to commit, in which each of the manifest's ``images`` rows stands at most once.
+    """Returns the files to commit, in which each of the manifest's `images` rows appears at most once.
 
-    A file that repeats images is replaced by one without them; the new file is there before the old one goes, so a crash in
-    between leaves a repetition that the next call settles.
+    A file with repeated images is replaced by one without them. The new file is written before the old one is deleted, so a
+    crash in between leaves a repetition that the next call removes.
     """
     seen = np.zeros(images, dtype=bool)
     settled: list[DataFile] = []
@@ -193,27 +195,27 @@ def _delete(table: Table, data: DataFile) -> None:
 
 
 def write_block(table: Table, run_id: str, rows: pa.Table) -> Finished:
-    """Write a labelled block (FILE_SCHEMA, at least a row) as one file, named by its images; readers see all or nothing."""
+    """Writes a labelled block (FILE_SCHEMA, at least one row) atomically as one file, named by its images."""
     ids: NDArray[np.int64] = rows["image_id"].to_numpy()
     digest = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
     return Finished(_write(table, run_id, f"{BLOCK_PREFIX}{ids[0]:012d}-{digest}.parquet", rows), ids)
 
 
 def written(block: Finished) -> pa.Table:
-    """REPORT_SCHEMA: the block is in the run's folder."""
+    """Returns REPORT_SCHEMA: the block is in the run's folder."""
     file = block.file
     return pa.table([[file.path], [file.bytes], [block.image_ids], [None], [None]], schema=REPORT_SCHEMA)
 
 
 def failed(error: Exception) -> pa.Table:
-    """REPORT_SCHEMA: the block is not written, for a reason of ours."""
+    """Returns REPORT_SCHEMA: the block was not written, because of an error of ours."""
     ours = isinstance(error, MaskLakeError)
     message = str(error) if ours else f"a block could not be labelled ({describe(error)}); the same command goes on"
     return pa.table([[None], [None], [None], [type(error).__name__ if ours else None], [message]], schema=REPORT_SCHEMA)
 
 
 def reported(report: pa.Table) -> list[Finished]:
-    """The blocks of a report; raises the error that a worker reported instead, as the kind that it was there."""
+    """Returns the blocks of a report; raises the error that a worker reported instead, as the same class."""
     blocks = []
     for row in report.to_pylist():
         if row["image_ids"] is None:
@@ -225,7 +227,7 @@ def reported(report: pa.Table) -> list[Finished]:
 
 
 def write_rows(table: Table, run_id: str, rows: pa.Table) -> DataFile:
-    """Write FILE_SCHEMA rows as one file of the run, from the driver; readers see all of it or nothing."""
+    """Writes FILE_SCHEMA rows atomically as one file of the run, from the driver."""
     return _write(table, run_id, f"{DRIVER_PREFIX}{uuid.uuid4().hex}.parquet", rows)
 
 
@@ -238,10 +240,10 @@ def _write(table: Table, run_id: str, name: str, rows: pa.Table) -> DataFile:
 
 
 def merge(table: Table, run_id: str, files: Sequence[DataFile], target_bytes: int = TARGET_FILE_BYTES) -> list[DataFile]:
-    """Merge an uncommitted run's settled files into files of about ``target_bytes``; the files to commit.
+    """Merges an uncommitted run's settled files into files of about `target_bytes`; returns the files to commit.
 
-    Before the commit, so that nothing that was committed is ever removed. A merged file is there before its sources go: a
-    crash in between leaves repeated rows, which the next start's `settle` drops (merged files come first by name).
+    This happens before the commit, so that no committed file is ever deleted. A merged file is written before its sources are
+    deleted: a crash in between leaves repeated rows, which `settle` drops in the next start (merged files come first by name).
     """
     merged: list[DataFile] = []
     for group in _groups([file for file in files if file.rows], target_bytes):
@@ -255,7 +257,7 @@ def merge(table: Table, run_id: str, files: Sequence[DataFile], target_bytes: in
 
 
 def _groups(files: Sequence[DataFile], target_bytes: int) -> Iterator[list[DataFile]]:
-    """Consecutive files of at most ``target_bytes`` together (at least one file)."""
+    """Yields consecutive files of at most `target_bytes` together (at least one file)."""
     group: list[DataFile] = []
     total = 0
     for file in files:
@@ -281,7 +283,7 @@ def _merge(table: Table, run_id: str, group: Sequence[DataFile]) -> DataFile:
 
 
 def _row_groups(table: Table, group: Sequence[DataFile]) -> Iterator[pa.Table]:
-    """The files' rows in pieces of at most a row group, and of a file at least. Two files are read at a time."""
+    """Yields the rows of the files in pieces of at most a row group, but at least a file. Two files are read at a time."""
     held: list[pa.Table] = []
     with ThreadPoolExecutor(2) as pool:
         # Two at a time, and never the whole group: block files are small, an earlier start's merged one may not be.
@@ -297,7 +299,7 @@ def _row_groups(table: Table, group: Sequence[DataFile]) -> Iterator[pa.Table]:
 
 
 def manifest_rows(table: Table, run_id: str, image_ids: NDArray[np.int64], part_rows: int = 262_144) -> Iterator[pa.Table]:
-    """MANIFEST_SCHEMA rows of these images (ascending), in tables of at most ``part_rows``: the manifest may be large."""
+    """Yields MANIFEST_SCHEMA rows of these images (ascending), in tables of at most `part_rows`: the manifest may be large."""
     if not len(image_ids):
         return
     wanted = np.zeros(int(image_ids[-1]) + 1, dtype=bool)
@@ -332,7 +334,8 @@ def _row_groups_of_manifest(table: Table, uri: str) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of a committed run: images by status (every status named), and instances by category name, most frequent first.
+    """Summary of a committed run: images by status (every status is present), and instances by category name, most frequent
+    first.
 
     likely: instances of at least LIKELY_SCORE. stored: all that the table holds.
     """
@@ -343,7 +346,7 @@ class Summary:
 
 
 def summarise(table: Table, run_id: str) -> Summary:
-    """The summary of a run; zeros where it is not committed."""
+    """Returns the summary of a run; zeros if it is not committed."""
     statuses = Counter({status.value: 0 for status in Status})
     likely: Counter[str] = Counter()
     stored: Counter[str] = Counter()

@@ -1,1 +1,1 @@
-"""A training run's data and recipe: samples, their order, stored proposals, curves."""
+"""Training: samples and their order, proposals, the recipe, and the loop of steps, epochs, checkpoints and scores."""

@@ -1,7 +1,7 @@
-"""Augmentation: from an image and its annotations to a training sample, by a random window of the image.
+"""Augmentation: turns an image and its annotations into a training sample, by a random window of the image.
 
-A sample's augmentation follows from (seed, epoch, row): the same on any number of workers, and after a resume.
-Shape letters: G instances, K keypoints, P proposals, H x W pixels of the image that the model gets.
+A sample's augmentation depends only on (seed, epoch, row): it is the same for any number of workers, and after a resume. Shape
+letters: G instances, K keypoints, P proposals, H x W pixels of the image that the model gets.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from masklake.pipeline.coco.values import Segmentation
 
 MOST_CROP = 65_536
 Scale = Annotated[float, Field(ge=1 / 32, le=32)]
-"""Factors of an image's sides: a thousandfold in memory is the most that can be meant."""
+"""Factor for the sides of an image: a thousandfold in memory is the most that can be intended."""
 
 
 class Augmentation(BaseModel):
-    """What training changes in an image; the mirror exchanges left and right keypoints."""
+    """Random changes of training images. A mirror image swaps left and right keypoints."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -46,9 +46,9 @@ class Augmentation(BaseModel):
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What a sample must hold: the model's categories and tasks, and how it is augmented.
+    """What a sample contains: the model's categories and tasks, and how it is augmented.
 
-    keypoint_offset: pixels from a keypoint's coordinates to the place that is mirrored and resized (the model's own field).
+    keypoint_offset: pixels from a keypoint's coordinates to the point that is mirrored and resized (the model's own field).
     """
 
     categories: tuple[Category, ...]
@@ -66,10 +66,10 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image and its truth. image: uint8 (3, H, W). rles: compressed counts, b"" for an instance without an
-    outline, or None without masks.
+    """One training image and its ground truth.
 
-    proposals: stored ones, or None where the model makes its own.
+    image: uint8 (3, H, W). rles: compressed counts, b"" for an instance without an outline; None without masks. proposals:
+    stored proposals, or None if the model makes its own.
     """
 
     image: torch.Tensor
@@ -82,7 +82,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Window:
-    """The part of an image that is kept, and how it is changed. left, top, width, height: whole pixels of the image."""
+    """The part of an image that is kept, and how it is changed. left, top, width, height: integer pixels of the image."""
 
     left: int
     top: int
@@ -94,12 +94,12 @@ class Window:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the result, pixels."""
+        """Height and width of the result, in pixels."""
         return max(1, round(self.height * self.scale)), max(1, round(self.width * self.scale))
 
     @property
     def zoom(self) -> tuple[float, float]:
-        """What x and y are multiplied by: `scale`, but for the rounding to whole pixels."""
+        """Factors for x and y: `scale`, apart from rounding to whole pixels."""
         return self.size[1] / self.width, self.size[0] / self.height
 
 
@@ -110,7 +110,7 @@ def make_sample(
     seed: tuple[int, ...],
     proposals: NDArray[np.float64] | None = None,
 ) -> Sample:
-    """Image uint8 (3, H, W), its annotation rows and stored proposals, (P, 4) xyxy, as the augmentation leaves them."""
+    """Returns the augmented sample of an image, uint8 (3, H, W), its annotation rows and stored proposals, (P, 4) xyxy."""
     random = np.random.default_rng(seed)
     boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -130,7 +130,7 @@ def make_sample(
 def choose_window(
     size: tuple[int, int], boxes: NDArray[np.float64], augmentation: Augmentation, random: np.random.Generator
 ) -> Window:
-    """A random window of an image of `size` (H, W); it shows the middle of some box where there is any."""
+    """Returns a random window of an image of `size` (H, W). It contains the centre of a box if there is any."""
     scale = float(np.exp(random.uniform(*np.log(augmentation.scale))))
     mirror = augmentation.flip and bool(random.random() < 0.5)
     upside_down = augmentation.flip_vertical and bool(random.random() < 0.5)
@@ -157,9 +157,9 @@ def _cut_image(image: torch.Tensor, window: Window) -> torch.Tensor:
 def _instance(
     annotation: Mapping[str, Any], box: NDArray[np.float64], window: Window, image: torch.Tensor, spec: SampleSpec
 ) -> tuple[NDArray[np.float64], int, bytes, NDArray[np.float64]] | None:
-    """Box, label, counts and keypoints of one instance in the window; None when less than a pixel of it is left.
+    """Returns box, label, counts and keypoints of an instance in the window; None if less than a pixel of it is left.
 
-    The counts are b"" where masks are not learnt, and where the instance has no outline, or one without any pixel.
+    The counts are b"" if masks are not learnt, or if the instance has no outline or one without any pixel.
     """
     inside = box - np.array([window.left, window.top] * 2)
     clipped = np.clip(inside, 0, [window.width, window.height] * 2)
@@ -180,14 +180,16 @@ def _instance(
 
 
 def _move_proposals(boxes: NDArray[np.float64], window: Window) -> NDArray[np.float32]:
-    """Proposals (P, 4) as they lie in the window, in their order; those of which less than a pixel is left are gone."""
+    """Returns the proposals (P, 4) in the window, in order, without those of which less than a pixel is left."""
     inside = np.clip(boxes - np.array([window.left, window.top] * 2), 0, [window.width, window.height] * 2)
     moved = _mirrored(inside * (window.zoom * 2), window)
     return moved[(moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)].astype(np.float32)
 
 
 def _outline(annotation: Mapping[str, Any], size: tuple[int, int]) -> bytes | None:
-    """Compressed counts of an instance's mask of `size` (H, W); None where it has none, or one thinner than any pixel."""
+    """Returns the compressed counts of an instance's mask of `size` (H, W); None if it has none, or one thinner than a
+    pixel.
+    """
     segmentation: Segmentation = annotation["segmentation"]
     if segmentation is None:
         return None
@@ -199,7 +201,9 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int]) -> bytes | No
 
 
 def _cut_mask(counts: bytes, size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
-    """The window's part of a mask of `size` (H, W). Only its columns are decoded: a large image may hold hundreds of masks."""
+    """Returns the window's part of a mask of `size` (H, W). Only its columns are decoded: a large image may hold hundreds of
+    masks.
+    """
     columns = decode_columns(counts, size, (window.left, window.left + window.width))
     cut = columns[window.top : window.top + window.height]
     height, width = window.size
@@ -211,13 +215,13 @@ def _cut_mask(counts: bytes, size: tuple[int, int], window: Window) -> NDArray[n
 
 
 def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """xyxy of the pixels that are set; the far sides are the last pixels' far edges."""
+    """Returns the bounding box (xyxy) of the pixels that are set, up to the far edges of the last pixels."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
 
 def _mirrored(boxes: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
-    """Boxes (..., 4) after the window's flips."""
+    """Returns the boxes (..., 4) after the window's flips."""
     x1, y1, x2, y2 = np.moveaxis(boxes, -1, 0)
     height, width = window.size
     if window.mirror:
@@ -228,7 +232,9 @@ def _mirrored(boxes: NDArray[np.float64], window: Window) -> NDArray[np.float64]
 
 
 def _move_keypoints(annotation: Mapping[str, Any], window: Window, spec: SampleSpec) -> NDArray[np.float64]:
-    """(K, 3), padded with zeros; what leaves the window becomes absent, a mirror exchanges left and right."""
+    """Returns keypoints (K, 3), padded with zeros. Those outside the window become absent; a mirror image swaps left and
+    right.
+    """
     moved = np.zeros((spec.keypoints, 3))
     points = np.array(annotation["keypoints"], np.float64).reshape(-1, 3)[: spec.keypoints]
     if not len(points):

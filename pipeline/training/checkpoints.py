@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written after each epoch, read by a start, and the files that a complete run leaves."""
+"""Checkpoints of a training run, and the files that a complete run leaves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from masklake.pipeline.training.validation import best_score
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: completed epochs, the model, the history, and the URI of its folder."""
+    """A checkpoint as it was read: number of completed epochs, model, history, and the URI of its folder."""
 
     epoch: int
     model: MaskRCNN
@@ -46,7 +46,7 @@ def read_checkpoint(run: TrainingRun, device: torch.device) -> Checkpoint | None
 
 
 def resume(run: TrainingRun, checkpoint: Checkpoint, device: torch.device) -> State:
-    """Returns the state to go on from within a phase, with the saved optimiser."""
+    """Returns the state to continue from within a phase, with the saved optimiser."""
     model = begin(checkpoint.model, run.phase(checkpoint.epoch))
     optimizer = build_optimizer(model, run.recipe, 0.0)
     content = io.BytesIO(run.storage.read_bytes(Storage.join(checkpoint.folder, OPTIMIZER)))
@@ -62,7 +62,7 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
 
 def export(run: TrainingRun, state: State, workers: int) -> None:
-    """The model under its final name, the curves, then the metrics: their presence says that the run is complete."""
+    """Writes the model under its final name, the curves, and last the metrics, whose presence marks the run as complete."""
     kept, model = state.history[-1], state.model
     scored = [row for row in run.candidates(state.history) if best_score(row) is not None]
     if run.keep_best and scored:

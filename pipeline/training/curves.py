@@ -1,4 +1,4 @@
-"""Training curves as a PNG: the losses, and the average precision wherever it was measured."""
+"""Training curves as a PNG: losses, and average precision where it was measured."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from masklake.pipeline.training.run import TOTAL
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """A PNG of 1200 x 480 pixels with the losses at the left and the AP at the right.
+    """Returns a PNG of 1200 x 480 pixels with the losses on the left and the AP on the right.
 
-    history: one row an epoch: `epoch` (from 1), `losses` (mean over the epoch by name; "loss" is their sum), and where it was
-    evaluated `ap` (by name, 0..1), or the `recall` of proposals. What is learnt (`learn`) changes at a dotted line.
+    history: one row per epoch with `epoch` (from 1), `losses` (mean over the epoch by name; "loss" is their sum), and after an
+    evaluation `ap` (by name, 0..1) or the `recall` of proposals. A dotted line marks where the trained part (`learn`) changes.
     """
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""One epoch of training: its steps, the mean losses, and the lines that say how it goes."""
+"""One epoch of training: its steps, mean losses and progress lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from masklake.pipeline.training.run import TOTAL, State, TrainingRun, Worker
 from masklake.pipeline.training.samples import replaced_in, to_training
 
 SECONDS_PER_LINE = 5.0
-"""About this long between two progress lines of an epoch, and between two checks that the loss is finite."""
+"""Approximate seconds between two progress lines of an epoch, and between two checks that the loss is finite."""
 
 
 def run_epoch(
@@ -79,9 +79,10 @@ def run_epoch(
 
 
 def _replaced(run: TrainingRun, worker: Worker, state: State, known: set[str], met: set[str]) -> dict[str, Any]:
-    """The history's entry on the images that had to be replaced, and a line on those that this start has not shown yet.
+    """Returns the entry of the history for images that had to be replaced; shows a line on those that this start has not shown
+    yet.
 
-    known: messages that the history holds; met: those of this worker's epoch. Every worker must call it at the same step.
+    known: messages in the history; met: those of this worker's epoch. Every worker must call it at the same step.
     """
     replaced = _of_all(met)
     run.images.check(known | replaced)
@@ -94,7 +95,7 @@ def _replaced(run: TrainingRun, worker: Worker, state: State, known: set[str], m
 
 
 def _of_all(messages: set[str]) -> set[str]:
-    """The workers' messages together. Every worker must call it at the same step."""
+    """Returns the messages of all workers together. Every worker must call it at the same step."""
     if not torch.distributed.is_initialized():
         return messages
     shares: list[Any] = [None] * torch.distributed.get_world_size()
@@ -105,7 +106,7 @@ def _of_all(messages: set[str]) -> set[str]:
 def step(
     replica: torch.nn.Module, images: Sequence[Tensor], targets: Sequence[Any], optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Forward, backward, one update; returns the losses, with their sum."""
+    """Runs forward, backward and one update; returns the losses and their sum."""
     with arithmetic("fp32", next(replica.parameters()).device):  # of the way back, too
         losses: dict[str, Tensor] = replica(images, targets)
         total = torch.stack(list(losses.values())).sum()
@@ -117,7 +118,7 @@ def step(
 
 
 class Losses:
-    """Sums of losses on the device; asking for means is what waits for it, and for the other workers."""
+    """Sums of losses on the device. Only asking for means waits for the device and for the other workers."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -127,7 +128,7 @@ class Losses:
         self._steps = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """One step's losses of this worker."""
+        """Adds the losses of one step of this worker."""
         self._names = list(losses)
         values = torch.stack([loss.float() for loss in losses.values()])
         self._recent = values if self._recent is None else self._recent + values
@@ -136,13 +137,13 @@ class Losses:
         self._steps += 1
 
     def recent(self) -> dict[str, float]:
-        """Means over the steps since the last call and over all workers. Every worker must call it at the same step."""
+        """Returns means over the steps since the last call and over all workers. Every worker must call it at the same step."""
         means = self._means(self._recent, self._recent_steps)
         self._recent, self._recent_steps = None, 0
         return means
 
     def means(self) -> dict[str, float]:
-        """Means over all steps and all workers. Every worker must call it at the same step."""
+        """Returns means over all steps and all workers. Every worker must call it at the same step."""
         return self._means(self._all, self._steps)
 
     def _means(self, sums: Tensor | None, steps: int) -> dict[str, float]:
@@ -156,7 +157,9 @@ class Losses:
 
 
 def _agreed(steps: int, worker: Worker) -> int:
-    """The first worker's number, at least 1, for all: their clocks differ, and they must look at the same step."""
+    """Returns the first worker's number, at least 1, on all workers: their clocks differ, and they must check at the same
+    step.
+    """
     if not torch.distributed.is_initialized():
         return max(1, steps)
     number = torch.tensor(max(1, steps), device=worker.device)
@@ -165,7 +168,7 @@ def _agreed(steps: int, worker: Worker) -> int:
 
 
 def _check_finite(losses: Mapping[str, float], epoch: int, step: int, rate: float) -> None:
-    """Raises TrainingError, on every worker alike, when the loss is no longer a number."""
+    """Raises TrainingError, on every worker alike, if a loss is not finite."""
     if all(math.isfinite(loss) for loss in losses.values()):
         return
     wrong = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))

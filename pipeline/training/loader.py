@@ -1,6 +1,6 @@
-"""What a loading task does: it fetches, decodes and augments the images of training rows.
+"""The work of a loading task: fetches, decodes and augments the images of training rows.
 
-The order of the samples is the business of `pipeline.training.stream`.
+`pipeline.training.stream` decides their order.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from masklake.pipeline.training.proposals import proposals_of
 from masklake.pipeline.training.samples import Unreachable, to_table
 
 REPLACEMENTS = 20
-"""Other images that are tried in the place of one that cannot be used: with half of them bad, one in a million tries fails."""
+"""Number of other images tried in place of an unusable one: if half of all images are bad, one in a million attempts fails."""
 
 
 def training_rows(
     dataset: CocoDataset, folder: str, spec: SampleSpec, keep_empty: bool = False, proposals: pa.Table | None = None
 ) -> pa.Table:
-    """One row an image: image_id, uri, width, height, annotations (JSON, without crowds), and stored proposals where given.
+    """Returns one row per image: image_id, uri, width, height, annotations (JSON, without crowds), and stored proposals if
+    given.
 
-    Images without an instance are left out unless `keep_empty`; so are instances of which nothing can be learnt
-    (`pipeline.coco.dataset.learnable`). proposals: PROPOSAL_SCHEMA rows.
-    Raises EmptyInputError when nothing is left to learn from, AnnotationError for an image without its proposals.
+    Images without an instance are left out unless `keep_empty`; so are instances that cannot be learnt
+    (`pipeline.coco.dataset.learnable`). proposals: PROPOSAL_SCHEMA rows. Raises EmptyInputError if nothing is left to learn
+    from, AnnotationError for an image without its proposals.
     """
     rows, names = [], []
     for image in dataset.images:
@@ -59,9 +60,9 @@ def training_rows(
 
 @dataclass(frozen=True)
 class Loader:
-    """What a loading task needs: the rows of `training_rows`, how to reach their images, and what to make of them.
+    """Settings of a loading task: the rows of `training_rows`, the storage of their images, and the form of the samples.
 
-    skip_bad: put another image in the place of one that cannot be used.
+    skip_bad: replace an image that cannot be used by another one.
     """
 
     rows: pa.Table
@@ -70,10 +71,10 @@ class Loader:
     skip_bad: bool = False
 
     def load(self, rows: Sequence[int], epochs: Sequence[int]) -> pa.Table:
-        """SAMPLE_SCHEMA rows of these rows, as many, augmented as in these epochs; see `load_samples`.
+        """Returns SAMPLE_SCHEMA rows for these rows, augmented for these epochs; see `load_samples`.
 
-        Which image takes the place of another follows from seed, epoch and row; after `REPLACEMENTS` that cannot be used either
-        the row says so.
+        The replacement of an unusable image depends on seed, epoch and row. If `REPLACEMENTS` images cannot be used either, the
+        row has an error.
         """
         samples = self._load(rows, epochs)
         replaced: list[list[str]] = [[] for _ in samples]
@@ -98,17 +99,18 @@ class Loader:
 
 
 def _is_bad(sample: Sample | str) -> bool:
-    """Whether an image cannot be used, which another start would not change."""
+    """Returns whether an image cannot be used, which a retry would not change."""
     return isinstance(sample, str) and not isinstance(sample, Unreachable)
 
 
 def load_samples(
     rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage
 ) -> list[tuple[int, Sample | str]]:
-    """Numbers and samples of `training_rows` rows, each augmented by its own seed (whose last part is the number).
+    """Returns row numbers and samples of `training_rows` rows, each augmented with its own seed (whose last part is the
+    number).
 
-    For an image that cannot be used the reason stands in its place: an exception would reach the trainer as Ray's, with its
-    traceback for a message.
+    For an image that cannot be used, the reason takes the place of the sample: an exception would reach the trainer as Ray's,
+    with its traceback as the message.
     """
     limits = DecodeLimits()
     fetched = fetch_patiently(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)

@@ -1,7 +1,7 @@
-"""The training loop of one worker: phase by phase epochs of steps, a checkpoint after each, and its share of the evaluation.
+"""The training loop of one worker: phases of epochs, a checkpoint after each epoch, and the worker's share of the evaluation.
 
-An epoch is saved before it is scored: whatever ends an evaluation, its epoch need not be trained again. The scores then go into
-`latest.json`, and with the next epoch's checkpoint into the history there.
+An epoch is saved before it is scored: if an evaluation ends early, its epoch need not be trained again. The scores are then
+written to `latest.json`, and with the next epoch's checkpoint to the history.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def restore(run: TrainingRun, worker: Worker, initial: Callable[[], bytes], vali
 
 
 def _begin(run: TrainingRun, epoch: int, model: MaskRCNN, history: list[dict[str, Any]]) -> State:
-    """The first state of the phase that comes after `epoch`; what it draws anew is the same on every worker."""
+    """Returns the first state of the phase after `epoch`; new random weights are the same on every worker."""
     _seed(run.spec.seed, epoch, 0)
     model = begin(model, run.phase(epoch))
     return State(epoch, model, build_optimizer(model, run.recipe, 0.0), history)
 
 
 def _run_phase(run: TrainingRun, worker: Worker, state: State, batches: Iterator[Any], validation: Validate) -> None:
-    """What is left of a phase's epochs."""
+    """Runs the remaining epochs of a phase."""
     phase = run.phase(state.epoch)
     end = (state.epoch // run.recipe.epochs + 1) * run.recipe.epochs
     replica = worker.replica(state.model)
@@ -77,7 +77,7 @@ def _run_phase(run: TrainingRun, worker: Worker, state: State, batches: Iterator
 
 
 def _seed(seed: int, epoch: int, rank: int) -> None:
-    """Sampling of anchors and regions: the same again when this epoch runs again, another on each worker."""
+    """Seeds the sampling of anchors and regions: the same when an epoch is repeated, different on each worker."""
     mixed = (seed * 1_000_003 + epoch) * 1_009 + rank
     torch.manual_seed(mixed)
     random.seed(mixed)
@@ -86,7 +86,7 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
 def _save(run: TrainingRun, worker: Worker, state: State) -> None:
     """Reports the epoch with its checkpoint, then points `latest.json` at it: a kill in between repeats the epoch.
 
-    What `latest.json` names must survive a power cut as it does itself, and Ray Train does not sync what it copies.
+    The files that `latest.json` names must survive a power cut as it does, and Ray Train does not sync what it copies.
     """
     metrics = {"epoch": state.epoch, "loss": state.history[-1]["losses"].get(TOTAL)}
     if worker.rank != 0:

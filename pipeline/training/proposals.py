@@ -1,7 +1,7 @@
-"""Stored proposals: an RPN's boxes of each image, as one Parquet file that a detector learns on later.
+"""Stored proposals: the boxes of an RPN for each image, in one Parquet file, on which a detector is trained later.
 
 Training a detector on them saves running the RPN at every step (Mask R-CNN, section 3.1: "RPN is trained separately"). They are
-made of images as they are, and follow the augmentation of the image that they are of.
+made from unaugmented images, and are transformed by the augmentation of their image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROPOSAL_SCHEMA = pa.schema(
 
 
 def read_proposals(storage: Storage, uri: str) -> pa.Table:
-    """PROPOSAL_SCHEMA rows of the file at `uri`. Raises AnnotationError when it is none of `masklake propose`."""
+    """Returns the PROPOSAL_SCHEMA rows of the file at `uri`. Raises AnnotationError if `masklake propose` did not write it."""
     filesystem, path = storage.arrow(uri)
     with translated(uri), filesystem.open_input_file(path) as file:
         try:
@@ -56,7 +56,7 @@ def _check_boxes(rows: pa.Table, uri: str) -> None:
 
 
 def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> pa.ChunkedArray:
-    """The boxes of each training row; names: the rows' file names.
+    """Returns the boxes of each training row. names: the file names of the rows.
 
     Raises AnnotationError for rows without proposals, or whose image had another size when they were made.
     """

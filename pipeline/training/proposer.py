@@ -1,4 +1,4 @@
-"""Makes proposals: a model's RPN on blocks of images."""
+"""Makes proposals: runs an RPN on blocks of images."""
 
 from __future__ import annotations
 

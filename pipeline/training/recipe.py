@@ -1,4 +1,4 @@
-"""How a model is optimised: one value, the paper's for the ResNet presets, and what the schedule makes of it."""
+"""Optimiser, learning rate and schedule of a training run; the default is the paper's recipe."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 MOST_WARMUP = 0.1
-"""A warm-up takes at most this share of a run, however short the run is."""
+"""Maximum share of a run that the warm-up takes, however short the run is."""
 
 
 MOST_EPOCHS, MOST_BATCH = 1_000_000, 65_536
-"""More is a slip of the keyboard, and the numbers of samples would not fit 64 bits."""
+"""Larger values are typing errors, and the numbers of samples would not fit 64 bits."""
 
 
 class Recipe(BaseModel):
     """Optimiser, learning rate and its schedule. Defaults: Mask R-CNN, section 3.1, with Detectron2's shorter warm-up.
 
-    A learning rate belongs to a number of images a step: `learning_rate` is for `reference_batch`, and the run's own is scaled
-    linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
+    A learning rate belongs to a number of images per step: `learning_rate` is for `reference_batch`, and the rate of the run is
+    scaled linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,25 +66,27 @@ TINY = Recipe(
     epochs=12,
     batch_size=2,
 )
-"""From random weights on a CPU. On the generated shapes batches of 2 went further than batches of 4 at equal computing time."""
+"""For training from random weights on a CPU. On the generated shapes, batches of 2 did better than batches of 4 in equal
+time.
+"""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({"tiny": TINY})
-"""By preset; every other preset has the paper's."""
+"""Recipes by preset; every other preset uses the paper's."""
 
 
 def recipe_of(preset: str) -> Recipe:
-    """The recipe that a preset is trained with unless told otherwise."""
+    """Returns the default recipe of a preset."""
     return RECIPES.get(preset, PAPER)
 
 
 def peak_rate(recipe: Recipe, images_per_step: int) -> float:
-    """The greatest learning rate of a run that takes this many images a step, on all workers together."""
+    """Returns the peak learning rate of a run with this many images per step, on all workers together."""
     scale = images_per_step / recipe.reference_batch if recipe.reference_batch else 1.0
     return recipe.learning_rate * scale
 
 
 def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
-    """Share of the greatest rate at `step` (from 0) of `steps`: linear warm-up, then milestones or half a cosine."""
+    """Returns the factor of the peak rate at `step` (from 0) of `steps`: linear warm-up, then milestones or half a cosine."""
     warmup = min(recipe.warmup_steps, int(MOST_WARMUP * steps))
     growth = recipe.warmup_factor + (1 - recipe.warmup_factor) * step / warmup if step < warmup else 1.0
     if recipe.schedule == "cosine":
@@ -93,7 +95,7 @@ def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, rate: float) -> torch.optim.Optimizer:
-    """The optimiser of the parameters that learn; its rate is set anew at every step (`set_rate`)."""
+    """Returns the optimiser of the trainable parameters. `set_rate` sets its rate at every step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -105,12 +107,12 @@ def build_optimizer(model: nn.Module, recipe: Recipe, rate: float) -> torch.opti
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every parameter group's learning rate."""
+    """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def clip(parameters: Iterable[nn.Parameter], recipe: Recipe) -> None:
-    """Scales the gradients so that their common norm is at most `clip_norm`."""
+    """Scales the gradients so that their total norm is at most `clip_norm`."""
     if recipe.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(list(parameters), recipe.clip_norm)

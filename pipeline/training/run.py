@@ -1,4 +1,4 @@
-"""A training run as its workers know it: what it does, how far it is, and what launched the worker."""
+"""A training run as its workers see it: its settings, its state, and the worker itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from masklake.pipeline.training.augmentation import SampleSpec
 from masklake.pipeline.training.recipe import Recipe
 
 TOTAL = "loss"
-"""The name of the sum of all losses, among their names."""
+"""Name of the sum of all losses."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a run's COCO file. left_out: those that were left out before it began; dropped: counts of the images and
-    instances that were, by reason; most_unusable: share of the images that may be left out or replaced.
+    """The images of a run's COCO file.
+
+    left_out: number of images left out before the run began. dropped: counts of images and instances left out, by reason.
+    most_unusable: share of the images that may be left out or replaced.
     """
 
     source: str
@@ -35,20 +37,20 @@ class Images:
 
     @staticmethod
     def of(data: CocoDataset, most_unusable: float) -> Images:
-        """Of a data set that `usable_images` has looked at."""
+        """Returns the images of a data set that `usable_images` has checked."""
         return Images(data.source, *listed_and_left_out(data), dict(data.dropped), most_unusable)
 
     def check(self, replaced: Collection[str]) -> None:
-        """Raises AnnotationError when too many images are unusable; replaced: messages on those that training met."""
+        """Raises AnnotationError if too many images are unusable. replaced: messages on those that training met."""
         check_unusable(sorted(replaced), self.listed, self.most_unusable, self.source, self.left_out)
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run does, the same on every worker.
+    """The settings of a run, the same on every worker.
 
-    Each of the phases is a training by the whole recipe, including its epochs. The number of an epoch, counted over all phases,
-    says which phase it belongs to, so a start at any epoch goes on in the right phase.
+    Each phase trains by the whole recipe, including its epochs. The number of an epoch, counted over all phases, determines its
+    phase, so that a start at any epoch continues in the right phase.
     """
 
     uri: str

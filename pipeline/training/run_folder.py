@@ -17,7 +17,7 @@ from masklake.pipeline.storage.storage import Storage
 
 MODEL, METRICS, CURVES, LATEST = "model.safetensors", "metrics.json", "curves.png", "latest.json"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
-"""Beside the model in the folder of a checkpoint."""
+"""Files beside the model in the folder of a checkpoint."""
 
 
 def checkpoint_name(epoch: int) -> str:
@@ -31,9 +31,10 @@ def best_uri(run_uri: str, epoch: int) -> str:
 
 
 def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """`epoch` and `checkpoint` (a folder's name) of the newest, and `row`, its row of history, once the epoch was scored.
+    """Returns `epoch` and `checkpoint` (the folder's name) of the newest checkpoint, and `row`, its row of history, if it was
+    scored.
 
-    None before the first. TrainingError where it is damaged.
+    None before the first checkpoint. Raises TrainingError if the file is damaged.
     """
     uri = Storage.join(run_uri, LATEST)
     try:

@@ -1,7 +1,7 @@
-"""Training samples between the loading tasks and the trainer: Arrow rows, and what the model takes.
+"""Training samples on their way from the loading tasks to the trainer: as Arrow rows, and as the model takes them.
 
-A mask travels as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, 30 kB as runs.
-Shape letters: G instances, K keypoints, P proposals, H x W pixels of the image that the model gets.
+Masks travel as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, 30 kB as runs. Shape letters: G instances, K keypoints,
+P proposals, H x W pixels of the image that the model gets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLE_SCHEMA = pa.schema(
 
 
 class Unreachable(str):
-    """Why an image could not be had, where the storage is busy or out of reach: no other image takes its place."""
+    """Why an image could not be fetched if the storage is busy or out of reach: no other image replaces it."""
 
     __slots__ = ()
 
@@ -67,14 +67,14 @@ def _to_row(row: int, sample: Sample | str) -> dict[str, Any]:
 
 
 def replaced_in(batch: pa.Table) -> list[str]:
-    """The images, with reasons, that could not be used, and in whose places a batch of SAMPLE_SCHEMA rows has others."""
+    """Returns the unusable images, with reasons, that other images replace in a batch of SAMPLE_SCHEMA rows."""
     return [message for messages in batch["replaced"].to_pylist() for message in messages or ()]
 
 
 def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], list[Target]]:
-    """What `MaskRCNN.forward` takes, from SAMPLE_SCHEMA rows.
+    """Returns the arguments of `MaskRCNN.forward` for SAMPLE_SCHEMA rows.
 
-    Raises AnnotationError for an image that cannot be used, StorageError where the storage is busy or out of reach.
+    Raises AnnotationError for an image that cannot be used, StorageError if the storage is busy or out of reach.
     """
     images, targets = [], []
     for row in batch.to_pylist():
@@ -102,6 +102,6 @@ def _as_boxes(values: Sequence[float] | None) -> torch.Tensor | None:
 
 
 def _decode_masks(rles: Sequence[bytes], height: int, width: int) -> BitMasks:
-    """Masks (G, H, W) of compressed counts; b"" is an instance without one."""
+    """Returns the masks (G, H, W) of compressed counts; b"" stands for an instance without a mask."""
     masks = (pycocotools.mask.decode({"size": [height, width], "counts": counts}) if counts else None for counts in rles)
     return BitMasks.of(masks, (height, width), len(rles))

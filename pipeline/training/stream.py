@@ -1,11 +1,11 @@
 """The order of a training run's samples, and the Ray Data set that Ray Train splits between its workers.
 
-Only numbers are shuffled. Sample `i` of a run belongs to epoch `i // epoch_samples`; that epoch's order is a permutation that
-follows from (seed, epoch). All epochs are one stream, so an epoch costs no new start (of an executor, a barrier, a first
+Only numbers are shuffled. Sample `i` of a run belongs to epoch `i // epoch_samples`; the order within an epoch is a permutation
+that depends on (seed, epoch). All epochs are one stream, so a new epoch needs no restart (of an executor, a barrier, a first
 batch), and a resume is a stream that starts later.
 
-Several of Ray's processes unpickle the stream without ever loading a sample, so this module imports neither torch nor the
-model: what the loader needs waits in the object store.
+Several processes of Ray unpickle the stream without ever loading a sample, so this module imports neither torch nor the model:
+what the loader needs is in the object store.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from masklake.pipeline.training.loader import Loader
 
 LOADER_ROWS = 16
-"""Samples a loading task: enough to hide a request's latency, few enough that the first batch comes at once."""
+"""Samples per loading task: enough to hide the latency of a request, few enough that the first batch arrives quickly."""
 RANGE_ROWS = 256 * LOADER_ROWS
-"""Sample numbers in a block before it is split into those of `LOADER_ROWS`."""
+"""Sample numbers in a block before it is split into blocks of `LOADER_ROWS`."""
 
 
 def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Rows of one epoch's samples: permutations of all rows, one after another, cut to `samples`."""
+    """Returns the rows of one epoch's samples: permutations of all rows, one after another, cut to `samples`."""
     random = np.random.default_rng((seed, epoch))
     passes = [random.permutation(rows) for _ in range(-(-samples // rows))]
     return np.concatenate(passes)[:samples]
@@ -39,8 +39,8 @@ def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.in
 class SampleStream:
     """The samples of epochs `first_epoch` to `epochs` - 1.
 
-    loader: what fetches, decodes and augments, in the object store. rows: images that it has. epoch_samples: a multiple of
-    the images that all workers take in one step, so that every epoch ends at a step's end.
+    loader: fetches, decodes and augments; in the object store. rows: its number of images. epoch_samples: a multiple of the
+    images that all workers take in one step, so that every epoch ends with a step.
     """
 
     loader: ray.ObjectRef[Loader]
@@ -52,7 +52,7 @@ class SampleStream:
     loader_cpus: float
 
     def dataset(self) -> ray.data.Dataset:
-        """Lazily: sample numbers, in small blocks, that a loading task turns into SAMPLE_SCHEMA rows."""
+        """Returns a lazy data set: sample numbers in small blocks, which loading tasks turn into SAMPLE_SCHEMA rows."""
         samples = max(0, self.epochs - self.first_epoch) * self.epoch_samples
         # Blocks are split here, but none are joined: left to itself Ray Data begins a small set with one or two rows in each.
         blocks = max(1, -(-samples // RANGE_ROWS))
@@ -60,7 +60,7 @@ class SampleStream:
         return numbers.map_batches(self.load, batch_size=None, batch_format="pyarrow", num_cpus=self.loader_cpus)
 
     def load(self, numbers: pa.Table) -> pa.Table:
-        """SAMPLE_SCHEMA rows of the samples with these numbers (column `id`, from 0 at `first_epoch`)."""
+        """Returns SAMPLE_SCHEMA rows of the samples with these numbers (column `id`, from 0 at `first_epoch`)."""
         epochs, places = np.divmod(numbers["id"].to_numpy(), self.epoch_samples)
         orders = {
             int(epoch): epoch_order(self.rows, self.epoch_samples, self.seed, self.first_epoch + int(epoch))

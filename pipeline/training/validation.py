@@ -1,4 +1,4 @@
-"""Scores of a model on validation images: each worker predicts its share, the first one computes the metrics."""
+"""Scores a model on validation images: each worker predicts its share, and the first one computes the metrics."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from masklake.pipeline.training.run import TrainingRun, Worker
 from masklake.pipeline.training.run_folder import best_uri, write_latest
 
 COMPARED = ("mask AP", "box AP", f"proposal AR{PROPOSAL_COUNTS[-1]}")
-"""Scores by which epochs are compared: the first of these that a run has."""
+"""Scores by which epochs are compared: the first of these that exists."""
 
 EVALUATION_IMAGES = 16
-"""Images fetched together while the ones before are evaluated."""
+"""Number of images fetched together while the previous ones are evaluated."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is scored on: ground truth and the folder of its images."""
+    """The data that a run is scored on: ground truth and the folder of its images."""
 
     truth: CocoDataset
     folder: str
@@ -55,11 +55,13 @@ class Validation:
 
 
 Validate = Callable[[], Validation | None]
-"""Returns what a run is scored on, if anything; called only when a model is scored."""
+"""Returns the validation data, if any; called only when a model is scored."""
 
 
 def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCNN, history: list[dict[str, Any]]) -> None:
-    """Scores the model of the last epoch in `history`, which is saved, where that is due and not done; writes what it finds."""
+    """Scores the model of the last epoch in `history`, which is saved, if it is due and not done yet; adds and stores the
+    scores.
+    """
     row = history[-1]
     if not run.is_scored(row["epoch"]) or row.keys() & {"scores", "recall"}:
         return
@@ -80,9 +82,10 @@ def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCN
 
 
 def evaluate(validation: Validation, storage: Storage, phase: Phase, model: MaskRCNN, worker: Worker) -> dict[str, Any]:
-    """How good the model is, from the answers of all workers; only worker 0 has the result, the others an empty one.
+    """Returns the scores of a model from the answers of all workers: on the first worker; the others return an empty
+    dictionary.
 
-    It is the detections' AP; of an RPN that learns alone, the recall of its proposals.
+    Scores are the AP of detections or, for an RPN that is trained alone, the recall of its proposals.
     """
     start = time.perf_counter()
     share = propose_share if phase.learn == "rpn" else predict_share
@@ -116,7 +119,9 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: Mask
 
 
 def _scored(validation: Validation, unusable: Mapping[int, str]) -> tuple[Validation, list[str]]:
-    """The validation data without the images that could not be used, and why. Raises AnnotationError for too many of them."""
+    """Returns the validation data without the images that could not be used, and the reasons. Raises AnnotationError for too
+    many.
+    """
     truth = validation.truth
     listed, left_out = listed_and_left_out(truth)
     check_unusable(list(unusable.values()), listed, validation.most_unusable, truth.source, left_out)
@@ -124,12 +129,12 @@ def _scored(validation: Validation, unusable: Mapping[int, str]) -> tuple[Valida
 
 
 def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
-    """The two numbers that a curve shows."""
+    """Returns the two numbers that a curve shows."""
     return {f"{KIND_NAMES[kind]} AP": score.ap, f"{KIND_NAMES[kind]} AP50": score.ap50}
 
 
 def describe_scores(scores: Mapping[str, float | None]) -> str:
-    """One line of scores in percent, as papers write them."""
+    """Returns one line of scores in percent, as papers write them."""
     return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in scores.items())
 
 
@@ -141,7 +146,9 @@ def predict_share(
     world: int = 1,
     unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO result rows of every `world`-th image from `rank` on. unusable: gets the images without an answer, and why."""
+    """Returns COCO result rows of every `world`-th image from `rank` on. unusable: receives images without an answer, and
+    why.
+    """
     categories = {category.id: category for category in model.categories}
     most = max(validation.max_dets)
     options = PredictOptions(max_detections=max(most, model.settings(PredictOptions()).get("max_detections", 0)))
@@ -161,7 +168,7 @@ def propose_share(
     world: int = 1,
     unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """`image_id` and `boxes` (float32 (P, 4), xyxy, best first) of every `world`-th image from `rank` on that can be used."""
+    """Returns `image_id` and `boxes` (float32 (P, 4), xyxy, best first) of every `world`-th usable image from `rank` on."""
     return [
         {"image_id": image_id, "boxes": boxes}
         for loaded in _share(validation, storage, rank, world, unusable)
@@ -172,7 +179,9 @@ def propose_share(
 def _share(
     validation: Validation, storage: Storage, rank: int, world: int, unusable: dict[int, str] | None
 ) -> Iterator[list[tuple[int, Tensor]]]:
-    """A worker's images with their ids, some at a time, and the next ones loaded meanwhile; `unusable` gets the others."""
+    """Yields a worker's images with their ids, a few at a time, while the next ones are loaded; `unusable` receives the
+    others.
+    """
     mine = validation.truth.images[rank::world]
     chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
     with ThreadPoolExecutor(1) as ahead:
@@ -187,7 +196,9 @@ def _share(
 
 
 def _load_images(storage: Storage, folder: str, images: Sequence[CocoImage]) -> list[tuple[int, Tensor | str]]:
-    """Each image with its id, or in its place why it cannot be used. StorageError where the storage is out of reach."""
+    """Returns each image with its id, or the reason why it cannot be used. Raises StorageError if the storage is out of
+    reach.
+    """
     limits = DecodeLimits()
     uris = [relative_to(folder, image.file_name) for image in images]
     loaded: list[tuple[int, Tensor | str]] = []
@@ -206,12 +217,12 @@ def _load_images(storage: Storage, folder: str, images: Sequence[CocoImage]) -> 
 
 
 def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last epoch was evaluated and no earlier one scored more."""
+    """Returns whether the last epoch was scored and no earlier one scored higher."""
     scores = [best_score(row) for row in history]
     return bool(scores) and scores[-1] is not None and all(score is None or score <= scores[-1] for score in scores)
 
 
 def best_score(row: Mapping[str, Any]) -> float | None:
-    """What `--keep best` compares: the AP of masks where there are any, else of boxes; of an RPN alone, its recall."""
+    """Returns the score that `--keep best` compares: mask AP if there is any, else box AP; for an RPN alone, its recall."""
     named = row.get("ap") or row.get("recall") or {}
     return next((named[name] for name in COMPARED if named.get(name) is not None), None)
