@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from masklake.jobs.terminal.output import check_output, same_place
@@ -48,6 +50,23 @@ class ShowReport(BaseModel):
     changed: bool = Field(description="Whether the image has another number of bytes now than when it was labelled.")
 
 
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image of a table. row: of `current_images`, without masks. instances: rows of `current_detections`."""
+
+    row: Mapping[str, Any]
+    instances: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, the number of instances on it, and whether the image's file has another size than when it was labelled."""
+
+    picture: Image.Image
+    instances: int
+    changed: bool
+
+
 def run(
     storage: Storage, table: str, uri: str, output: str, min_score: float = LIKELY_SCORE, images: str | None = None
 ) -> ShowReport:
@@ -64,32 +83,49 @@ def run(
     check_output(output, table)
     with connect(storage, table) as connection:
         _check_no_image(connection, storage, output, images)
-        found = _labelled(_find(connection, uri, images))
-        instances = _rows(
-            connection,
-            "SELECT * FROM current_detections WHERE uri = $uri AND run = $run AND image_id = $image_id",
-            {name: found[name] for name in ("uri", "run", "image_id")},
-        )
-    for number, row in enumerate(instances):
-        check_instance(f"{found['uri']}: instance {number} of its row", row, row["rle"], row["keypoints"], found)
-    place = found["uri"] if images is None else _moved(storage, found["uri"], images)
+        image = find_image(connection, uri, images)
+    place = place_of(storage, image, images)
     if same_place(output, place):
         raise ConfigError(f"{output}: is the image itself; name another file for the picture")
-    content = _content(storage, place)
-    drawn = [row for row in instances if row["score"] >= min_score]
-    picture = draw_instances(_pixels(content, place, found), drawn)
+    drawing = draw(storage, image, place, min_score)
     encoded = io.BytesIO()
-    picture.save(encoded, form, quality=92)  # PNG has no quality and minds none
+    drawing.picture.save(encoded, form, quality=92)  # PNG has no quality and minds none
     storage.write_bytes(output, encoded.getvalue())
     return ShowReport(
         output=canonical(output),
-        uri=found["uri"],
-        instances=len(drawn),
-        hidden=len(instances) - len(drawn),
+        uri=image.row["uri"],
+        instances=drawing.instances,
+        hidden=len(image.instances) - drawing.instances,
         min_score=min_score,
-        size=picture.size,
-        changed=found["bytes"] is not None and found["bytes"] != len(content),
+        size=drawing.picture.size,
+        changed=drawing.changed,
     )
+
+
+def find_image(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None = None) -> LabelledImage:
+    """The current row of an image and its instances, checked; `uri`, `images` and errors as in `run`."""
+    row = _labelled(_find(connection, uri, images))
+    instances = _rows(
+        connection,
+        "SELECT * FROM current_detections WHERE uri = $uri AND run = $run AND image_id = $image_id",
+        {name: row[name] for name in ("uri", "run", "image_id")},
+    )
+    for number, instance in enumerate(instances):
+        check_instance(f"{row['uri']}: instance {number} of its row", instance, instance["rle"], instance["keypoints"], row)
+    return LabelledImage(row, instances)
+
+
+def place_of(storage: Storage, image: LabelledImage, images: str | None = None) -> str:
+    """Where the image is now: where it was labelled, or in the folder `images`."""
+    return image.row["uri"] if images is None else _moved(storage, image.row["uri"], images)
+
+
+def draw(storage: Storage, image: LabelledImage, place: str, min_score: float = LIKELY_SCORE) -> Drawing:
+    """The image at `place` with its instances of `min_score` or more drawn on it."""
+    content = _content(storage, place)
+    shown = [instance for instance in image.instances if instance["score"] >= min_score]
+    picture = draw_instances(_pixels(content, place, image.row), shown)
+    return Drawing(picture, len(shown), image.row["bytes"] is not None and image.row["bytes"] != len(content))
 
 
 def describe(report: ShowReport) -> str:
@@ -206,7 +242,7 @@ def _content(storage: Storage, place: str) -> bytes:
         raise InputNotFoundError(f"{place}: is not there any more; {remedy}") from error
 
 
-def _pixels(content: bytes, place: str, row: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _pixels(content: bytes, place: str, row: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 RGB (H, W, 3), upright as the labeller saw it; StorageError when it is another image by now."""
     decoded = decode(content)
     if decoded.image is None:

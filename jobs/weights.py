@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from masklake.model import create_model
 from masklake.model.build import preset_of_weights
 from masklake.model.detector import Detector, has_loader, load_detector
@@ -12,20 +14,21 @@ from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
 
 
-def read_detector(storage: Storage, weights: str) -> tuple[bytes, Detector]:
+def read_detector(storage: Storage, weights: str, device: str | torch.device = "cpu") -> tuple[bytes, Detector]:
     """A checkpoint's bytes, read or converted once for all workers, and its model: a bad one is refused before any start.
 
-    Raises CheckpointError for `weights` that are absent, damaged or of an unknown format, and the storage's errors.
+    Raises CheckpointError for `weights` that are absent, damaged or of an unknown format, ConfigError for a device that this
+    machine does not have, and the storage's errors.
     """
     try:
         checkpoint = read_model(storage, weights)
     except InputNotFoundError as error:
         raise CheckpointError(
-            f"no checkpoint at {weights}; --weights is a file of `masklake train` or `convert`, or torchvision weights' name, "
+            f"no checkpoint at {weights}; weights are a file of `masklake train` or `convert`, or torchvision weights' name, "
             "such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1"
         ) from error
     try:
-        return checkpoint, load_detector(checkpoint)
+        return checkpoint, load_detector(checkpoint, device)
     except CheckpointError as error:
         raise CheckpointError(f"{weights}: {error}") from error
 

@@ -198,8 +198,13 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
         inner = _judge(image.size, limits)  # an image in a container (ICO) may be larger than promised
         if inner.status is Status.TOO_LARGE:
             raise _TooLargeInside(inner.error)
-        pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
-        return _upright(pixels, _orientation(image))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> torch.Tensor:
+    """The pixels of an image in any of Pillow's modes: uint8 RGB (3, H, W), upright. Raises what Pillow raises."""
+    image.load()
+    return _upright(torch.from_numpy(_to_rgb(image)).permute(2, 0, 1), _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
