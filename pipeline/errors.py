@@ -5,7 +5,7 @@ MaskLakeError
 ├── EmptyInputError               21   the input exists and holds no image
 ├── AccessDeniedError             22   the storage refuses these credentials
 ├── AnnotationError               23   a COCO file that cannot be used as it is
-├── StorageError                  24   the storage cannot be reached, or answers nonsense
+├── StorageError                  24   the storage cannot be reached, or breaks the protocol
 ├── TableError                    30   the path holds no MaskLake table, or one this version cannot use
 ├── LeaseHeldError                31   another driver is writing this run
 ├── LeaseLostError                32   this driver's lease was taken over; it stopped without committing
@@ -13,7 +13,7 @@ MaskLakeError
 ├── ClusterTooSmallError          40   the plan needs more CPUs, GPUs or memory than the cluster has
 ├── TooManyFailuresError          41   more images failed than --max-failed allows (the table is committed)
 ├── TrainingError                 42   training stopped: diverged, or workers kept failing
-├── LabellingError                43   Ray gave a labelling run up
+├── LabellingError                43   Ray gave up a labelling run
 ├── ClusterUnusableError          44   no Ray cluster answers there, or this process cannot join it
 └── ClusterLostError              45   the Ray cluster went away during the run
 """
