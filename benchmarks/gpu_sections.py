@@ -38,8 +38,8 @@ from benchmarks.seeded import seeded_state_dict
 from masklake.model import PRESETS, MaskRCNN, PredictOptions, create_model, load_checkpoint, save_checkpoint
 from masklake.model.boxes import suppress
 from masklake.model.coco_categories import PERSON
-from masklake.model.config import Precision
 from masklake.model.devices import arithmetic
+from masklake.model.fields import Precision
 from masklake.model.inference import Detections as Found
 from masklake.model.inference import Settings, propose, resolve, select, to_instances
 from masklake.model.inference_network import DTYPES

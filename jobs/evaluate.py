@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from masklake.jobs.fields import EvaluateFields
 from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.terminal.output import check_output
 from masklake.model.errors import ConfigError
@@ -65,8 +66,8 @@ def run(
     truth: str,
     images: str | None = None,
     labelling_run: str | None = None,
-    max_dets: Sequence[int] = (1, 10, 100),
-    iou_score: float = 0.5,
+    max_dets: Sequence[int] = EvaluateFields.max_dets,
+    iou_score: float = EvaluateFields.iou_score,
     output: str | None = None,
     max_unusable: float | None = None,
 ) -> EvaluateReport:

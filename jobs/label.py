@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from masklake.jobs.cluster.connection import connect, data_context, last_line
 from masklake.jobs.cluster.waiting import has_place, said_while_waiting
+from masklake.jobs.fields import LabelFields
 from masklake.jobs.labelling import plan as label_plan
 from masklake.jobs.labelling.lost_images import DEATHS, Alone
-from masklake.jobs.labelling.plan import Device, Round, WorkerPlan
+from masklake.jobs.labelling.plan import Round, WorkerPlan
 from masklake.jobs.labelling.progress import shown, start_counter
 from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.weights import read_detector
@@ -56,24 +57,15 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
-class LabelOptions(BaseModel):
+class LabelOptions(BaseModel, LabelFields, frozen=True):
     """One labelling run, complete."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     input: InputSpec
-    table: str = Field(description="The table's folder or prefix; made when it is not there.")
-    weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
     storage: StorageOptions = StorageOptions()
-    predict: PredictOptions = PredictOptions(precision="auto")
+    predict: PredictOptions = PredictOptions(**vars(LabelFields.predict))
     limits: DecodeLimits = DecodeLimits()
-    tick: str | None = Field(default=None, description="The run's id, for schedulers; default: from the run's content.")
-    retry_failed: bool = Field(default=False, description="Also try again what failed for good: decode_error, crashed, ...")
-    device: Device = "auto"
-    workers: int | None = Field(default=None, gt=0, description="Model replicas; default: one a GPU, else one a core.")
-    block_rows: int | None = Field(default=None, gt=0, description="Images written together; default: by the run's size.")
-    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
-    progress: bool = Field(default=True, description="Show a bar on stderr.")
 
     @field_validator("tick")
     @classmethod

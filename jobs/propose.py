@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from masklake.jobs.cluster.connection import connect, data_context, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
-from masklake.jobs.labelling.plan import Device, WorkerPlan, plan_workers
+from masklake.jobs.fields import ProposeFields
+from masklake.jobs.labelling.plan import WorkerPlan, plan_workers
 from masklake.jobs.terminal.output import check_not_read
 from masklake.jobs.weights import read_detector
 from masklake.model.detector import can_propose
@@ -38,22 +39,11 @@ BLOCK_IMAGES = 16
 """Images a worker is given at once: enough to hide a request's latency."""
 
 
-class ProposeOptions(BaseModel):
+class ProposeOptions(BaseModel, ProposeFields, frozen=True):
     """What to propose for, and where to write it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
-    coco: str = Field(description="COCO JSON of the images, local or s3://.")
-    images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
-    weights: str = Field(description="Path or URI of a MaskLake checkpoint, or torchvision weights' name.")
-    output: str = Field(description="The Parquet file to write (`pipeline.training.proposals.PROPOSAL_SCHEMA`).")
-    allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
-    max_unusable: float | None = Field(
-        default=None, ge=0, le=1, description="Share of images that may be left out; default: 0.05 with allow_missing, else 0."
-    )
-    device: Device = "auto"
-    workers: int | None = Field(default=None, gt=0, description="Model replicas; default: one a GPU, else one a core.")
-    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
     storage: StorageOptions = StorageOptions()
 
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -25,14 +25,16 @@ from ray.train.torch import TorchTrainer
 
 from masklake.jobs.cluster.connection import Capacity, connect, cores, interruptible, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
+from masklake.jobs.fields import TrainFields
 from masklake.jobs.training.messages import Listener, failure_on, start_board, to_stderr
 from masklake.jobs.training.record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
 from masklake.jobs.training.worker import TrainingJob, train, user_error
 from masklake.model.build import create_model, holds_classifier
-from masklake.model.config import ModelConfig, Task
+from masklake.model.config import ModelConfig
 from masklake.model.errors import ConfigError, faults
+from masklake.model.fields import Task
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import COURSES, Course, Phase, with_rpn_backbone
+from masklake.model.phases import COURSES, Phase, with_rpn_backbone
 from masklake.model.presets import preset as preset_config
 from masklake.model.weights.checkpoint import dumps
 from masklake.model.wording import agreeing, counted
@@ -40,7 +42,7 @@ from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_r
 from masklake.pipeline.coco.image_check import unusable_share, usable_images
 from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import ClusterTooSmallError, EmptyInputError, InputNotFoundError, TrainingError
-from masklake.pipeline.results.evaluation import KIND_NAMES, MOST_DETECTIONS, IouType
+from masklake.pipeline.results.evaluation import KIND_NAMES, IouType
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
@@ -75,56 +77,15 @@ Say = Callable[[str], None]
 T = TypeVar("T", bound=BaseModel)
 
 
-class TrainOptions(BaseModel):
+class TrainOptions(BaseModel, TrainFields, frozen=True):
     """One training run, complete. `recipe` and `model` change single fields of the preset's own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    train: str = Field(description="COCO JSON to learn from, local or s3://.")
-    images: str | None = Field(default=None, description="Folder of its images; default: `images` beside the JSON.")
-    val: str | None = Field(default=None, description="COCO JSON to score on; without it there is no AP.")
-    val_images: str | None = Field(default=None, description="Folder of its images; default: as for `images`.")
-    output: str = Field(description="Folder or prefix that holds runs.")
-    name: str = Field(description="The run's name, and its folder's.")
-    preset: str = Field(default="tiny", description="Model preset.")
-    tasks: frozenset[Task] | None = Field(
-        default=None, min_length=1, description="What to learn; default: what preset and data both have."
-    )
-    learn: Course = Field(
-        default="joint", description="RPN and detector: joint, separate, four_step; or one of them alone: rpn, detector."
-    )
-    proposals: str | None = Field(
-        default=None, description="Parquet file of `masklake propose`, for a detector that learns alone."
-    )
-    weights: str | None = Field(
-        default=None, description="Checkpoint or torchvision weights to start from; a classifier's begin the backbone."
-    )
-    reset_predictors: bool = Field(default=False, description="Start with new last layers: other categories than the weights'.")
-    workers: int = Field(default=1, gt=0, description="Training processes.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs when there is one a worker.")
-    threads: int | None = Field(default=None, gt=0, description="CPU threads of a worker; default: its share of the cores.")
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Of everything that is random.")
-    recipe: dict[str, Any] = Field(
-        default={}, description="Changes to the preset's recipe (`pipeline.training.recipe.Recipe`)."
-    )
-    model: dict[str, Any] = Field(default={}, description="Changes to the preset's configuration (`model.ModelConfig`).")
+    recipe: dict[str, Any] = {}
+    model: dict[str, Any] = {}
     augmentation: Augmentation = Augmentation()
-    evaluate_every: int = Field(default=0, ge=0, description="Epochs between evaluations; 0: only after the last.")
-    max_dets: tuple[Annotated[int, Field(gt=0, le=MOST_DETECTIONS)], ...] = Field(
-        default=(1, 10, 100), min_length=1, description="Detections an image that AP and AR count."
-    )
-    keep: Literal["last", "best"] = Field(default="last", description="Which epoch's model is exported; best needs val.")
-    allow_missing: bool = Field(default=False, description="Leave out images that are absent or cannot be used.")
-    max_unusable: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Share of images and of instances that may be left out; default: 0.05, but no image without allow_missing.",
-    )
-    keep_empty: bool = Field(default=False, description="Also learn from images without any instance.")
-    max_failures: int = Field(default=2, ge=0, description="Restarts after a worker's death.")
     storage: StorageOptions = StorageOptions()
-    address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else this machine.")
 
     @field_validator("name")
     @classmethod

@@ -6,18 +6,14 @@ Each type has the fields of one options model, which holds the defaults and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from masklake.model.config import Precision
 from masklake.model.errors import ConfigError, faults
 
 if TYPE_CHECKING:
     from masklake.pipeline.storage.storage import Storage
-
-AnyPrecision: TypeAlias = Precision | Literal["auto"]
-Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 T = TypeVar("T", bound=BaseModel)
 

@@ -6,9 +6,10 @@ import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from masklake.model.config import PredictOptions, Task
+from masklake.model.config import PredictOptions
 from masklake.model.errors import ConfigError
-from masklake.options import AnyPrecision, StorageKeywords, storage_of, validated
+from masklake.model.fields import AnyPrecision, Task
+from masklake.options import StorageKeywords, storage_of, validated
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from masklake.model.config import Task
-from masklake.options import AnyPrecision, AugmentationKeywords, Device, RecipeKeywords, StorageKeywords, validated
+from masklake.model.fields import AnyPrecision, Course, Device, Task
+from masklake.options import AugmentationKeywords, RecipeKeywords, StorageKeywords, validated
 
 if TYPE_CHECKING:
     from masklake.jobs.label import LabelReport
@@ -111,7 +111,7 @@ def train(
     val_images: str | os.PathLike[str] | None = None,
     preset: str = "tiny",
     tasks: Collection[Task] | None = None,
-    learn: Literal["joint", "rpn", "detector", "separate", "four_step"] = "joint",
+    learn: Course = "joint",
     proposals: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     reset_predictors: bool = False,

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Task = Literal["box", "mask", "keypoint"]
+from masklake.model.fields import PredictFields, Task
+
 NormKind = Literal["frozen", "batch", "group", "none"]
 FeatureKind = Literal["fpn", "c4", "c5", "dc5"]
 PoolKind = Literal["align", "pool", "warp"]
@@ -305,18 +305,7 @@ class ModelConfig(_Frozen):
         return {category.id: category.name for category in self.categories}
 
 
-class PredictOptions(_Frozen):
-    """How a detector's `predict` runs; None takes the model's own value."""
+class PredictOptions(BaseModel, PredictFields, frozen=True):
+    """How a detector's `predict` runs. None takes the model's own value."""
 
-    precision: Precision | Literal["auto"] = "fp32"
-    """Arithmetic of the network; boxes, scores and suppression are always fp32. `fp32` is IEEE single precision on every
-    device, `tf32` lets a GPU round the factors of its products to 10 bits (on a CPU it is `fp32`), `auto` is `bf16` on a GPU
-    that has it and `fp32` elsewhere."""
-    score_threshold: float | None = Field(default=None, ge=0, le=1)
-    nms_iou: float | None = Field(default=None, ge=0, le=1)
-    max_detections: int | None = Field(default=None, gt=0, le=1000)
-    mask_threshold: float | None = Field(default=None, ge=0, le=1)
-    tasks: frozenset[Task] | None = Field(default=None, min_length=1)
-    batch_size: int = Field(default=4, gt=0)
-    """Images of equal canvas that go through the network together on a GPU, filled up with blank ones where there are fewer; on
-    a CPU one at a time is faster."""
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masklake.model.config import Category, PredictOptions, Task
+from masklake.model.config import Category, PredictOptions
 from masklake.model.errors import CheckpointError, MaskLakeError
+from masklake.model.fields import Task
 from masklake.model.instances import Instances
 from masklake.model.transform import Size
 from masklake.model.weights.checkpoint import FORMAT, load_checkpoint, metadata, read_bytes

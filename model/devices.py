@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from masklake.model.config import Precision
 from masklake.model.errors import ConfigError
+from masklake.model.fields import Precision
 
 
 def check_device(device: str | torch.device) -> torch.device:

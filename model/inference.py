@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from masklake.model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
-from masklake.model.config import ModelConfig, PasteKind, PredictOptions, Task
+from masklake.model.config import ModelConfig, PasteKind, PredictOptions
 from masklake.model.devices import constant, sent
 from masklake.model.errors import ConfigError
+from masklake.model.fields import Task
 from masklake.model.heads.keypoint_decoding import decode_heatmaps
 from masklake.model.instances import Instances
 from masklake.model.masks.rle import encode_boxed_masks, encode_on_device, on_device

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from masklake.model.config import Precision
+from masklake.model.fields import Precision
 from masklake.model.heads.box import BoxHead
 from masklake.model.kernels.winograd import WinogradConv
 from masklake.model.layers import ConvNorm, Pointwise

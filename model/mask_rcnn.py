@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from masklake.model.config import Category, Learn, ModelConfig, Precision, PredictOptions, Task
+from masklake.model.config import Category, Learn, ModelConfig, PredictOptions
 from masklake.model.devices import arithmetic, resolved, sent
 from masklake.model.errors import ConfigError
+from masklake.model.fields import Precision, Task
 from masklake.model.heads.box import box_losses
 from masklake.model.heads.keypoint import keypoint_loss, keypoint_targets
 from masklake.model.heads.mask import mask_targets

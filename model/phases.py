@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 from torch import Tensor
 
 from masklake.model.config import Learn, RpnBackbone
+from masklake.model.fields import Course
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.weights.checkpoint import load_state
-
-Course = Literal["joint", "rpn", "detector", "separate", "four_step"]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from masklake.model.config import Category, PredictOptions, Task
+from masklake.model.config import Category, PredictOptions
 from masklake.model.errors import ConfigError
+from masklake.model.fields import Task
 from masklake.model.instances import Instances
 
 FORMAT = "torchvision-maskrcnn/1"

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from masklake.jobs.cluster.connection import RESERVED_CPUS, Capacity
-from masklake.model.config import Precision
 from masklake.model.errors import ConfigError
+from masklake.model.fields import Device, Precision
 from masklake.model.identity import canonical_json, differing
 from masklake.model.wording import agreeing, counted
 from masklake.pipeline.errors import ClusterTooSmallError, TooManyFailuresError
 from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
-
-Device = Literal["auto", "cpu", "cuda"]
 
 BLOCK_ROWS = 64
 """Most images of a block: what a killed driver labels again, at most, for each worker."""

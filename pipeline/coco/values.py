@@ -19,7 +19,7 @@ from masklake.model.config import INT32
 from masklake.model.masks.rle import unpack_counts
 from masklake.model.wording import counted
 from masklake.pipeline.errors import AnnotationError
-from masklake.pipeline.images.decode import MOST_PIXELS
+from masklake.pipeline.images.fields import MOST_PIXELS
 
 Segmentation: TypeAlias = list[list[float]] | dict[str, Any] | None
 """Polygons (x, y, x, y, ... in pixels), or a run-length encoding {"size": [H, W], "counts": list | str}; None: box only."""

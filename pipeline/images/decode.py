@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from masklake.model.config import INT32
+from masklake.pipeline.images.fields import DecodeFields
 from masklake.pipeline.images.status import Status
 
 # fmt: off
@@ -45,19 +45,13 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
-MOST_PIXELS = 2**32 - 1
-"""Maximum number of pixels of an image: the run lengths of its masks are 32-bit numbers."""
 _ERROR_LENGTH = 300  # characters of a foreign message that a row keeps
 
 
-class DecodeLimits(BaseModel):
+class DecodeLimits(BaseModel, DecodeFields, frozen=True):
     """What an image may cost. Each limit changes rows (`too_large`), so all of them are part of `label_id`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_bytes: int = Field(default=256 * 2**20, gt=0, le=2**40, description="Largest compressed file, bytes.")
-    max_pixels: int = Field(default=100_000_000, gt=1, le=MOST_PIXELS, description="Largest width x height, pixels.")
-    max_side: int = Field(default=65_535, gt=0, le=INT32[1], description="Longest side, pixels (the most a JPEG can state).")
+    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)

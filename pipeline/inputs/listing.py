@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from masklake.model.errors import ConfigError
 from masklake.model.plain_text import is_text
 from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.inputs.fields import InputFields
 from masklake.pipeline.inputs.lists import Named, list_kind, read_list
 from masklake.pipeline.inputs.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from masklake.pipeline.storage.handles import CONCURRENT_HEADS
@@ -52,18 +53,10 @@ def nothing_found(storage: Storage, uri: str) -> str:
     return "holds no image; check the path"
 
 
-class InputSpec(BaseModel):
+class InputSpec(BaseModel, InputFields, frozen=True):
     """What to label. A later start with an equal specification continues the run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    uri: str = Field(
-        description="A folder or prefix (recursive), a glob (*, ?, [], **), one image, or a Parquet, CSV, text or JSON list "
-        "of URIs. With a last slash it is a folder, also where an object has the same name."
-    )
-    column: str | None = Field(
-        default=None, description="The column (JSON: key) of a list; default: `uri`, or the only one. Without a header: from 1."
-    )
+    model_config = ConfigDict(extra="forbid")
 
     def canonical(self) -> InputSpec:
         """Returns the same input with canonical names; a trailing slash is kept."""

@@ -24,6 +24,7 @@ from masklake.model.wording import agreeing, counted
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.coco.document import box_outline, to_document, to_rle
 from masklake.pipeline.coco.values import CocoImage
+from masklake.pipeline.results.fields import MOST_DETECTIONS
 
 IouType = Literal["bbox", "segm", "keypoints"]
 
@@ -54,9 +55,6 @@ COCO_SIGMAS: tuple[float, ...] = tuple(
 )
 OTHER_SIGMA = 0.05
 """Sigma of keypoints that COCO did not measure: the middle of its range."""
-
-MOST_DETECTIONS = 1_000_000
-"""Maximum of `max_dets`: the evaluator counts in 32 bits."""
 
 PROPOSAL_COUNTS = (100, 1000)
 """Numbers of proposals per image for which recall is measured: as many as detections are reported, and as an FPN's RPN

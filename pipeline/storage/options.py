@@ -5,27 +5,16 @@ from __future__ import annotations
 import os
 import re
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from masklake.model.errors import ConfigError
+from masklake.pipeline.storage.fields import StorageFields
 
 
-class StorageOptions(BaseModel):
+class StorageOptions(BaseModel, StorageFields, frozen=True):
     """Where storage is and who asks. Credentials are no part of it: they come from the environment or a profile."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    endpoint_url: str | None = Field(
-        default=None, description="S3 endpoint (MinIO, Ceph, R2); default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS itself."
-    )
-    region: str | None = Field(
-        default=None, description="Default: AWS_REGION, AWS_DEFAULT_REGION, the profile's, the bucket's."
-    )
-    profile: str | None = Field(default=None, description="A profile of the AWS config files; default: AWS_PROFILE.")
-    anonymous: bool = Field(default=False, description="Send unsigned requests, for public buckets.")
-    connect_timeout_s: float = Field(default=3.0, gt=0, description="Seconds to open one connection.")
-    request_timeout_s: float = Field(default=60.0, gt=0, description="Seconds for one whole request.")
-    max_retries: int = Field(default=3, ge=0, description="Retries of one request after a connection error or a 5xx answer.")
+    model_config = ConfigDict(extra="forbid")
 
     def resolved(self) -> StorageOptions:
         """Returns these options with the values of the environment filled in, so that a worker elsewhere reaches the same

@@ -12,7 +12,7 @@ from typing import Any
 from masklake.model.wording import counted
 from masklake.pipeline.coco.values import checked_runs
 from masklake.pipeline.errors import TableError
-from masklake.pipeline.images.decode import MOST_PIXELS
+from masklake.pipeline.images.fields import MOST_PIXELS
 
 REMEDY = "Restore the table's files, or label into a new table."
 SIDES = ("x1", "y1", "x2", "y2")

@@ -8,33 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pycocotools.mask
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from masklake.model.config import Category
 from masklake.model.masks.rle import decode_columns
 from masklake.pipeline.coco.document import to_rle
 from masklake.pipeline.coco.values import Segmentation
-
-MOST_CROP = 65_536
-Scale = Annotated[float, Field(ge=1 / 32, le=32)]
-"""Factor for the sides of an image: a thousandfold in memory is the most that can be intended."""
+from masklake.pipeline.training.fields import AugmentationFields
 
 
-class Augmentation(BaseModel):
+class Augmentation(BaseModel, AugmentationFields, frozen=True):
     """Random changes of training images. A mirror image swaps left and right keypoints."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    flip: bool = Field(default=True, description="Mirror half of the images left to right.")
-    flip_vertical: bool = Field(default=False, description="Mirror half of the images top to bottom (cells, aerial views).")
-    crop: int | None = Field(default=None, ge=32, le=MOST_CROP, description="Side of a random window, pixels after scaling.")
-    scale: tuple[Scale, Scale] = Field(default=(1.0, 1.0), description="Range of a random enlargement, least and greatest.")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("scale")
     @classmethod

@@ -5,44 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
+
+from masklake.pipeline.training.fields import RecipeFields
 
 MOST_WARMUP = 0.1
 """Maximum share of a run that the warm-up takes, however short the run is."""
 
 
-MOST_EPOCHS, MOST_BATCH = 1_000_000, 65_536
-"""Larger values are typing errors, and the numbers of samples would not fit 64 bits."""
-
-
-class Recipe(BaseModel):
+class Recipe(BaseModel, RecipeFields, frozen=True):
     """Optimiser, learning rate and its schedule. Defaults: Mask R-CNN, section 3.1, with Detectron2's shorter warm-up.
 
     A learning rate belongs to a number of images per step: `learning_rate` is for `reference_batch`, and the rate of the run is
     scaled linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = Field(default=0.02, gt=0, description="Greatest rate, for `reference_batch` images a step.")
-    reference_batch: int | None = Field(default=16, gt=0, description="Images a step; None: the rate is not scaled.")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum, AdamW's beta1.")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW leaves out norms and biases, as is usual.")
-    clip_norm: float | None = Field(default=None, gt=0, description="Greatest norm of all gradients together; None: any.")
-    warmup_steps: int = Field(default=1000, ge=0, description="Steps of linear growth, at most a tenth of the run.")
-    warmup_factor: float = Field(default=0.001, gt=0, le=1, description="Share of the rate at the first step.")
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(8 / 12, 11 / 12), description="Shares of the run where the rate drops, in order."
-    )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="What it is multiplied by at each milestone.")
-    epochs: int = Field(default=12, gt=0, le=MOST_EPOCHS, description="Passes over the images (12: Detectron2's 1x schedule).")
-    batch_size: int = Field(default=2, gt=0, le=MOST_BATCH, description="Images a step on one worker.")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("milestones")
     @classmethod

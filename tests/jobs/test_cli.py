@@ -19,16 +19,42 @@ from masklake.jobs.cli import app, main, print_json
 from masklake.jobs.terminal.stop_lines import AFTER_A_STOP, command_of, stopped_line
 
 COMMANDS = set(get_command(app).commands)  # type: ignore[attr-defined]
-HEAVY = ("torch", "ray", "duckdb", "pyarrow", "matplotlib", "deltalake")
+HEAVY = ("pydantic", "torch", "ray", "duckdb", "pyarrow", "matplotlib", "deltalake")
 
 
 def run(*arguments: str, code: str = "from masklake.jobs.cli import main; main()") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = f"import sys, masklake.jobs.cli; print([name for name in {HEAVY} if name in sys.modules])"
-    assert run(code=code).stdout.strip() == "[]"
+IMPORTED = f"""
+import sys
+from masklake.jobs.cli import main
+try:
+    main()
+finally:
+    sys.stderr.write(str([name for name in {HEAVY} if name in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [((), 2), (("--help",), 0), (("label", "--help"), 0), (("train", "--nothing"), 2), (("quer",), 2)],
+)
+def test_help_and_wrong_usage_import_nothing_heavy(arguments: tuple[str, ...], code: int) -> None:
+    done = run(*arguments, code=IMPORTED)
+    assert (done.returncode, done.stderr.splitlines()[-1][-2:]) == (code, "[]")
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        environment = {"_MASKLAKE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        code = "import sys; sys.argv[0] = 'masklake'; from masklake.jobs.cli import main; main()"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment).stdout.split()
+
+    assert completed("masklake la") == ["label"]
+    assert completed("masklake label --prec") == ["--precision"]
+    assert completed("masklake label --precision f") == ["fp32", "fp16"]
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,9 @@ from PIL import Image
 from typer.main import get_command
 
 from masklake.jobs import show
-from masklake.jobs.cli import TASKS, app, main
+from masklake.jobs.cli import app, main
 from masklake.jobs.query import show as show_answer
 from masklake.jobs.terminal.answers import Format, format_of
-from masklake.model.config import Task
 from masklake.model.errors import ConfigError
 from masklake.model.masks.rle import pack_counts
 from masklake.pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
@@ -436,10 +435,6 @@ def test_a_task_that_is_none_is_told_with_its_option(masklake: Any, tasks: str) 
         assert code == 12
         assert f"--tasks {tasks!r}: " in err
         assert "give box, mask, keypoint" in err
-
-
-def test_the_tasks_of_the_command_line_are_those_of_the_model() -> None:
-    assert set(TASKS) == set(get_args(Task))
 
 
 @pytest.mark.parametrize(("name", "form"), [(".csv", Format.CSV), ("q/.JSON.gz", Format.JSON), ("a.b.parquet", Format.PARQUET)])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from masklake.model import boxes
-from masklake.model.config import Learn, ModelConfig, Precision, PredictOptions
+from masklake.model.config import Learn, ModelConfig, PredictOptions
 from masklake.model.devices import resolved
+from masklake.model.fields import Precision
 from masklake.model.inference_network import DTYPES
 from masklake.model.instances import Instances, Target
 from masklake.model.mask_rcnn import MaskRCNN

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from masklake.model import PRESETS, Instances, PredictOptions, create_model
-from masklake.model.config import Task
 from masklake.model.detector import Detector, load_detector
+from masklake.model.fields import Task
 from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.labelling import labeller as labeller_module

@@ -1,0 +1,277 @@
+"""The options of each command, without pydantic (see `model.fields`): what its parameters are declared from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from masklake.model.fields import Course, Device, Group, Option, PredictFields, Task
+from masklake.pipeline.images.fields import DecodeFields
+from masklake.pipeline.inputs.fields import InputFields
+from masklake.pipeline.results.fields import MOST_DETECTIONS
+from masklake.pipeline.storage.fields import StorageFields
+from masklake.pipeline.training.fields import AugmentationFields, RecipeFields
+
+TableArgument = Annotated[str, Option("The table: a local path or s3:// URI.", argument=True)]
+ReplicaDevice = Annotated[Device, Option("Device to run the model on.", panel="Cluster")]
+Replicas = Annotated[int | None, Option("Model replicas.", default="one per GPU, else one per core", gt=0, panel="Cluster")]
+Address = Annotated[str | None, Option("Address of a Ray cluster.", default="RAY_ADDRESS, else this machine", panel="Cluster")]
+Images = Annotated[str | None, Option("Folder of the images.", default="images, beside the JSON file", panel="Input")]
+AllowMissing = Annotated[bool, Option("Leave out images that are missing or unusable.", panel="Input")]
+ReportOutput = Annotated[
+    str | None, Option("File to write the report to, as JSON, in addition to stdout.", panel="Output", short="-o")
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DemoFields:
+    """`masklake demo`."""
+
+    output: Annotated[str, Option("Folder for everything the demo makes.", panel="Output")] = "out/demo"
+    train_images: Annotated[int, Option("Number of images to draw for training.", ge=8, panel="Input")] = 400
+    unseen_images: Annotated[int, Option("Number of images to draw for labelling.", ge=12, panel="Input")] = 500
+    epochs: Annotated[int, Option("Passes over the training images.", gt=0, panel="Training")] = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TrainFields:
+    """`masklake train`."""
+
+    train: Annotated[
+        str,
+        Option("COCO JSON file to train on, local or s3://. Required, here or in --config.", argument=True, metavar="TRAIN"),
+    ]
+    images: Images = None
+    val: Annotated[str | None, Option("COCO JSON file to evaluate on. Without it no AP is computed.", panel="Input")] = None
+    val_images: Annotated[
+        str | None, Option("Folder of the images to evaluate on.", default="images, beside that JSON file", panel="Input")
+    ] = None
+    output: Annotated[str, Option("Folder or prefix that holds the runs. Required.", panel="Output", short="-o")]
+    name: Annotated[str, Option("Name of the run. Required. A run continues if its name is given again.", panel="Output")]
+    preset: Annotated[str, Option("Model preset.", panel="Model")] = "tiny"
+    tasks: Annotated[
+        frozenset[Task] | None,
+        Option(
+            "Tasks to train, separated by commas: box,mask,keypoint.",
+            default="those of both preset and data",
+            min_length=1,
+            panel="Model",
+        ),
+    ] = None
+    learn: Annotated[
+        Course,
+        Option("How the RPN and the detector are trained: together, alone, or in turn (docs/training.md).", panel="Training"),
+    ] = "joint"
+    proposals: Annotated[
+        str | None,
+        Option("Parquet file of `masklake propose`, for --learn detector.", default="the model's own", panel="Input"),
+    ] = None
+    weights: Annotated[
+        str | None,
+        Option("Checkpoint, or name of torchvision weights, to start from.", default="random weights", panel="Model"),
+    ] = None
+    """A classifier's weights initialise the backbone."""
+    reset_predictors: Annotated[
+        bool, Option("Initialise the last layers anew, for categories other than the weights'.", panel="Model")
+    ] = False
+    workers: Annotated[int, Option("Training processes.", gt=0, panel="Cluster")] = 1
+    device: Annotated[Device, Option("Device to train on. `auto` uses GPUs if there is one per worker.", panel="Cluster")] = (
+        "auto"
+    )
+    threads: Annotated[int | None, Option("CPU threads per worker.", default="its share of the cores", gt=0)] = None
+    seed: Annotated[int, Option("Random seed.", ge=0, le=2**32 - 1, panel="Training")] = 0
+    recipe: Annotated[dict[str, Any], Group(RecipeFields, "the preset's recipe")] = field(default_factory=dict)
+    model: Annotated[dict[str, Any], Option("Changes to the preset's configuration (`model.ModelConfig`).")] = field(
+        default_factory=dict
+    )
+    augmentation: AugmentationFields = AugmentationFields()
+    evaluate_every: Annotated[
+        int, Option("Epochs between evaluations. 0 evaluates after the last epoch only.", ge=0, panel="Training")
+    ] = 0
+    max_dets: Annotated[
+        tuple[Annotated[int, Option("Detections.", gt=0, le=MOST_DETECTIONS)], ...],
+        Option("Detections per image that AP and AR count.", min_length=1),
+    ] = (1, 10, 100)
+    keep: Annotated[
+        Literal["last", "best"], Option("Epoch whose model is exported. `best` requires --val.", panel="Output")
+    ] = "last"
+    allow_missing: AllowMissing = False
+    max_unusable: Annotated[
+        float | None,
+        Option(
+            "Maximum share of images, and of instances, that may be left out.",
+            default="0.05, but no images without --allow-missing",
+            ge=0,
+            le=1,
+            panel="Input",
+        ),
+    ] = None
+    keep_empty: Annotated[bool, Option("Train on images without any instance, too.")] = False
+    max_failures: Annotated[int, Option("Restarts after a worker's death.", ge=0)] = 2
+    storage: StorageFields = StorageFields()
+    address: Address = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ConvertFields:
+    """`masklake convert`."""
+
+    source: Annotated[
+        str,
+        Option(
+            "A torchvision state dict or Detectron2 checkpoint (.pth, .safetensors, .pkl), local or s3://, or the name of "
+            "torchvision weights.",
+            argument=True,
+        ),
+    ]
+    target: Annotated[str, Option("The checkpoint to write, *.safetensors, local or s3://.", argument=True)]
+    preset: Annotated[str, Option("Architecture of the weights, such as maskrcnn_resnet50_fpn.", panel="Model")]
+    norm_eps: Annotated[
+        float | None,
+        Option(
+            "Epsilon of the norm layers.",
+            default="0 for torchvision's own COCO_V1 files, 1e-5 for all others",
+            ge=0,
+            panel="Model",
+        ),
+    ] = None
+    categories: Annotated[
+        str | None,
+        Option(
+            "File with the categories the weights were trained on: COCO JSON, or text with one name per line.",
+            default="the preset's",
+            panel="Model",
+        ),
+    ] = None
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ProposeFields:
+    """`masklake propose`."""
+
+    coco: Annotated[str, Option("COCO JSON file of the images, local or s3://.", argument=True, metavar="COCO")]
+    images: Images = None
+    weights: Annotated[str, Option("A MaskLake checkpoint with a trained RPN (`masklake train --learn rpn`).", panel="Model")]
+    output: Annotated[str, Option("The Parquet file to write, local or s3://.", panel="Output", short="-o")]
+    allow_missing: AllowMissing = False
+    max_unusable: Annotated[
+        float | None,
+        Option(
+            "Maximum share of images that may be left out.",
+            default="0.05 with --allow-missing, else 0",
+            ge=0,
+            le=1,
+            panel="Input",
+        ),
+    ] = None
+    device: ReplicaDevice = "auto"
+    workers: Replicas = None
+    address: Address = None
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LabelFields:
+    """`masklake label`."""
+
+    input: InputFields
+    table: Annotated[
+        str, Option("The table to add to: a local path or s3:// URI. It is created if it does not exist.", argument=True)
+    ]
+    weights: Annotated[
+        str,
+        Option("A checkpoint of `masklake train` or `masklake convert`, or the name of torchvision weights.", panel="Model"),
+    ]
+    storage: StorageFields = StorageFields()
+    predict: PredictFields = PredictFields(precision="auto")
+    limits: DecodeFields = DecodeFields()
+    tick: Annotated[
+        str | None,
+        Option("ID of the run, for schedulers. Each ID is labelled once.", default="derived from the input", panel="Run"),
+    ] = None
+    retry_failed: Annotated[
+        bool, Option("Label images with permanent failures again (decode_error, crashed, ...).", panel="Run")
+    ] = False
+    device: ReplicaDevice = "auto"
+    workers: Replicas = None
+    block_rows: Annotated[
+        int | None, Option("Images that are written together.", default="derived from the size of the run", gt=0)
+    ] = None
+    address: Address = None
+    progress: Annotated[bool, Option("Show a progress bar on stderr.")] = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class QueryFields:
+    """`masklake query`."""
+
+    table: TableArgument
+    sql: Annotated[
+        str,
+        Option(
+            "DuckDB SQL in quotes, over images, detections, current_images and current_detections. `-` reads it from stdin.",
+            argument=True,
+        ),
+    ]
+    form: Annotated[
+        Literal["table", "csv", "tsv", "json", "jsonl", "parquet"] | None,
+        Option("Format of the result.", default="that of the suffix of --output, else table", panel="Output", name="format"),
+    ] = None
+    output: Annotated[
+        str | None,
+        Option(
+            "File to write the whole result to, local or s3://: *.csv, .tsv, .json, .jsonl, .parquet or .txt. "
+            "Text formats may end with .gz.",
+            default="stdout",
+            panel="Output",
+            short="-o",
+        ),
+    ] = None
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ShowFields:
+    """`masklake show`."""
+
+    table: TableArgument
+    uri: Annotated[str, Option("An image of the table: its URI, or a unique ending of it, such as sub/a.jpg.", argument=True)]
+    output: Annotated[str, Option("The picture to write, local or s3://: *.png, .jpg or .webp.", panel="Output", short="-o")]
+    min_score: Annotated[
+        float, Option("Minimum score of a drawn instance. 0 draws all stored instances.", ge=0, le=1, panel="Output")
+    ] = 0.5
+    images: Annotated[str | None, Option("Folder of the images.", default="where they were labelled", panel="Input")] = None
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class EvaluateFields:
+    """`masklake evaluate`."""
+
+    table: TableArgument
+    truth: Annotated[str, Option("COCO JSON file of the ground truth, local or s3://.", panel="Input")]
+    images: Annotated[
+        str | None,
+        Option("Folder of the ground truth's images.", default="match the ends of the table's URIs", panel="Input"),
+    ] = None
+    labelling_run: Annotated[
+        str | None,
+        Option("ID of the labelling run to evaluate.", default="the newest row of each image", panel="Input", name="run"),
+    ] = None
+    max_dets: Annotated[
+        tuple[int, ...],
+        Option(
+            "Maximum number of detections per image. Repeat the option for several.",
+            gt=0,
+            le=MOST_DETECTIONS,
+            panel="Metrics",
+        ),
+    ] = (1, 10, 100)
+    iou_score: Annotated[float, Option("Minimum score of a detection in the mean IoU.", ge=0, le=1, panel="Metrics")] = 0.5
+    max_unusable: Annotated[
+        float | None,
+        Option("Maximum share of ground-truth instances that may be left out.", default="0.05", ge=0, le=1, panel="Input"),
+    ] = None
+    output: ReportOutput = None
+    storage: StorageFields = StorageFields()

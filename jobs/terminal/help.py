@@ -1,0 +1,46 @@
+"""Help pages: paragraphs, examples, and the classes that keep them quick."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from masklake.jobs.terminal.parameters import PANELS
+
+
+def paragraphs(text: str) -> str:
+    """A docstring's text with each paragraph in one line: typer keeps the line breaks of all but the first."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
+
+
+def examples(*lines: str) -> str:
+    """Command lines, as a help page ends with them."""
+    return "\n".join(["Examples:", *(f"  {line}" for line in lines)]).replace("[", r"\[")
+
+
+class _QuickFlags:
+    """Reads flags without pydantic, and puts `--help` into a panel of its own, behind the others.
+
+    typer's own flags (`--help`, `--install-completion`) have None for a default, which typer converts by pydantic: an import of
+    0.1 s for each command, help page and wrong argument.
+    """
+
+    def get_params(self, context: Any) -> list[Any]:
+        """typer's parameters of the command."""
+        parameters: list[Any] = super().get_params(context)  # type: ignore[misc]  # of the class beside this one
+        for parameter in parameters:
+            if getattr(parameter, "is_bool_flag", False) and parameter.default is None:
+                parameter.default = False
+            if parameter.name == "help" and isinstance(self, TyperCommand):
+                parameter.rich_help_panel = PANELS[-1]
+        return parameters
+
+
+class Command(_QuickFlags, TyperCommand):
+    """A command."""
+
+
+class Commands(_QuickFlags, TyperGroup):
+    """The group of all commands."""

@@ -1,0 +1,93 @@
+"""The fields of the options: name, type, default, range and help text, each in one place and without pydantic.
+
+A model of options inherits its fields (`PredictOptions` those of `PredictFields`) and adds the checks. The command line
+declares its parameters from the same fields (`jobs.terminal.parameters`). The `fields.py` modules of the rooms import nothing
+heavy: pydantic's import alone takes as long as all that a help page needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+AnyPrecision = Literal["auto"] | Precision
+Task = Literal["box", "mask", "keypoint"]
+Device = Literal["auto", "cpu", "cuda"]
+Course = Literal["joint", "rpn", "detector", "separate", "four_step"]
+"""What is trained, and in which order (`model.phases`)."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option, as metadata of its `Annotated` type. Pydantic reads the range, the command line the rest.
+
+    help: one sentence or two. default: in words, what None stands for.
+    gt, ge, le, lt: the range of a number, or of each number of a tuple. min_length: of a collection.
+    panel: the part of a command's help that it stands in; None: the command line does not have it, unless as an argument.
+    name: on the command line, where it is not the field's. short: one letter with a dash. argument: it has no name before it.
+    metavar: how an argument is called.
+    """
+
+    help: str
+    default: str | None = None
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    min_length: int | None = None
+    panel: str | None = None
+    name: str | None = None
+    short: str | None = None
+    argument: bool = False
+    metavar: str | None = None
+
+    __is_annotated_types_grouped_metadata__ = True  # to pydantic: iterate over it (the protocol of `annotated_types`)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The constraints, as pydantic knows them."""
+        from pydantic import Field
+
+        limits = {
+            name: getattr(self, name) for name in ("gt", "ge", "le", "lt", "min_length") if getattr(self, name) is not None
+        }
+        yield from Field(**limits).metadata
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metadata of a field that holds changes to other options, by name. default: in words, where unchanged ones come from."""
+
+    fields: type
+    default: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PredictFields:
+    """How a model predicts."""
+
+    precision: Annotated[
+        AnyPrecision,
+        Option("Arithmetic of the network. `auto` is bf16 on a GPU that supports it and fp32 elsewhere.", panel="Model"),
+    ] = "fp32"
+    """Boxes, scores and suppression are always fp32. `fp32` is IEEE single precision on every device, `tf32` lets a GPU round
+    the factors of its products to 10 bits (on a CPU it is `fp32`)."""
+    score_threshold: Annotated[
+        float | None,
+        Option("Minimum score of a stored instance.", default="the model's, usually 0.05", ge=0, le=1, panel="Model"),
+    ] = None
+    nms_iou: Annotated[float | None, Option("IoU above which the lower-scoring box of a class is dropped.", ge=0, le=1)] = None
+    max_detections: Annotated[
+        int | None,
+        Option("Maximum number of instances per image.", default="the model's, usually 100", gt=0, le=1000, panel="Model"),
+    ] = None
+    mask_threshold: Annotated[float | None, Option("Probability above which a pixel is in the mask.", ge=0, le=1)] = None
+    tasks: Annotated[
+        frozenset[Task] | None,
+        Option(
+            "Tasks to run, separated by commas: box,mask,keypoint.", default="all of the model's", min_length=1, panel="Model"
+        ),
+    ] = None
+    batch_size: Annotated[int, Option("Images per forward pass on a GPU.", gt=0, panel="Model")] = 4
+    """They have an equal canvas; where there are fewer, blank ones fill up. On a CPU one image at a time is faster."""

@@ -1,0 +1,28 @@
+"""The options of an input, without pydantic (see `model.fields`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from masklake.model.fields import Option
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class InputFields:
+    """Which images."""
+
+    uri: Annotated[
+        str,
+        Option(
+            "Images: a folder or prefix, a glob pattern in quotes, or a list (Parquet, CSV, JSON, text).",
+            argument=True,
+            metavar="INPUT",
+        ),
+    ]
+    """Folders are read recursively. A glob has *, ?, [] and **. A single image is an input, too. With a trailing slash the URI
+    is a folder, even if an object has the same name."""
+    column: Annotated[
+        str | None, Option("Column (JSON: key) of the list that holds the URIs.", default="uri, or the only one", panel="Input")
+    ] = None
+    """Without a header: its number, from 1."""
