@@ -1,6 +1,6 @@
-"""Arithmetic on boxes: float32 xyxy, pixels, x2 and y2 exclusive; in float32 whatever the network's precision.
+"""Operations on boxes: float32 xyxy in pixels, x2 and y2 exclusive; in float32 whatever the network's precision.
 
-bfloat16 has 8 bits of mantissa: at 1,000 pixels its steps are 4 pixels wide, so deltas are cast up, never boxes down.
+bfloat16 has 8 bits of mantissa: near 1,000 pixels its steps are 4 pixels wide. So deltas are cast up, and boxes never down.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Weights = tuple[float, float, float, float]
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """Deltas (..., 4) that turn `anchors` into `boxes` (Girshick et al. 2014, appendix C), times `weights`.
+    """Returns the deltas (..., 4) that turn `anchors` into `boxes` (Girshick et al. 2014, appendix C), times `weights`.
 
-    Sides of both must be above zero.
+    All sides must be greater than zero.
     """
     size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * size
@@ -30,7 +30,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Weights, clamp: float) -> Tensor:
-    """The inverse of `encode_boxes`: float32 (..., 4); dw and dh are cut at `clamp`, so that exp cannot overflow."""
+    """Inverse of `encode_boxes`: returns float32 (..., 4). dw and dh are limited to `clamp`, so that exp cannot overflow."""
     deltas = deltas.float() / constant(weights, deltas.device)
     size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * size
@@ -40,18 +40,18 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Weights, clamp: float
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Cut boxes (..., 4) to images of `sizes`, float32 (..., 2) as height, width."""
+    """Clips boxes (..., 4) to images of `sizes`, float32 (..., 2) as height, width."""
     limit = torch.stack([sizes[..., 1], sizes[..., 0], sizes[..., 1], sizes[..., 0]], dim=-1)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def wide_enough(boxes: Tensor, side: float) -> Tensor:
-    """bool (...): both sides are at least `side` pixels. False for boxes with a non-finite corner."""
+    """Returns bool (...): both sides are at least `side` pixels. False for boxes with a non-finite corner."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= side).all(dim=-1) & boxes.isfinite().all(dim=-1)
 
 
 def has_area(boxes: Tensor) -> Tensor:
-    """bool (...): both sides are longer than 0."""
+    """Returns bool (...): both sides are longer than 0."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
@@ -67,8 +67,8 @@ def suppress(
     """Non-maximum suppression within each group (class or level) of each image.
 
     boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending. wanted: bool (N,), the
-    boxes that count; the others may be anything. most: boxes of an image that stay.
-    Returns int64 indices of what stays, image by image and in each the best score first.
+    boxes to consider; the others may have any values. most: maximum number of boxes to keep per image. Returns int64 indices of
+    the kept boxes, image by image, best score first within each.
     """
     wanted = torch.ones_like(images, dtype=torch.bool) if wanted is None else wanted
     most = len(boxes) if most is None else most
@@ -80,9 +80,11 @@ def suppress(
 
 
 def _suppress_image_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float) -> Tensor:
-    """The CPU operator visits every pair of boxes, so images are separated before it, not by it: 4 images in one call would
-    cost 16 times one image. batched_nms separates few boxes by an offset that costs them 0.01 pixels, and many exactly;
-    calling it image by image leaves the same boxes as torchvision does.
+    """Calls the CPU operator once per image, because it visits every pair of boxes: 4 images in one call would cost 16 times
+    one image.
+
+    batched_nms separates few boxes by an offset that costs them 0.01 pixels, and many exactly; image by image it keeps the same
+    boxes as torchvision.
     """
     counts = torch.bincount(images).tolist() if len(images) else []
     kept, start = [torch.empty(0, dtype=torch.int64)], 0
@@ -98,8 +100,8 @@ def _suppress_at_once(
 ) -> Tensor:
     """One launch for all images: groups are moved apart in float64, whose 53 bits keep every float32 coordinate exact.
 
-    What is not wanted stays in the table, as the last of its image, where it suppresses nothing: to leave it out the host would
-    have to wait for its number.
+    Unwanted boxes stay in the table, last in their image, where they suppress nothing: to leave them out, the host would have
+    to wait for their number.
     """
     if not len(boxes):
         return images
@@ -113,6 +115,6 @@ def _suppress_at_once(
 
 
 def top_per_image(images: Tensor, count: int) -> Tensor:
-    """bool (N,): among the first `count` entries of their image; images: int64 (N,), sorted ascending."""
+    """Returns bool (N,): among the first `count` entries of their image. images: int64 (N,), sorted ascending."""
     place = torch.arange(len(images), device=images.device)
     return place - torch.searchsorted(images, images) < count

@@ -1,4 +1,4 @@
-"""COCO's categories with their original ids, and the person's keypoints (Lin et al. 2014)."""
+"""COCO's categories with their original ids, and the keypoints of "person" (Lin et al. 2014)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PERSON_SKELETON = (
 )
 
 NO_CATEGORY = "N/A"
-"""Name of an id that COCO planned and never annotated."""
+"""Name of ids that COCO planned but never annotated."""
 
 # Ids 1 to 90 in order; an empty name is an id without annotations.
 _NAMES = (

@@ -1,9 +1,8 @@
-"""Host and device: what a device asks of its machine, how it computes, and what crosses between the two, so that neither
-waits for the other more often than it must.
+"""Devices: requirements, arithmetic, and transfers between host and device that rarely make either wait.
 
-A GPU runs behind the host, which only ever hands it work. A plain copy, also of three constants, makes the host wait until
-everything before is done, and the GPU then waits for the host. So constants are kept, small tables go through pinned memory,
-and results come back together.
+A GPU runs behind the host, which only queues work. A plain copy, even of three constants, makes the host wait until all earlier
+work is done, and the GPU then waits for the host. So constants are cached, small tables are copied through pinned memory, and
+results are copied back together.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from masklake.model.fields import Precision
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, when this machine can run a model on it.
+    """Returns the device if this machine can run a model on it.
 
-    Raises ConfigError where it names a CUDA device and torch finds none, or no C compiler is there: Triton builds a small
-    launcher for each kernel when that first runs.
+    Raises ConfigError for a CUDA device if torch finds none, or if there is no C compiler: Triton builds a small launcher for
+    each kernel at its first run.
     """
     chosen = torch.device(device)
     if chosen.type != "cuda":
@@ -41,12 +40,12 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton would take, by its order: CC, gcc, clang."""
+    """Returns the C compiler that Triton would use, in its order: CC, gcc, clang."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def constant(values: Sequence[float], device: torch.device) -> Tensor:
-    """float32 (n,), made once for each device; not to be written to."""
+    """Returns float32 (n,), created once per device; must not be written to."""
     return _constant(tuple(values), device)
 
 
@@ -57,7 +56,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, by a copy that nobody waits for where it comes from the host."""
+    """Returns the tensor on the device; a copy from the host is asynchronous."""
     if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -65,9 +64,10 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Give products in float32 one meaning on a GPU while the block runs, and repeatable algorithms for its convolutions.
+    """Context manager: float32 products have the same precision everywhere on a GPU, and convolutions use deterministic
+    algorithms.
 
-    By torch's own defaults its convolutions round their factors to TF32's 10 bits where a 1x1 convolution, as a matrix product,
+    By torch's defaults, convolutions round their factors to TF32's 10 bits while a 1x1 convolution computed as a matrix product
     does not.
     """
     if device.type != "cuda":
@@ -91,14 +91,14 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def resolved(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """`auto` as what it means on this device."""
+    """Returns what precision `auto` means on this device."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one device on the host, in one copy. Those of wider elements come first, so that all are aligned."""
+    """Returns tensors of one device on the host, in one copy, wider elements first, so that all are aligned."""
     if tensors[0].device.type == "cpu":
         return list(tensors)
     together = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors]).cpu()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line prints an error without loading pydantic
 
 
 class MaskLakeError(Exception):
-    """Base of every error that a user of MaskLake can cause and mend."""
+    """Base class of all errors that a user of MaskLake can cause and fix."""
 
     exit_code: ClassVar[int] = 1
 
@@ -40,16 +40,17 @@ class CheckpointError(MaskLakeError):
 
 
 class ConfigError(MaskLakeError):
-    """Options that contradict each other, or that this model cannot honour."""
+    """Options that contradict each other, or that this model does not support."""
 
     exit_code = 12
 
 
 def faults(error: ValidationError, known: Collection[str] = (), spelled: Mapping[str, str] | None = None) -> str:
-    """Every fault of a pydantic value in one line, each with its field: `recipe.epochs: input should be greater than 0`.
+    """Returns every fault of a pydantic validation in one line, each with its field: `recipe.epochs: input should be greater
+    than 0`.
 
-    known: the value's fields, of which the one that a misspelt field resembles is named. spelled: how fields are called where
-    they were given, such as `--seed`.
+    known: the fields, of which the one similar to a misspelt field is suggested. spelled: how fields are called where they were
+    given, such as `--seed`.
     """
     lines = []
     for fault in error.errors():

@@ -1,8 +1,8 @@
-"""What stands in a table for good: the names of models, and the rule by which options enter such a name.
+"""Names that tables store permanently: of models, and the rule by which options enter such a name.
 
-A name must not move when the program grows, since every image of a table is labelled again under another one. So a name is
-made of what differs from the defaults that are frozen here, not of all that a value happens to hold: a field that is new, or
-whose default changed, leaves the names of the models alone that do not make use of it.
+A name must not change when the program grows, since every image of a table is labelled again under a new one. So a name is
+derived from the differences to the defaults that are frozen here, not from all fields of a value: a new field, or a changed
+default, does not change the names of models that do not use it.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ FIRST_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "paste": "torchvision",
     },
 }
-"""Every field's default when the field was introduced, by class. Add a line for a new field; never change one.
+"""The default of every field when it was introduced, by class. Add a line for a new field; never change one.
 
 The values are written out, since `model.config` may change its own. A field without a default always counts; a nested value
-(`backbone`, `categories`) counts by what differs within it.
+(`backbone`, `categories`) counts by its own differences.
 """
 
 COUNTER = ".num_batches_tracked"
@@ -120,9 +120,10 @@ COUNTER = ".num_batches_tracked"
 
 
 def model_id(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
-    """Preset name, a dash and the first 12 hex digits of the SHA-256 over every weight and what the configuration changes.
+    """Returns the preset's name, a dash and the first 12 hex digits of the SHA-256 over every weight and the changes to the
+    configuration.
 
-    The same on every device, for every order of `state`, and after a checkpoint was written and read.
+    It is the same on every device, for every order of `state`, and after writing and reading a checkpoint.
     """
     facts = differing(config, FIRST_DEFAULTS)
     digest = hashlib.sha256(canonical_json(facts))
@@ -136,7 +137,7 @@ def model_id(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
 
 
 def differing(value: BaseModel, first_defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of `value`, by name, that have another value than when they were introduced.
+    """Returns the fields of `value`, by name, that differ from the default of their introduction.
 
     first_defaults: by the class's name, then the field's. A field that is not in it always counts.
     """
@@ -157,7 +158,7 @@ def differing(value: BaseModel, first_defaults: Mapping[str, Mapping[str, Any]])
 
 
 def canonical_json(facts: Mapping[str, Any]) -> bytes:
-    """`facts` as JSON: equal facts are equal bytes, in whatever order they were put together, and 1 is 1.0."""
+    """Returns `facts` as JSON: equal facts give equal bytes, in any order of insertion, and 1 is 1.0."""
     return json.dumps(_plain(facts), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

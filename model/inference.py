@@ -1,6 +1,6 @@
-"""Inference (section 3.1 "Inference"): what the second stage makes of the proposals, from the network to host arrays.
+"""Inference (section 3.1 "Inference"): from proposals to detections in host arrays.
 
-Everything on the device works on one table of detections for the whole batch; a single copy brings it to the host.
+Everything on the device uses one table of detections for the whole batch, and a single copy transfers it to the host.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings:
 
 
 def resolve(options: PredictOptions, config: ModelConfig) -> Settings:
-    """What to do; raises ConfigError for a task that the model has no branch for."""
+    """Returns the settings for `options`. Raises ConfigError for a task that the model has no branch for."""
     box: Task = "box"  # what the other branches start from
     tasks = config.tasks if options.tasks is None else options.tasks | {box}
     if missing := tasks - config.tasks:
@@ -63,11 +63,10 @@ def resolve(options: PredictOptions, config: ModelConfig) -> Settings:
 
 @dataclass(frozen=True)
 class Detections:
-    """Detections of a batch, on the device, sorted by image and in each the best first.
+    """Detections of a batch on the device, sorted by image, best first within each.
 
-    boxes float32 (N, 4), canvas pixels; scores float32 (N,); classes int64 (N,) from 1; images int64 (N,).
-    masks: float32 (N, m, m) probabilities or None. keypoints: float32 (N, K, 3), canvas pixels, or None; NaN where the
-    class has none.
+    boxes float32 (N, 4), canvas pixels; scores float32 (N,); classes int64 (N,) from 1; images int64 (N,). masks: float32 (N,
+    m, m) probabilities or None. keypoints: float32 (N, K, 3), canvas pixels, or None; NaN if the class has none.
     """
 
     boxes: Tensor
@@ -78,14 +77,14 @@ class Detections:
     keypoints: Tensor | None = None
 
     def chosen(self, rows: Tensor) -> Detections:
-        """Those of `rows`, int64 (n,)."""
+        """Returns those of `rows`, int64 (n,)."""
         masks = None if self.masks is None else self.masks[rows]
         keypoints = None if self.keypoints is None else self.keypoints[rows]
         return Detections(self.boxes[rows], self.scores[rows], self.classes[rows], self.images[rows], masks, keypoints)
 
 
 def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None = None) -> Regions:
-    """The first stage alone; features: the detector's maps, where they are there already."""
+    """Runs the first stage alone. features: the detector's maps, if already computed."""
     maps = network.proposal_maps(canvas.pixels, features)
     count = len(canvas.sizes)  # blank images may follow
     outputs = [(objectness[:count], deltas[:count]) for objectness, deltas in network.rpn.head(maps)]
@@ -93,7 +92,7 @@ def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None 
 
 
 def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
-    """Pixels to detections: the two stages, then the branches on what is left."""
+    """Returns the detections for pixels: runs both stages, then the branches on the detections that remain."""
     features = network.backbone(canvas.pixels)
     proposals = propose(network, canvas, features)
     config = network.config
@@ -108,9 +107,9 @@ def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
 def select(
     logits: Tensor, deltas: Tensor, proposals: Regions, sizes: Tensor, config: ModelConfig, settings: Settings
 ) -> Detections:
-    """Class scores and shifted boxes to detections: threshold, suppression within a class, the best of each image.
+    """Returns the detections for class scores and shifted boxes: threshold, suppression within a class, the best of each image.
 
-    logits (R, classes), deltas (R, classes, 4); sizes float32 (B, 2). Boxes are decoded only where the score suffices.
+    logits (R, classes), deltas (R, classes, 4); sizes float32 (B, 2). Boxes are decoded only if the score suffices.
     """
     scores = logits.float().softmax(dim=1)
     region, label = torch.where(scores[:, 1:] > settings.score_threshold)
@@ -124,12 +123,12 @@ def select(
 
 
 def _masks(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
-    """Probabilities of each detection's own class, float32 (N, m, m)."""
+    """Returns the probabilities of each detection's own class, float32 (N, m, m)."""
     return network.mask_head(network.mask_input(features, regions), classes).float().sigmoid()
 
 
 def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
-    """float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
+    """Returns float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
     config, counts = network.config, network.keypoint_counts[classes]
     keypoints = regions.boxes.new_full((len(classes), config.num_keypoints, 3), torch.nan)
     chosen = torch.where(counts > 0)[0]
@@ -149,7 +148,7 @@ def to_instances(
     config: ModelConfig,
     threshold: float,
 ) -> list[Instances]:
-    """Detections to the original images' pixels and to host arrays: one copy, and masks to RLE.
+    """Returns the detections in pixels of the original images, as host arrays: one copy, and masks as RLE.
 
     originals: (height, width) of each image; category_ids: int64 (classes,), by class.
     """
@@ -182,7 +181,8 @@ def to_instances(
 def _to_host(
     found: Detections, originals: Sequence[Size], threshold: float, paste: PasteKind
 ) -> tuple[Tensor, Callable[[slice, Size], tuple[list[bytes] | None, NDArray[np.int64] | None]]]:
-    """The detections' table on the host, and what gives RLE and pixels of the masks in some of its rows, all of one image.
+    """Returns the table of detections on the host, and a function that gives RLE and areas of the masks in some rows of one
+    image.
 
     On a GPU all masks are pasted and cut at once and only their edges are copied; elsewhere they are rows of the table.
     """
@@ -203,7 +203,9 @@ def _to_host(
 
 
 def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], config: ModelConfig) -> Detections:
-    """The same in the original images' pixels; ratios: of the canvas, originals: (height, width) of each image."""
+    """Returns the detections in pixels of the original images. ratios: of the canvas; originals: (height, width) of each
+    image.
+    """
     ratio = ratios[found.images].flip(1)  # horizontal, vertical: as x and y
     boxes, keypoints = found.boxes * ratio.repeat(1, 2), None
     if found.keypoints is not None:
@@ -219,7 +221,7 @@ def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], 
 
 
 def _pack(found: Detections) -> Tensor:
-    """One float32 row a detection: image, class, score, box, then keypoints."""
+    """Returns one float32 row per detection: image, class, score, box, then keypoints."""
     columns = [found.images[:, None].float(), found.classes[:, None].float(), found.scores[:, None], found.boxes]
     if found.keypoints is not None:
         columns.append(found.keypoints.flatten(1))

@@ -1,4 +1,4 @@
-"""A copy of the network made for inference: norms folded into convolutions, channels last, in the wanted precision."""
+"""Copies a network for inference: norms folded into convolutions, channels last, in the requested precision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def prepare(network: nn.Module, precision: Precision) -> nn.Module:
-    """A frozen copy of `network` (of any module made of this package's layers), for inference only."""
+    """Returns a frozen copy of `network` (any module built from this package's layers), for inference only."""
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     for part in prepared.modules():
         if isinstance(part, ConvNorm):
@@ -40,7 +40,7 @@ def prepare(network: nn.Module, precision: Precision) -> nn.Module:
 
 
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
-    """Layers change their precision; buffers of coordinates (anchors) never do."""
+    """Changes the precision of layers; buffers of coordinates (anchors) are never changed."""
     if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
         part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     elif isinstance(part, nn.Linear | nn.GroupNorm | nn.BatchNorm2d):
@@ -48,7 +48,7 @@ def _convert(part: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fingerprint(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight does: in place, by loading, or by moving to another device."""
+    """Returns a value that changes whenever a weight does: in place, by loading, or by moving to another device."""
     tensors = [*network.parameters(), *network.buffers()]
     # Tensors made in inference mode count no versions: they cannot be trained either.
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)

@@ -16,7 +16,7 @@ from masklake.model.config import BackboneConfig, ModelConfig, NormKind
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation by stored statistics that are never updated; (B, C, H, W) in and out."""
+    """Batch normalisation with stored statistics that are never updated; (B, C, H, W) in and out."""
 
     weight: Tensor
     bias: Tensor
@@ -32,14 +32,14 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One multiply-add a value."""
+        """One multiply-add per value."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
 class Norm(NamedTuple):
-    """What normalises a layer: its kind, what is added to the variance, and the groups of a group norm."""
+    """A kind of normalisation layer: its name, the epsilon added to the variance, and the groups of a group norm."""
 
     kind: NormKind
     eps: float
@@ -47,7 +47,7 @@ class Norm(NamedTuple):
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """The normalisation layer for that many channels."""
+    """Returns the normalisation layer for this number of channels."""
     if norm.kind == "frozen":
         return FrozenBatchNorm(channels, norm.eps)
     if norm.kind == "batch":
@@ -58,17 +58,17 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 
 
 def backbone_norm(config: BackboneConfig) -> Norm:
-    """The norm behind the backbone's convolutions."""
+    """Returns the norm after the backbone's convolutions."""
     return Norm(config.norm, config.norm_eps, config.norm_groups)
 
 
 def head_norm(config: ModelConfig) -> Norm:
-    """The norm behind the convolutions of the pyramid and the branches."""
+    """Returns the norm after the convolutions of the pyramid and the branches."""
     return Norm(config.head_norm, 1e-5, config.backbone.norm_groups)
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution `0`, then normalisation `1`; (B, C, H, W) in and out. The convolution has a bias where there is no norm."""
+    """Convolution `0`, then normalisation `1`; (B, C, H, W) in and out. The convolution has a bias if there is no norm."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, norm: Norm, groups: int = 1, dilation: int = 1) -> None:
         padding, bias = dilation * (kernel // 2), norm.kind == "none"
@@ -77,22 +77,22 @@ class ConvNorm(nn.Sequential):
         super().__init__(conv, make_norm(norm, c_out))
 
     def fold(self) -> None:
-        """Merge the normalisation into the convolution, in place, where that is exact (inference only)."""
+        """Merges the normalisation into the convolution, in place, if that is exact (inference only)."""
         conv, norm = self[0], self[1]
         if isinstance(conv, nn.Conv2d) and (folded := fold_batch_norm(conv, norm)) is not None:
             self[0], self[1] = folded, nn.Identity()
 
 
 class Pointwise(nn.Linear):
-    """A 1x1 convolution as the matrix product that it is, for inference; (B, C, H, W) in and out, channels last.
+    """A 1x1 convolution computed as a matrix product, for inference; (B, C, H, W) in and out, channels last.
 
-    torch gives 1x1 convolutions of a single thread to code that copies its maps into another memory order and leaves them
-    there, so that what follows reads and writes across the grain.
+    With a single thread, torch runs 1x1 convolutions by code that copies the maps to another memory order and leaves them
+    there, which slows down the layers that follow.
     """
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Pointwise:
-        """The same weights."""
+        """Returns a layer with the same weights."""
         layer = cls(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta")
         layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
         if conv.bias is not None:
@@ -101,16 +101,16 @@ class Pointwise(nn.Linear):
 
     @staticmethod
     def fits(part: nn.Module) -> TypeGuard[nn.Conv2d]:
-        """Whether `part` is a convolution that a matrix product can do without moving pixels."""
+        """Returns whether `part` is a convolution that a matrix product can compute without moving pixels."""
         return isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) == part.stride and part.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Channels are the last dimension in memory: nothing is copied."""
+        """Channels are the last dimension in memory, so nothing is copied."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d | None:
-    """One convolution that does the work of both, for inference; None where `norm` depends on its input."""
+    """Returns one convolution that computes both, for inference; None if `norm` depends on its input."""
     if isinstance(norm, nn.Identity):
         return conv
     if not isinstance(norm, FrozenBatchNorm | nn.BatchNorm2d):
@@ -127,6 +127,6 @@ def init_relu_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
 
 
 def init_bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Bias 0, where there is one."""
+    """Sets the bias, if any, to 0."""
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al. 2017): the model that the rest of MaskLake trains and labels with."""
+"""Mask R-CNN (He et al. 2017), the detector that MaskLake trains and labels with."""
 
 from __future__ import annotations
 
@@ -54,30 +54,30 @@ class MaskRCNN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.network.keypoint_counts.device
 
     @property
     def model_id(self) -> str:
-        """The preset's name and 12 hex digits over configuration and weights: names this model in every table row."""
+        """The preset's name and 12 hex digits over configuration and weights; identifies this model in every row of a table."""
         return model_id(self.config, self.network.state_dict())
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """What the model can find, by class: class i + 1 is `categories[i]`."""
+        """Categories by class: class i + 1 is `categories[i]`."""
         return self.config.categories
 
     @property
     def tasks(self) -> frozenset[Task]:
-        """What the model answers."""
+        """Tasks that the model has branches for."""
         return self.config.tasks
 
     def batch_key(self, size: Size) -> tuple[int, int]:
-        """(H, W) of the canvas that an image of `size`, (height, width) in pixels, has at inference."""
+        """Returns (H, W) of the canvas for an image of `size`, (height, width) in pixels, at inference."""
         return canvas_size(size, self.config)
 
     def settings(self, options: PredictOptions) -> dict[str, Any]:
-        """Every setting that changes what `predict` finds, by name. Raises ConfigError for a task without a branch."""
+        """Returns every setting that changes what `predict` finds, by name. Raises ConfigError for a task without a branch."""
         return {"precision": resolved(options.precision, self.device), **vars(resolve(options, self.config))}
 
     def learn(self, what: Learn, fixed_backbone: bool = False) -> Self:
@@ -101,11 +101,11 @@ class MaskRCNN(nn.Module):
         return self.train(self.training)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The losses of section 3 (L_cls + L_box + L_mask, and the keypoints' of section 5) with the first stage's.
+        """Returns the losses of section 3 (L_cls + L_box + L_mask, and that of section 5 for keypoints) and of the first stage.
 
-        images: uint8 RGB (3, H, W) of any sizes; targets: one an image, in its pixels. Returns scalars by name, those of what
-        learns (`learn`); their sum is the objective. Raises ConfigError for images and targets that do not fit each other or
-        the model.
+        images: uint8 RGB (3, H, W) of any sizes; targets: one per image, in its pixels. Returns scalars by name, those of the
+        trained part (`learn`); their sum is the objective. Raises ConfigError for images and targets that do not fit each other
+        or the model.
         """
         if len(images) != len(targets) or not images:
             raise ConfigError(f"training needs one target an image and at least one image: {len(images)} and {len(targets)}")
@@ -126,7 +126,7 @@ class MaskRCNN(nn.Module):
         return losses | self._detector_losses(features, proposals, truths)
 
     def _fixed_proposals(self, features: Sequence[Tensor], canvas: Canvas, truths: Sequence[Truth]) -> Regions:
-        """What the detector learns on alone: the proposals that the targets bring, else those of the RPN as it is."""
+        """Returns the proposals for a detector that is trained alone: those in the targets, else those of the unchanged RPN."""
         given = [truth.proposals for truth in truths if truth.proposals is not None]
         if len(given) == len(truths):
             images = torch.arange(len(given)).repeat_interleave(torch.tensor([len(boxes) for boxes in given]))
@@ -143,7 +143,7 @@ class MaskRCNN(nn.Module):
             return propose(self.network, canvas, features)
 
     def _detector_losses(self, features: Sequence[Tensor], proposals: Regions, truths: Sequence[Truth]) -> dict[str, Tensor]:
-        """The second stage's losses on regions drawn from the proposals and the ground truth."""
+        """Returns the losses of the second stage on regions sampled from the proposals and the ground truth."""
         network, config = self.network, self.config
         samples = sample_regions(proposals, truths, config)
         box_input = network.box_input(features, samples.regions)
@@ -163,7 +163,7 @@ class MaskRCNN(nn.Module):
     def _mask_loss(
         self, features: Sequence[Tensor], shared: Tensor | None, samples: Samples, truths: Sequence[Truth]
     ) -> Tensor:
-        """L_mask over the positive regions whose instance has a mask; targets are sampled in the images' own pixels."""
+        """Returns L_mask over the positive regions whose instance has a mask; targets are sampled in the images' own pixels."""
         head = self.network.mask_head
         regions = self.network.mask_input(features, samples.regions) if shared is None else shared
         targets = [regions.new_zeros(0, head.side, head.side, dtype=torch.float32)]
@@ -175,7 +175,7 @@ class MaskRCNN(nn.Module):
         return head.loss(regions, samples.labels, torch.cat(targets))
 
     def _keypoint_loss(self, features: Sequence[Tensor], samples: Samples, truths: Sequence[Truth]) -> Tensor:
-        """Cross-entropy of the one-hot heat maps over the positive regions whose class has keypoints."""
+        """Returns the cross-entropy of the one-hot heat maps over the positive regions whose class has keypoints."""
         logits = self.network.keypoint_head(self.network.keypoint_input(features, samples.regions))
         truth = [
             truth.keypoints[sent(samples.index[samples.images == image], logits.device)]
@@ -185,11 +185,11 @@ class MaskRCNN(nn.Module):
         return keypoint_loss(logits, *keypoint_targets(torch.cat(truth), samples.regions.boxes, logits.shape[-1]))
 
     def predict(self, images: Sequence[Tensor], options: PredictOptions = DEFAULT_OPTIONS) -> list[Instances]:
-        """Detections of each image, in order.
+        """Returns the detections of each image, in order.
 
-        images: uint8 RGB (3, H, W) of any sizes, on the host. Images of equal canvas share a batch, up to
-        `options.batch_size` (on a CPU they follow each other); none changes another's result. Training mode makes no
-        difference. Raises ConfigError for images of another kind, or options that this model cannot honour.
+        images: uint8 RGB (3, H, W) of any sizes, on the host. Images with equal canvases share a batch, up to
+        `options.batch_size` (on a CPU they run one by one); no image changes the result of another. Training mode makes no
+        difference. Raises ConfigError for other images, or options that this model does not support.
         """
         for image in images:
             check_image(image)
@@ -204,9 +204,9 @@ class MaskRCNN(nn.Module):
         return [results[index] for index in range(len(images))]
 
     def propose(self, images: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-        """Proposals of each image, as many as in training: float32 (P, 4), xyxy in the image's own pixels, best first.
+        """Returns the proposals of each image, as many as in training: float32 (P, 4), xyxy in pixels of the image, best first.
 
-        images: as of `predict`. These are what `Target.proposals` takes.
+        images: as for `predict`. The result fits `Target.proposals`.
         """
         network = self._network_for("fp32")
         proposals: list[NDArray[np.float32]] = []
@@ -224,8 +224,10 @@ class MaskRCNN(nn.Module):
     def _predict_batch(
         self, network: Network, images: Sequence[Tensor], settings: Settings, precision: Precision, places: int
     ) -> list[Instances]:
-        """places: images of a full batch. A GPU's library chooses its algorithms by the number of images, so that fewer would
-        get other last bits: blank ones take the empty places, up to where regions are drawn.
+        """Runs one batch. places: number of images in a full batch.
+
+        A GPU's library chooses its algorithms by the number of images, so fewer images would give other last bits. Blank images
+        fill the empty places, up to the point where regions are sampled.
         """
         canvas = self._canvas(images, self.config.min_sizes[-1])
         canvas = replace(canvas, pixels=filled_up(canvas.pixels, places).to(DTYPES[precision]))
@@ -239,14 +241,16 @@ class MaskRCNN(nn.Module):
         return make_canvas(images, self.config, min_size, self.device)
 
     def _batch_size(self, options: PredictOptions) -> int:
-        """Images to run together. One on a CPU: its convolutions choose their algorithm by the batch's size, so that a
-        result's last bits would depend on its batch mates; and a batch is no faster there (`tiny` at 160 pixels, one core:
-        36 ms an image alone, 39 ms in batches of 4 or 8), because one image's maps already exceed the caches.
+        """Returns the number of images to run together; one on a CPU.
+
+        There, convolutions choose their algorithm by the batch size, so the last bits of a result would depend on the rest of
+        its batch. A batch is no faster either (`tiny` at 160 pixels, one core: 36 ms per image alone, 39 ms in batches of 4 or
+        8), because the maps of one image already exceed the caches.
         """
         return 1 if self.device.type == "cpu" else options.batch_size
 
     def _batches(self, images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
-        """Indices of images of one canvas size, at most `batch_size` together."""
+        """Yields indices of images with the same canvas size, at most `batch_size` together."""
         by_canvas: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_canvas[self.batch_key((image.shape[-2], image.shape[-1]))].append(index)
@@ -255,9 +259,10 @@ class MaskRCNN(nn.Module):
                 yield indices[start : start + batch_size]
 
     def train(self, mode: bool = True) -> Self:
-        """As of torch, but norms of parts that do not learn keep their statistics; what inference had prepared is forgotten.
+        """Sets the mode as in torch, but norms of parts that are not trained keep their statistics; drops the network prepared
+        for inference.
 
-        The RPN has no norms: its mode says how many proposals it makes, and in training a fixed one makes as many as any.
+        The RPN has no norms: its mode determines how many proposals it makes, and in training a fixed one makes as many as any.
         """
         self._prepared.clear()
         super().train(mode)
@@ -266,9 +271,9 @@ class MaskRCNN(nn.Module):
         return self
 
     def _network_for(self, precision: Precision) -> Network:
-        """The network as inference wants it: made once, and again when a weight has changed.
+        """Returns the network prepared for inference; it is prepared once, and again when a weight has changed.
 
-        In training mode it is made every time: torch's fused optimisers change weights without counting a version.
+        In training mode it is prepared every time: torch's fused optimisers change weights without incrementing a version.
         """
         if self.training:
             return cast(Network, prepare(self.network, precision))

@@ -18,7 +18,7 @@ from masklake.model.rois.features import roi_features
 
 
 class Network(nn.Module):
-    """Backbone, region proposal network (on that backbone or its own) and the branches; training and inference run the same."""
+    """Backbone, region proposal network (on that backbone or its own) and the branches, for training and inference alike."""
 
     keypoint_counts: Tensor
 
@@ -40,22 +40,26 @@ class Network(nn.Module):
             self.rpn_backbone = make_backbone(config)
 
     def proposal_maps(self, pixels: Tensor, features: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        """The maps that proposals come from: of the RPN's own backbone, else `features`, the detector's (None: not run yet)."""
+        """Returns the maps for proposals: of the RPN's own backbone, else `features`, the detector's (None: not computed
+        yet).
+        """
         if self.config.rpn_backbone == "own":
             return self.rpn_backbone(pixels)
         return self.backbone(pixels) if features is None else features
 
     def box_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
-        """What the box branch gets of each region, (R, C, P, P); with C4 the fifth stage has run on it (figure 4, left)."""
+        """Returns the input of the box branch for each region, (R, C, P, P); with C4 the fifth stage has run on it (figure 4,
+        left).
+        """
         pooled = roi_features(features, regions, self.config.box_pool, self.config)
         return self.roi_stage(pooled) if self.config.features == "c4" else pooled
 
     def mask_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
-        """What the mask branch gets of each region: with C4 the same as the box branch."""
+        """Returns the input of the mask branch for each region; with C4 that of the box branch."""
         if self.config.features == "c4":
             return self.box_input(features, regions)
         return roi_features(features, regions, self.config.mask_pool, self.config)
 
     def keypoint_input(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
-        """What the keypoint branch gets of each region."""
+        """Returns the input of the keypoint branch for each region."""
         return roi_features(features, regions, self.config.keypoint_pool, self.config)

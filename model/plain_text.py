@@ -1,10 +1,10 @@
-"""What the first bytes of a file say: text or not."""
+"""Tells text files from others by their first bytes."""
 
 from __future__ import annotations
 
 
 def is_text(head: bytes) -> bool:
-    """Whether these bytes, the first of a file, are UTF-8 that can be read: no control characters but white space."""
+    """Returns whether the first bytes of a file are readable UTF-8: no control characters except white space."""
     try:
         text = head.decode()
     except UnicodeDecodeError as error:

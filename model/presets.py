@@ -1,6 +1,6 @@
-"""The named instantiations of Mask R-CNN: `<task>rcnn_<backbone>_<features>`, torchvision's V2 variants, and `tiny`.
+"""Named configurations of Mask R-CNN: `<task>rcnn_<backbone>_<features>`, torchvision's V2 variants, and `tiny`.
 
-Numbers are the paper's where it gives them (section 3.1; 4.1 and table 2 for the backbones) and torchvision's elsewhere.
+Values are the paper's if it gives them (section 3.1; 4.1 and table 2 for the backbones), and torchvision's otherwise.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType({config.preset: config for
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of that name; raises UnknownPresetError, which lists the names that exist."""
+    """Returns the configuration of that name. Raises UnknownPresetError, which lists the names that exist."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=3)

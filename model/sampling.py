@@ -1,4 +1,4 @@
-"""Which ground truth an anchor or region stands for, and which of them a loss looks at (Ren et al. 2015; section 3.1)."""
+"""Matches anchors or regions with ground truth, and samples those that enter a loss (Ren et al. 2015; section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IGNORED = -2
 
 
 def match(truth: Tensor, boxes: Tensor, foreground: float, background: float, keep_best: bool) -> Tensor:
-    """Assign ground truth to boxes by overlap.
+    """Assigns ground truth to boxes by overlap.
 
-    truth: float32 (G, 4); boxes: float32 (N, 4). A box is foreground from IoU `foreground` on, background below
-    `background`, ignored between. keep_best: the boxes that overlap a truth most are foreground at any overlap.
-    Returns int64 (N,): the truth's index, BACKGROUND or IGNORED.
+    truth: float32 (G, 4); boxes: float32 (N, 4). A box is foreground from IoU `foreground`, background below `background`, and
+    ignored in between. keep_best: the boxes that overlap a ground truth most are foreground at any overlap. Returns int64 (N,):
+    the index of the ground truth, BACKGROUND or IGNORED.
     """
     if len(truth) == 0 or len(boxes) == 0:
         return torch.full((len(boxes),), BACKGROUND, dtype=torch.int64, device=boxes.device)
@@ -35,10 +35,10 @@ def match(truth: Tensor, boxes: Tensor, foreground: float, background: float, ke
 
 
 def sample(matched: Sequence[Tensor], count: int, positive_fraction: float) -> list[tuple[Tensor, Tensor]]:
-    """Draw at random up to `count` boxes of each image, at most `positive_fraction` of them foreground, the rest background.
+    """Samples up to `count` random boxes of each image, at most `positive_fraction` of them foreground, the rest background.
 
-    matched: for each image int64 (N,) of `match`. Returns for each the indices of the foreground and of the background that
-    were drawn. A GPU's host waits twice, for however many images.
+    matched: for each image int64 (N,) from `match`. Returns, for each image, the indices of the sampled foreground and
+    background boxes. The host waits for a GPU twice, for any number of images.
     """
     together = torch.cat(list(matched))
     kinds = torch.stack([together >= 0, together == BACKGROUND])

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 FEW_COORDINATES = 4000
-"""Up to this many, torchvision separates groups by an offset and one call is faster; beyond, by a call a group (on a CPU)."""
+"""Up to this many coordinates torchvision separates groups by an offset in a single call; above, it calls NMS once per group
+(on a CPU).
+"""
 
 
 def _load() -> None:
-    """Register the operators: from the library file beside the package, or, where its name is another, by the package."""
+    """Registers the operators: from the library file of the package, or by importing the package if the file has another
+    name.
+    """
     if hasattr(torch.ops.torchvision, "nms"):
         return
     found = importlib.util.find_spec("torchvision")
@@ -34,15 +38,15 @@ _load()
 
 
 def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Non-maximum suppression: boxes (N, 4) xyxy, scores (N,); int64 indices of what stays, best score first."""
+    """Non-maximum suppression. boxes (N, 4) xyxy, scores (N,); returns int64 indices of the kept boxes, best score first."""
     return torch.ops.torchvision.nms(boxes, scores, iou)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
     """NMS within each group (int64 (N,)) of one image, with the same result as `torchvision.ops.batched_nms` on a CPU.
 
-    Few boxes are moved apart by an offset a group, which costs their coordinates some last bits; many are treated group by
-    group, exactly. Which of the two decides what stays in close calls, so the threshold is torchvision's.
+    Few boxes are moved apart by an offset per group, which costs their coordinates some last bits; many are processed group by
+    group, exactly. The choice decides close calls, so the threshold is torchvision's.
     """
     if not len(boxes):
         return groups.new_empty(0)
@@ -55,7 +59,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Te
 
 
 def box_iou(left: Tensor, right: Tensor) -> Tensor:
-    """Intersection over union of every pair: (N, 4) and (M, 4) xyxy -> (N, M); nan where both boxes are empty."""
+    """Returns the intersection over union of every pair: (N, 4) and (M, 4) xyxy -> (N, M); nan if both boxes are empty."""
     corner = torch.maximum(left[:, None, :2], right[None, :, :2])
     size = (torch.minimum(left[:, None, 2:], right[None, :, 2:]) - corner).clamp(min=0)
     common = size.prod(dim=2)
@@ -68,7 +72,7 @@ class _RoIPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
-        """The largest pixels; remembers where each was."""
+        """Returns the largest pixels, and remembers their positions."""
         pooled, largest = torch.ops.torchvision.roi_pool(feature, rois, scale, bins, bins)
         ctx.save_for_backward(rois, largest)
         ctx.shape, ctx.scale, ctx.bins = feature.shape, scale, bins
@@ -76,7 +80,7 @@ class _RoIPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Each bin's gradient to its largest pixel."""
+        """Passes the gradient of each bin to its largest pixel."""
         rois, largest = ctx.saved_tensors
         backward = torch.ops.torchvision._roi_pool_backward
         return backward(gradients[0], rois, largest, ctx.scale, ctx.bins, ctx.bins, *ctx.shape), None, None, None

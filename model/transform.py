@@ -1,7 +1,7 @@
-"""Images to canvases: resize, normalise, pad (section 3.1), on the device that runs the network.
+"""Images to canvases: resizes, normalises and pads (section 3.1), on the device that runs the network.
 
-The canvas of an image follows from the image alone. Padding changes features by several percent, so a label would
-otherwise depend on which images shared its batch: only equal canvases are batched.
+The canvas of an image depends on the image alone. Padding changes features by several percent, so otherwise a label would
+depend on the other images in its batch: only equal canvases are batched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Canvas:
 
 
 def check_image(image: Tensor) -> None:
-    """Raise ConfigError unless `image` is uint8 (3, H, W) with at least one pixel."""
+    """Raises ConfigError unless `image` is uint8 (3, H, W) with at least one pixel."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ConfigError(
             f"an image must be a uint8 RGB tensor (3, H, W), not {image.dtype} {tuple(image.shape)}; convert it first"
@@ -53,7 +53,9 @@ def check_image(image: Tensor) -> None:
 
 
 def resized_size(size: Size, min_size: int, config: ModelConfig) -> Size:
-    """(height, width) on the canvas: the shorter side becomes `min_size` unless the longer then exceeds `max_size`."""
+    """Returns (height, width) on the canvas: the shorter side becomes `min_size` unless the longer would then exceed
+    `max_size`.
+    """
     scale = min(min_size / min(size), config.max_size / max(size))
     if scale >= 1 and not config.upscale:
         return size
@@ -64,7 +66,7 @@ def resized_size(size: Size, min_size: int, config: ModelConfig) -> Size:
 
 
 def _nearest_size(size: Size, min_size: int, max_size: int) -> Size:
-    """Rounded to the nearest pixel; the shorter side is exact before the limit, as in Detectron2's order of arithmetic."""
+    """Rounds to the nearest pixel; the shorter side is exact before the limit, as in Detectron2's order of arithmetic."""
     scale = min_size / min(size)
     sides = [float(min_size), scale * size[1]] if size[0] < size[1] else [scale * size[0], float(min_size)]
     shrink = min(max_size / max(sides), 1.0)
@@ -73,7 +75,7 @@ def _nearest_size(size: Size, min_size: int, max_size: int) -> Size:
 
 
 def canvas_size(size: Size, config: ModelConfig) -> Size:
-    """(height, width) of the canvas that an image of `size` pixels has at inference."""
+    """Returns (height, width) of the canvas for an image of `size` pixels at inference."""
     return _padded(resized_size(size, config.min_sizes[-1], config), config.canvas_divisor)
 
 
@@ -83,9 +85,9 @@ def _padded(size: Size, divisor: int) -> Size:
 
 
 def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, device: torch.device) -> Canvas:
-    """Put images side by side on canvases large enough for each of them.
+    """Places images on canvases that are large enough for each of them.
 
-    images: uint8 (3, H, W) of any sizes; they cross to the device as bytes, in one copy.
+    images: uint8 (3, H, W) of any sizes; they are sent to the device as bytes, in one copy.
     """
     originals = [(image.shape[-2], image.shape[-1]) for image in images]
     targets = [resized_size(size, min_size, config) for size in originals]
@@ -108,7 +110,7 @@ def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, de
 
 
 def filled_up(pixels: Tensor, places: int) -> Tensor:
-    """A batch of that many canvases: these, then blank ones. pixels: (B, 3, H, W), channels last."""
+    """Returns a batch of this many canvases: these, then blank ones. pixels: (B, 3, H, W), channels last."""
     if len(pixels) == places:
         return pixels
     batch = pixels.new_zeros(places, *pixels.shape[1:]).contiguous(memory_format=torch.channels_last)
@@ -117,7 +119,7 @@ def filled_up(pixels: Tensor, places: int) -> Tensor:
 
 
 def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The images on the device; those of the host are packed into a single transfer of bytes where that is another device."""
+    """Returns the images on the device; host images are packed into a single transfer of bytes."""
     if any(image.device.type != "cpu" for image in images):
         return [sent(image, device) for image in images]
     if device.type == "cpu":
@@ -128,10 +130,10 @@ def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def resize_like_pillow(image: Tensor, size: Size) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, h, w), byte for byte what Pillow's bilinear `Image.resize` gives, on any device.
+    """Resizes uint8 (C, H, W) -> uint8 (C, h, w), byte for byte like Pillow's bilinear `Image.resize`, on any device.
 
-    Pillow resizes along x, rounds to bytes, then along y; its weights are whole multiples of 2^-22. (Images a hundred times as
-    tall as wide, which it shrinks along y first, differ in single bytes.)
+    Pillow resizes along x, rounds to bytes, then along y; its weights are integer multiples of 2^-22. (Images a hundred times
+    as tall as wide, which it shrinks along y first, differ in single bytes.)
     """
     for axis, length in ((2, size[1]), (1, size[0])):
         if image.shape[axis] == length:
@@ -147,9 +149,9 @@ def resize_like_pillow(image: Tensor, size: Size) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pillow_taps(size: int, length: int) -> tuple[Tensor, Tensor]:
-    """What each of `length` pixels sums: places int64 and weights int32, both (taps, length), out of `size` pixels.
+    """Returns what each of `length` pixels sums out of `size` pixels: places int64 and weights int32, both (taps, length).
 
-    A triangle around the pixel's centre, as wide as two pixels of the coarser of the two grids.
+    The filter is a triangle around the pixel's centre, two pixels of the coarser grid wide.
     """
     scale = size / length
     reach = max(scale, 1.0)

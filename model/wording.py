@@ -1,10 +1,10 @@
-"""How a count reads in a sentence: `1 image`, `3,109 images`, `2 of the 31 images`, `the only image`."""
+"""Counts in sentences: `1 image`, `3,109 images`, `2 of the 31 images`, `the only image`."""
 
 from __future__ import annotations
 
 
 def agreeing(count: int, one: str, many: str | None = None) -> str:
-    """The word or phrase that agrees with a count: ``one`` with 1, else ``many``, by default the plural of ``one``.
+    """Returns the word or phrase that agrees with a count: `one` for 1, else `many`, by default the plural of `one`.
 
     `agreeing(3, "category")` is `categories`, `agreeing(1, "is", "are")` is `is`.
     """
@@ -14,7 +14,7 @@ def agreeing(count: int, one: str, many: str | None = None) -> str:
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """The count, with commas from 1,000 on, and the noun or the phrase that agrees with it, as in `agreeing`.
+    """Returns the count, with commas from 1,000 on, and the noun or phrase that agrees with it, as in `agreeing`.
 
     `counted(1, "box")` is `1 box`; a verb comes with its noun: `counted(n, "image was lost", "images were lost")`.
     """
@@ -22,15 +22,17 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def counted_of(part: int, whole: int, one: str) -> str:
-    """So many of a known number of things: `2 of the 31 images`; `the only image` where one is all that there is.
+    """Returns a part of a known number: `2 of the 31 images`; `the only image` if there is only one.
 
-    The verb that follows agrees with ``part``.
+    A verb that follows agrees with `part`.
     """
     return f"the only {one}" if part == whole == 1 else f"{part:,} of the {counted(whole, one)}"
 
 
 def _plural(noun: str) -> str:
-    """The plural of a regular noun: images, epochs, boxes, classes, categories. One in -ch or -sh may need its own."""
+    """Returns the plural of a regular noun: images, epochs, boxes, classes, categories. Nouns in -ch or -sh may need their
+    own.
+    """
     if noun.endswith(("s", "x")):
         return f"{noun}es"
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":

@@ -1,4 +1,4 @@
-"""The backbone: the maps that proposals and regions come from, in each of the paper's forms (section 3, table 2)."""
+"""Backbones: the feature maps for proposals and regions, in each form of the paper (section 3, table 2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from masklake.model.layers import head_norm
 
 
 class PyramidBackbone(nn.Module):
-    """Residual network and feature pyramid."""
+    """A residual network with a feature pyramid."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -19,13 +19,13 @@ class PyramidBackbone(nn.Module):
         self.fpn = FeaturePyramid(self.body.channels, config.fpn_channels, head_norm(config))
 
     def forward(self, canvas: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> P2..P6. P6 is P5 at every second place; proposals use it, regions of interest do not."""
+        """(B, 3, H, W) -> P2..P6. P6 is P5 subsampled by 2; only proposals use it."""
         levels = self.fpn(self.body(canvas))
         return [*levels, levels[-1][:, :, ::2, ::2]]
 
 
 class SingleMapBackbone(nn.Module):
-    """A residual network's last map: C4 (its fifth stage then runs on the regions), C5, or dilated C5."""
+    """The last map of a residual network: C4 (its fifth stage then runs on the regions), C5, or dilated C5."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class SingleMapBackbone(nn.Module):
 
 
 def make_backbone(config: ModelConfig) -> nn.Module:
-    """The backbone that `config.features` names."""
+    """Returns the backbone for `config.features`."""
     return PyramidBackbone(config) if config.features == "fpn" else SingleMapBackbone(config)
 
 
 def map_channels(config: ModelConfig) -> int:
-    """Channels of the backbone's maps."""
+    """Returns the number of channels of the backbone's maps."""
     if config.features == "fpn":
         return config.fpn_channels
     return stage_channels(config.backbone, STAGES - (2 if config.features == "c4" else 1))
 
 
 def region_channels(config: ModelConfig) -> int:
-    """Channels of a region as the box branch (and, with C4, the mask branch) gets it."""
+    """Returns the number of channels of a region in the input of the box branch (and, with C4, the mask branch)."""
     return stage_channels(config.backbone, STAGES - 1) if config.features == "c4" else map_channels(config)

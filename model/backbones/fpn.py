@@ -30,9 +30,9 @@ class FeaturePyramid(nn.Module):
 
 
 def add_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
-    """finer (B, C, H, W), plus coarser enlarged to its size by repeating the nearest value; `finer` is overwritten.
+    """Returns finer (B, C, H, W) plus coarser, upsampled by nearest neighbour; overwrites `finer`.
 
-    At exactly twice the size, which every canvas has that is a multiple of 32, nothing enlarged is written to memory.
+    At exactly twice the size, as on every canvas that is a multiple of 32, no upsampled map is written to memory.
     """
     batch, channels, height, width = coarser.shape
     if finer.shape[-2:] != (2 * height, 2 * width):

@@ -9,7 +9,7 @@ from masklake.model.config import BackboneConfig
 from masklake.model.layers import ConvNorm, backbone_norm
 
 STAGES = 4
-"""Behind the stem: C2 to C5."""
+"""Number of stages after the stem: C2 to C5."""
 
 
 class Bottleneck(nn.Module):
@@ -55,13 +55,13 @@ class BasicBlock(nn.Module):
 
 
 def stage_channels(config: BackboneConfig, index: int) -> int:
-    """Channels that stage `index` (0 to 3, C2 to C5) puts out."""
+    """Returns the number of output channels of stage `index` (0 to 3, C2 to C5)."""
     block = Bottleneck if config.block == "bottleneck" else BasicBlock
     return config.widths[index] * block.expansion
 
 
 def make_stage(config: BackboneConfig, index: int, stride: int, dilation: int = 1) -> nn.Sequential:
-    """Stage `index` (0 to 3); its first block has the stride, all its 3x3 convolutions the dilation."""
+    """Returns stage `index` (0 to 3); its first block has the stride, all its 3x3 convolutions the dilation."""
     block = Bottleneck if config.block == "bottleneck" else BasicBlock
     c_in = stage_channels(config, index - 1) if index else config.stem_channels
     blocks = []
@@ -72,10 +72,10 @@ def make_stage(config: BackboneConfig, index: int, stride: int, dilation: int = 
 
 
 class ResNet(nn.Module):
-    """Images to the maps C2 to C5, or to fewer of them."""
+    """A residual network; returns the maps C2 to C5, or fewer of them."""
 
     def __init__(self, config: BackboneConfig, stages: int = STAGES, dilate_last: bool = False) -> None:
-        """stages: how many; dilate_last: the last one keeps the stride of the one before and looks twice as far (DC5)."""
+        """stages: number of stages; dilate_last: the last one keeps the stride of the previous one and is dilated (DC5)."""
         super().__init__()
         self.stem = ConvNorm(3, config.stem_channels, config.stem_kernel, 2, backbone_norm(config))
         self.stages = nn.ModuleList()
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, canvas: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> maps of strides 4, 8, 16 and 32, as many as there are stages."""
+        """(B, 3, H, W) -> maps of strides 4, 8, 16 and 32, one per stage."""
         x = functional.relu(self.stem(canvas), inplace=True)
         x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         maps = []

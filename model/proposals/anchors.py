@@ -1,6 +1,6 @@
 """Anchors: reference boxes of the region proposal network (Ren et al. 2015; FPN section 4.1).
 
-An anchor is named by its index in a level, (y * W + x) * A + a: the order in which the RPN head's maps are flattened.
+The index of an anchor in a level is (y * W + x) * A + a, the order in which the RPN head's maps are flattened.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from masklake.model.config import ModelConfig
 def cell_anchors(
     sizes: Sequence[float], ratios: Sequence[float], rounding: bool, order: Literal["ratio", "size"] = "ratio"
 ) -> Tensor:
-    """float32 (A, 4): xyxy around the origin, area size^2, ratio height / width.
+    """Returns float32 (A, 4): xyxy around the origin, area size^2, ratio height / width.
 
-    order: ratio by ratio and in each size by size, or the other way round.
+    order: by ratio, then by size, or the other way round.
     """
     roots = torch.tensor(ratios, dtype=torch.float32).sqrt()
     scales = torch.tensor(sizes, dtype=torch.float32)
@@ -30,17 +30,17 @@ def cell_anchors(
 
 
 def level_strides(config: ModelConfig, canvas: tuple[int, int], maps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Canvas pixels from cell to cell, (vertical, horizontal), of each level; `maps` are the levels' (H, W)."""
+    """Returns canvas pixels between cells, (vertical, horizontal), of each level. `maps` are the levels' (H, W)."""
     if config.anchor_stride == "fixed":
         return [(stride, stride) for stride in config.rpn_strides]
     return [(canvas[0] // height, canvas[1] // width) for height, width in maps]
 
 
 def anchors_at(index: Tensor, cells: Tensor, width: int, stride: tuple[int, int]) -> Tensor:
-    """The anchors of one level at these indices.
+    """Returns the anchors of one level at these indices.
 
-    index: int64 (...); cells: float32 (A, 4); width: of the level's map; stride: (vertical, horizontal) canvas pixels.
-    Returns float32 (..., 4), xyxy in canvas pixels. No grid of all anchors is kept: the few that matter are computed.
+    index: int64 (...); cells: float32 (A, 4); width: of the level's map; stride: (vertical, horizontal) canvas pixels. Returns
+    float32 (..., 4), xyxy in canvas pixels. Only the requested anchors are computed; there is no grid of all anchors.
     """
     place = index.div(len(cells), rounding_mode="floor")
     x = (place % width) * stride[1]

@@ -1,7 +1,7 @@
 """Region proposal network: the first stage (Ren et al. 2015; section 3 "Faster R-CNN", section 3.1).
 
-A shared head scores every anchor of every pyramid level as object or not and shifts it; the best, after suppression, are the
-proposals.
+A shared head scores every anchor of every pyramid level as object or background and refines it. The best ones after suppression
+are the proposals.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RPNHead(nn.Module):
 
 
 class RegionProposalNetwork(nn.Module):
-    """Pyramid to proposals, and the first stage's losses."""
+    """Computes proposals from the pyramid, and the losses of the first stage."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class RegionProposalNetwork(nn.Module):
             self.register_buffer(f"cells{level}", cells, persistent=False)
 
     def _levels(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> list[tuple[Tensor, int, tuple[int, int]]]:
-        """For each level what `anchors_at` needs: cell anchors, the map's width, the stride."""
+        """Returns for each level the arguments of `anchors_at`: cell anchors, the map's width, the stride."""
         shapes = [(level.shape[-2], level.shape[-1]) for level in features]
         strides = level_strides(self.config, canvas, shapes)
         return [
@@ -79,7 +79,7 @@ class RegionProposalNetwork(nn.Module):
     def propose(
         self, features: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor]], canvas: tuple[int, int], sizes: Tensor
     ) -> Regions:
-        """The best boxes of each image.
+        """Returns the best boxes of each image.
 
         outputs: of the head; canvas: (H, W) pixels; sizes: float32 (B, 2), each image's height and width on the canvas.
         """
@@ -102,9 +102,9 @@ class RegionProposalNetwork(nn.Module):
     def _best_of_levels(
         self, features: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor]], canvas: tuple[int, int], count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The `count` most likely anchors of each level, moved by their deltas.
+        """Returns the `count` most likely anchors of each level, shifted by their deltas.
 
-        Returns boxes float32 (B, P, 4), objectness logits float32 (B, P), level int64 (P,).
+        boxes float32 (B, P, 4), objectness logits float32 (B, P), level int64 (P,).
         """
         moves, anchors, logits, levels = [], [], [], []
         for index, (level, (objectness, deltas)) in enumerate(zip(self._levels(features, canvas), outputs, strict=True)):
@@ -125,7 +125,9 @@ class RegionProposalNetwork(nn.Module):
         canvas: tuple[int, int],
         truth: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy and smooth L1 on sampled anchors; truth: for each image float32 (G, 4), canvas pixels."""
+        """Returns binary cross-entropy and smooth L1 on sampled anchors. truth: for each image float32 (G, 4), canvas
+        pixels.
+        """
         config = self.config
         anchors = torch.cat(
             [

@@ -1,1 +1,1 @@
-"""Regions of interest: their features (RoIAlign, RoIPool, RoIWarp), and which of them training samples."""
+"""Regions of interest: their features (RoIAlign, RoIPool, RoIWarp) and their sampling in training."""

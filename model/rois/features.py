@@ -13,13 +13,13 @@ from masklake.model.proposals.rpn import Regions
 from masklake.model.rois.pooling import roi_pool, snap_to_cells
 
 FINEST_LEVEL, COARSEST_LEVEL = 2, 5
-"""Pyramid levels that regions are taken from, P2 to P5; P6 serves proposals alone."""
+"""Pyramid levels for regions, P2 to P5; P6 is used for proposals only."""
 
 
 def pyramid_level(boxes: Tensor, config: ModelConfig) -> Tensor:
-    """int64 (R,): index into P2..P5 for boxes float32 (R, 4) in canvas pixels; larger boxes from coarser maps.
+    """Returns int64 (R,): the index into P2..P5 for boxes float32 (R, 4) in canvas pixels; larger boxes use coarser maps.
 
-    0 for all where there is one map.
+    0 for all if there is only one map.
     """
     if len(config.roi_strides) == 1:
         return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
@@ -33,7 +33,7 @@ def pyramid_level(boxes: Tensor, config: ModelConfig) -> Tensor:
 
 
 def roi_features(features: Sequence[Tensor], regions: Regions, bins: int, config: ModelConfig) -> Tensor:
-    """(R, C, bins, bins) in the features' dtype. features: of the backbone, each (B, C, H / stride, W / stride).
+    """Returns (R, C, bins, bins) in the features' dtype. features: of the backbone, each (B, C, H / stride, W / stride).
 
     Scales are 1 / stride by construction (torchvision infers them from the first image that it sees, which differs on images
     thinner than a few strides: vision issue 3747).

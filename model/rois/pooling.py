@@ -1,7 +1,7 @@
-"""What RoIAlign replaced, for the paper's ablation (section 3 "RoIAlign", table 2c): RoIPool, and RoIWarp's rounding.
+"""Predecessors of RoIAlign for the paper's ablation (section 3 "RoIAlign", table 2c): RoIPool, and RoIWarp's rounding.
 
-RoIPool (Girshick 2015, Fast R-CNN) rounds a region to whole feature pixels, and its bins again. RoIWarp (Dai et al. 2016)
-rounds the region and then samples it bilinearly: RoIAlign of a rounded region.
+RoIPool (Girshick 2015, Fast R-CNN) rounds a region to whole feature pixels, and then its bins. RoIWarp (Dai et al. 2016) rounds
+the region and then samples it bilinearly: it is RoIAlign of a rounded region.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def roi_pool(
     output_size: int,
     mode: Literal["avg", "max"] = "max",
 ) -> Tensor:
-    """The largest, or mean, feature pixel of each of P x P bins; the arguments are those of `roi_align`.
+    """Returns the largest, or mean, feature pixel of each of P x P bins. Arguments are those of `roi_align`.
 
-    Returns (R, C, P, P) in the features' dtype; empty bins are 0, as is a RoI of an image or a level that does not exist.
+    Returns (R, C, P, P) in the features' dtype. Empty bins are 0, as is a RoI of an image or level that does not exist.
     Differentiable in the features.
     """
     known = (rois[:, 0] >= 0) & (rois[:, 0] < len(features[0]))
@@ -40,13 +40,15 @@ def roi_pool(
 
 
 def snap_to_cells(rois: Tensor, levels: Tensor, scales: Sequence[float]) -> Tensor:
-    """RoIWarp's regions: corners (R, 5) moved to whole pixels of their level's map, halves away from zero as RoIPool does."""
+    """Returns RoIWarp's regions: corners (R, 5) rounded to whole pixels of their level's map, halves away from zero as in
+    RoIPool.
+    """
     scale = constant(scales, rois.device).to(rois.dtype)[levels][:, None]
     return torch.cat([rois[:, :1], _round(rois[:, 1:] * scale) / scale], dim=1)
 
 
 def _round(values: Tensor) -> Tensor:
-    """To the nearest whole number, halves away from zero: C's `round`, which the original operator uses."""
+    """Rounds to the nearest integer, halves away from zero, like C's `round` in the original operator."""
     return values.sign() * (values.abs() + 0.5).floor()
 
 
@@ -57,7 +59,7 @@ def _largest(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
 
 
 def _mean(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
-    """The same bins' means; NaN where a pixel is not finite."""
+    """Returns the means of the same bins; NaN if a pixel is not finite."""
     height, width = feature.shape[2:]
     corners = _round(rois[:, 1:].double() * scale).long()
     first_x, last_x = _bins(corners[:, 0], corners[:, 2], bins, width)
@@ -82,7 +84,7 @@ def _mean(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
 
 
 def _bins(first: Tensor, last: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
-    """Borders int64 (R, P) of the bins along an axis of `size` pixels; both corners of a region belong to it."""
+    """Returns the borders, int64 (R, P), of the bins along an axis of `size` pixels; both corners of a region belong to it."""
     extent = (last - first + 1).clamp(min=1)[:, None]
     number = torch.arange(bins, device=first.device)
     low = first[:, None] + (number * extent).div(bins, rounding_mode="floor")

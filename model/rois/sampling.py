@@ -1,4 +1,4 @@
-"""Training's view of the ground truth: on the canvas, and as the regions that the second stage learns from (section 3.1)."""
+"""Training targets of the second stage: ground truth on the canvas, and the sampled regions (section 3.1)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from masklake.model.transform import Canvas
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of one image on its canvas; instances without area are gone.
+    """Ground truth of one image on its canvas, without instances that have no area.
 
     boxes float32 (G, 4), canvas pixels; classes int64 (G,) from 1; masks (G, H, W) in the image's own pixels, or None;
     keypoints float32 (G, K, 3), canvas pixels, or None; ratio float32 (2,): own pixels per canvas pixel, x and y; proposals
-    float32 (P, 4), canvas pixels, or None where none were given.
+    float32 (P, 4), canvas pixels, or None if none were given.
     """
 
     boxes: Tensor
@@ -36,16 +36,16 @@ class Truth:
 
 
 def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, config: ModelConfig, class_of: Mapping[int, int]) -> list[Truth]:
-    """Targets scaled to the canvas; class_of: class by category id.
+    """Returns targets scaled to the canvas. class_of: class by category id.
 
-    Raises ConfigError for a label that is no category of the model, and for targets without what a branch learns from.
+    Raises ConfigError for a label that is not a category of the model, and for targets without the data that a branch needs.
     """
     ratios = zip(canvas.host_ratios.flip(1), canvas.ratios.flip(1), strict=True)
     return [_on_canvas(target, *ratio, config, class_of) for target, ratio in zip(targets, ratios, strict=True)]
 
 
 def _on_canvas(target: Target, ratio: Tensor, there: Tensor, config: ModelConfig, class_of: Mapping[int, int]) -> Truth:
-    """ratio: on the host, where instances are chosen; there: the same on the device, to which they are sent."""
+    """ratio: on the host, where instances are selected; there: the same on the device, to which they are sent."""
     device = there.device
     _check(target, config, class_of)
     boxes = target.boxes.cpu().float().reshape(-1, 4) / ratio.repeat(2)
@@ -80,12 +80,11 @@ def _check(target: Target, config: ModelConfig, class_of: Mapping[int, int]) -> 
 
 @dataclass(frozen=True)
 class Samples:
-    """Regions in the second stage's losses: positives and negatives 1:3.
+    """The regions in the losses of the second stage: positives and negatives 1:3.
 
-    regions: R of them; labels int64 (R,), 0 for background; goals float32 (R, 4): the matched ground truth box (any where
-    background).
-    On the host: images int64 (R,) of the regions; classes int64 (R,), the labels; index int64 (R,): the matched instance within
-    its own image, -1 for background; outlined bool (R,): the matched instance has a mask to learn from.
+    regions: R of them; labels int64 (R,), 0 for background; goals float32 (R, 4): the matched ground truth box (any value for
+    background). On the host: images int64 (R,) of the regions; classes int64 (R,), the labels; index int64 (R,): the matched
+    instance within its own image, -1 for background; outlined bool (R,): the matched instance has a mask.
     """
 
     regions: Regions
@@ -97,11 +96,11 @@ class Samples:
     outlined: Tensor
 
     def rows(self, mask: Tensor) -> Tensor:
-        """Where `mask`, bool (R,) on the host, is true: int64 on the device."""
+        """Returns the rows where `mask`, bool (R,) on the host, is true: int64 on the device."""
         return sent(torch.where(mask)[0], self.labels.device)
 
     def chosen(self, mask: Tensor) -> Samples:
-        """Those of `mask`, bool (R,) on the host."""
+        """Returns the samples of `mask`, bool (R,) on the host."""
         rows = self.rows(mask)
         regions = Regions(self.regions.boxes[rows], self.regions.images[rows])
         host = (self.images[mask], self.classes[mask], self.index[mask], self.outlined[mask])
@@ -109,7 +108,7 @@ class Samples:
 
 
 def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelConfig) -> Samples:
-    """Draw `roi_samples` regions an image from proposals and ground truth; foreground from IoU 0.5 on."""
+    """Samples `roi_samples` regions per image from proposals and ground truth; foreground from IoU 0.5."""
     candidates = [
         torch.cat([boxes, truth.boxes]) for boxes, truth in zip(_by_image(proposals, len(truths)), truths, strict=True)
     ]
@@ -128,13 +127,13 @@ def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelCon
 
 
 def _by_image(proposals: Regions, count: int) -> tuple[Tensor, ...]:
-    """The boxes of each image."""
+    """Returns the boxes of each image."""
     numbers = torch.arange(count, device=proposals.images.device)
     return proposals.boxes.split((proposals.images == numbers[:, None]).sum(dim=1).tolist())
 
 
 def _with_background(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    """Class, box, and whether there is a mask, of the background (row 0) and of each instance."""
+    """Returns class, box, and whether there is a mask, of the background (row 0) and of each instance."""
     known = torch.zeros_like(truth.classes, dtype=torch.bool) if truth.masks is None else truth.masks.known
     parts = (truth.classes, truth.boxes, known)
     classes, boxes, known = (torch.cat([part.new_zeros(1, *part.shape[1:]), part]) for part in parts)
