@@ -94,11 +94,6 @@ class CocoDataset:
         }
         return {what: count for what, count in lacking.items() if count}
 
-    def below_a_pixel(self) -> int:
-        """Returns the number of instances of which training sees less than a pixel (`learnable`)."""
-        images = {image.id: image for image in self.images}
-        return sum(not learnable(a, images[a.image_id]) for a in self._instances())
-
     def _instances(self) -> Iterator[CocoAnnotation]:
         return (a for rows in self.annotations.values() for a in rows if not a.crowd)
 

@@ -1,13 +1,11 @@
-"""Converts a COCO data set: regions to run-length encodings and masks, and the whole to a COCO document."""
+"""Converts a COCO data set: regions to run-length encodings, and the whole to a COCO document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import pycocotools.mask
-from numpy.typing import NDArray
 
 from masklake.pipeline.coco.dataset import CocoAnnotation, CocoDataset
 from masklake.pipeline.coco.values import Segmentation
@@ -23,11 +21,6 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
     if isinstance(segmentation["counts"], list):
         return dict(pycocotools.mask.frPyObjects(segmentation, height, width))
     return segmentation
-
-
-def to_mask(segmentation: Segmentation, height: int, width: int) -> NDArray[np.uint8]:
-    """Returns the region as a mask, uint8 (height, width) of 0 and 1."""
-    return np.asarray(pycocotools.mask.decode([to_rle(segmentation, height, width)])[:, :, 0])
 
 
 def to_document(dataset: CocoDataset, image_ids: Iterable[int] | None = None) -> dict[str, Any]:

@@ -35,15 +35,15 @@ EPS and WMF would start another program, and the rest have no decoder.
 """
 
 ORIENTATION_TAG = 0x0112
-# EXIF orientation -> (swap axes, then flip top to bottom, then flip left to right), TIFF 6.0 section 8.
-_ORIENTATIONS = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
+# What makes each EXIF orientation upright (TIFF 6.0, section 8); from 5 on width and height change places.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _ERROR_LENGTH = 300  # characters of a foreign message that a row keeps
 
@@ -109,7 +109,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
             header = _judge(image.size, limits)
             if header.status is not Status.OK or image.format not in ("JPEG", "MPO"):
                 return header
-            turned = _ORIENTATIONS.get(_orientation(image), (False,))[0]
+            turned = _orientation(image) >= 5
             size = (header.height, header.width) if turned else (header.width, header.height)
             return Header(Status.OK, *size, upright=True)
     except Exception as error:  # noqa: BLE001 - as above
@@ -198,7 +198,11 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
 def upright_rgb(image: Image.Image) -> torch.Tensor:
     """The pixels of an image in any of Pillow's modes: uint8 RGB (3, H, W), upright. Raises what Pillow raises."""
     image.load()
-    return _upright(torch.from_numpy(_to_rgb(image)).permute(2, 0, 1), _orientation(image))
+    pixels = _to_rgb(image)
+    # Not `ImageOps.exif_transpose`: it rewrites the metadata, too, and raises where that is hostile.
+    if (turn := _TURNS.get(_orientation(image))) is not None:
+        pixels = np.array(Image.fromarray(pixels).transpose(turn))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -207,17 +211,7 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - hostile metadata, as above
         return 1
-    return value if value in _ORIENTATIONS else 1
-
-
-def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Turns (3, H, W) according to the EXIF orientation."""
-    if orientation == 1:
-        return pixels
-    swap, top_to_bottom, left_to_right = _ORIENTATIONS[orientation]
-    turned = pixels.transpose(1, 2) if swap else pixels
-    axes = [axis for axis, flip in ((1, top_to_bottom), (2, left_to_right)) if flip]
-    return turned.flip(axes) if axes else turned.contiguous()
+    return value if value in _TURNS else 1
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import below, canonical, real_place
 from masklake.pipeline.table.duckdb_connection import connected
 from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
-from masklake.pipeline.table.schema import MANIFEST_SCHEMA, RUN_COLUMN
+from masklake.pipeline.table.schema import RUN_COLUMN
 from masklake.pipeline.table.table import Table
 
 MEMORY_LIMIT = "2GB"
@@ -243,10 +243,3 @@ def content_run_id(manifest: Path, label_id: str, spec: InputSpec, table_version
             for uri, etag in zip(batch["uri"].to_pylist(), batch["etag"].to_pylist(), strict=True):
                 digest.update(f"{uri}\0{etag}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-def read_manifest(storage: Storage, uri: str) -> pa.Table:
-    """Returns a frozen manifest as a table of MANIFEST_SCHEMA, in memory. Raises InputNotFoundError if there is none."""
-    filesystem, path = storage.arrow(uri)
-    with storage.reading(uri):
-        return pq.read_table(path, filesystem=filesystem).cast(MANIFEST_SCHEMA)

@@ -22,7 +22,7 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 
 FOREIGN = (obstore_errors.BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
-"""The exceptions that clients raise for a request that failed (pyarrow, s3fs and deltalake: OSError)."""
+"""The exceptions that clients raise for a request that failed (pyarrow and deltalake: OSError)."""
 
 
 @contextmanager

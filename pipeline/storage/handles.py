@@ -1,4 +1,4 @@
-"""Clients for storage, all built from one set of options: obstore, pyarrow, botocore, fsspec and deltalake.
+"""Clients for storage, all built from one set of options: obstore, pyarrow, botocore and deltalake.
 
 `docs/decisions/0003-storage-clients.md` says which client does what, and why. No function here returns or prints a credential
 except `Handles.delta_options`, whose result is passed to `deltalake` and nowhere else.
@@ -104,19 +104,6 @@ class Handles:
             with translated(uri):
                 self._filesystems[where] = self._build_filesystem(at)
         return self._filesystems[where], at.key if at.is_local else f"{at.bucket}/{at.key}"
-
-    def fsspec(self, uri: str) -> tuple[Any, str]:
-        """Returns an fsspec file system and the path of `uri` in it, for libraries that accept nothing else."""
-        at = parse(uri)
-        import fsspec
-
-        if at.is_local:
-            return fsspec.filesystem("file", auto_mkdir=True), at.key
-        try:
-            filesystem = fsspec.filesystem(at.scheme, **self._fsspec_arguments(at))
-        except ImportError as error:
-            raise ConfigError(f"{uri}: fsspec needs a package for {at.scheme}:// that is not installed ({error})") from error
-        return filesystem, f"{at.bucket}/{at.key}"
 
     def delta_options(self, uri: str | None = None) -> dict[str, str]:
         """Returns `storage_options` for deltalake. They CONTAIN CREDENTIALS: pass them on, never print, log or store them."""
@@ -244,23 +231,6 @@ class Handles:
             return {}
         frozen = credentials.get_frozen_credentials()
         return {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}
-
-    def _fsspec_arguments(self, at: Location) -> dict[str, Any]:
-        if at.scheme != "s3":
-            return {}
-        retries = {"max_attempts": self.options.max_retries}
-        config: dict[str, Any] = {"connect_timeout": self.options.connect_timeout_s, "retries": retries}
-        if self.options.endpoint_url:
-            config["s3"] = {"addressing_style": "path"}
-        return {
-            "anon": self.options.anonymous,
-            "profile": self.options.profile,
-            "endpoint_url": self.options.endpoint_url,
-            "client_kwargs": {"region_name": self.region(at.bucket)},
-            "config_kwargs": config,
-            "use_listings_cache": False,  # a job must see what another process wrote a second ago
-            "skip_instance_cache": True,  # the cache's key knows nothing of the credentials in the environment
-        }
 
     def _botocore_client(self, bucket: str) -> Any:
         """Returns the client of a bucket. Creating one takes a tenth of a second, and threads may share it."""

@@ -33,11 +33,11 @@ from masklake.pipeline.errors import (
 from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.labelling import labeller
 from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec
-from masklake.pipeline.labelling.manifest import read_manifest
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.table import open_table
 from tests import second_detector
+from tests.manifests import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 

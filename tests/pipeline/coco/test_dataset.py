@@ -23,7 +23,7 @@ from masklake.pipeline.coco.dataset import (
     check_dropped,
     counted_reason,
 )
-from masklake.pipeline.coco.document import to_mask
+from masklake.pipeline.coco.document import to_rle
 from masklake.pipeline.coco.image_check import usable_images
 from masklake.pipeline.coco.reading import flip_pairs, parse_coco, read_coco
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError
@@ -82,13 +82,13 @@ def test_crowds_in_both_run_length_forms_are_the_same_region() -> None:
         crowd = parse_coco(added("annotations", row), "x.json").annotations[1][1]
         assert crowd.crowd
         assert crowd.area == 24  # of the box: the row has none of its own
-        np.testing.assert_array_equal(to_mask(crowd.segmentation, 8, 12), region)
+        np.testing.assert_array_equal(pycocotools.mask.decode(to_rle(crowd.segmentation, 8, 12)), region)
 
 
 def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
     rles = pycocotools.mask.frPyObjects([SQUARE, [9, 5, 12, 5, 12, 8]], 8, 12)
     expected = pycocotools.mask.decode(pycocotools.mask.merge(rles))
-    np.testing.assert_array_equal(to_mask([SQUARE, [9, 5, 12, 5, 12, 8]], 8, 12), expected)
+    np.testing.assert_array_equal(pycocotools.mask.decode(to_rle([SQUARE, [9, 5, 12, 5, 12, 8]], 8, 12)), expected)
 
 
 def test_a_repeated_image_row_is_dropped_and_a_contradictory_one_refused() -> None:
@@ -257,7 +257,7 @@ def test_hostile_compressed_counts_never_escape_the_image(counts: str) -> None:
         dataset = parse_coco(changed("annotations", 0, segmentation={"size": [8, 12], "counts": counts}), "x.json")
     except AnnotationError:
         return
-    mask = to_mask(dataset.annotations[1][0].segmentation, 8, 12)
+    mask = pycocotools.mask.decode(to_rle(dataset.annotations[1][0].segmentation, 8, 12))
     assert mask.shape == (8, 12)
     assert set(np.unique(mask)) <= {0, 1}
 

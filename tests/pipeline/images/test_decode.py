@@ -75,6 +75,16 @@ def test_broken_exif_leaves_the_image_as_it_is() -> None:
     assert pixels(data).shape == (24, 40, 3)
 
 
+def test_an_orientation_beside_damaged_tags_is_applied() -> None:
+    """A width that is a fraction: `ImageOps.exif_transpose` raises, as it cannot write that again."""
+    entries = struct.pack("<HHII", 0x0100, 5, 1, 0) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    data = encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4))
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    plain = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(pixels(data), np.rot90(plain, -1))
+
+
 def test_alpha_is_dropped_and_not_blended() -> None:
     image = picture().convert("RGBA")
     image.putalpha(0)

@@ -19,12 +19,13 @@ from masklake.pipeline.images.fetch import fetch
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
 from masklake.pipeline.labelling.lease import Lease
-from masklake.pipeline.labelling.manifest import Plan, check_apart, plan_run, read_manifest
+from masklake.pipeline.labelling.manifest import Plan, check_apart, plan_run
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.runs import input_key
 from masklake.pipeline.table.schema import MANIFEST_SCHEMA
 from masklake.pipeline.table.table import Table, open_table
+from tests.manifests import read_manifest
 from tests.pipeline.inputs.files import IMAGES, fill
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pycocotools.mask
 import pytest
 import ray
 import torch
@@ -21,7 +22,8 @@ from PIL import Image
 
 from masklake.model.config import Category
 from masklake.model.masks.bit_masks import BitMasks
-from masklake.pipeline.coco.document import to_mask
+from masklake.pipeline.coco.dataset import learnable
+from masklake.pipeline.coco.document import to_rle
 from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AnnotationError, EmptyInputError, StorageError
 from masklake.pipeline.images.fetch import Fetched
@@ -53,13 +55,15 @@ def painted(height: int, width: int, annotations: list[dict[str, Any]]) -> torch
     """Black, each instance's pixels 200."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     for row in annotations:
-        image[:, torch.from_numpy(to_mask(row["segmentation"], height, width)).bool()] = 200
+        image[:, torch.from_numpy(pycocotools.mask.decode(to_rle(row["segmentation"], height, width))).bool()] = 200
     return image
 
 
 def masks_of(sample: Any) -> np.ndarray:
     height, width = sample.image.shape[1:]
-    return np.stack([to_mask({"size": [height, width], "counts": counts}, height, width) for counts in sample.rles])
+    return np.stack(
+        [pycocotools.mask.decode(to_rle({"size": [height, width], "counts": counts}, height, width)) for counts in sample.rles]
+    )
 
 
 def test_an_untouched_sample_is_the_annotation() -> None:
@@ -69,7 +73,7 @@ def test_an_untouched_sample_is_the_annotation() -> None:
     assert torch.equal(sample.image, image)
     np.testing.assert_array_equal(sample.boxes, [[3, 2, 13, 7], [20, 4, 26, 13]])
     np.testing.assert_array_equal(sample.labels, [9, 4])
-    np.testing.assert_array_equal(masks_of(sample)[1], to_mask(rows[1]["segmentation"], 20, 40))
+    np.testing.assert_array_equal(masks_of(sample)[1], pycocotools.mask.decode(to_rle(rows[1]["segmentation"], 20, 40)))
     np.testing.assert_array_equal(sample.keypoints[1], [[21, 5, 2], [24, 6, 1], [0, 0, 0]])
     assert not sample.keypoints[0].any()
 
@@ -254,7 +258,8 @@ def test_rows_leave_out_what_the_loader_would_not_show(tmp_path: Path) -> None:
         },
         "x.json",
     )
-    assert dataset.below_a_pixel() == 2
+    (image,) = dataset.images
+    assert [learnable(instance, image) for instance in dataset.annotations[1]] == [True, False, False]
     [row] = training_rows(dataset, str(tmp_path), spec(masks=False)).to_pylist()
     assert [a["bbox"] for a in json.loads(row["annotations"])] == [[2, 2, 9, 9]]
 
