@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from masklake.jobs.shapes import CATEGORIES
 from masklake.model.config import ModelConfig
-from masklake.model.phases import COURSES, Phase
+from masklake.model.phases import PHASES, Phase
 from masklake.model.presets import PRESETS
 from masklake.pipeline.coco.reading import parse_coco
 
@@ -26,7 +26,7 @@ PROPOSALS = Phase("rpn")
 """Learnt first, once for all variants of a seed: the RPN, and the backbone that all start from (ImageNet's in the paper)."""
 SEPARATE = (Phase("detector", "own"),)
 """Then the detector, on the proposals of an RPN that keeps that backbone as its own and stays as it is (section 3.1)."""
-SHARED = (*SEPARATE, *COURSES["four_step"][2:])
+SHARED = (*SEPARATE, *PHASES["four_step"][2:])
 """And then an RPN for the detector's own maps, and the branches for that (section 4.4)."""
 
 
@@ -34,21 +34,21 @@ SHARED = (*SEPARATE, *COURSES["four_step"][2:])
 class Variant:
     """One line of a table.
 
-    paper: its figures, in the order of the table's metrics; None where the paper has none. course: what is learnt behind
+    paper: its figures, in the order of the table's metrics; None where the paper has none. phases: what is learnt behind
     PROPOSALS.
     """
 
     name: str
     config: ModelConfig
     paper: tuple[float | None, ...]
-    course: tuple[Phase, ...] = SEPARATE
+    phases: tuple[Phase, ...] = SEPARATE
 
 
 @dataclass(frozen=True)
 class Table:
     """One comparison.
 
-    source: where the paper has it and on what. metrics: columns, of METRICS. fields: those of `ModelConfig`, and "course", that
+    source: where the paper has it and on what. metrics: columns, of METRICS. fields: those of `ModelConfig`, and "phases", that
     its variants differ in. variants: in the paper's order; the last is what it recommends. remark: what it says in words.
     """
 
@@ -227,7 +227,7 @@ def shared_features() -> Table:
         title="Proposals from features of their own vs. shared ones",
         source="Section 4.4, ResNet-101-FPN",
         metrics=("mask AP", "box AP"),
-        fields=frozenset({"course"}),
+        fields=frozenset({"phases"}),
         variants=(Variant("separate", FPN, (None, None)), Variant("shared", FPN, (None, None), SHARED)),
         remark="Sharing features by 4-step training reaches statistically the same mask AP.",
     )

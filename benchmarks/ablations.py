@@ -140,11 +140,11 @@ def proposals(config: ModelConfig, learning: Drawn, scale: Scale, seed: int, dev
 def train(
     variant: Variant, start: Mapping[str, torch.Tensor], learning: Drawn, scale: Scale, seed: int, device: str
 ) -> MaskRCNN:
-    """The variant after its course, from the weights of `proposals`."""
+    """The variant after its phases, from the weights of `proposals`."""
     torch.manual_seed(seed)
     model = MaskRCNN(variant.config).to(device)
     model.network.load_state_dict(start, strict=False)
-    for phase in variant.course:
+    for phase in variant.phases:
         model = learn(model, phase, learning, scale, seed)
     return model.eval()
 
@@ -208,8 +208,8 @@ Results = dict[tuple[str, int], dict[str, float]]
 
 
 def digest(variant: Variant) -> str:
-    """Names what is trained in the CSV: a configuration and a course."""
-    return hashlib.sha256(f"{variant.config.model_dump_json()} {variant.course}".encode()).hexdigest()[:12]
+    """Returns a name of what is trained, for the CSV: of a configuration and its phases."""
+    return hashlib.sha256(f"{variant.config.model_dump_json()} {variant.phases}".encode()).hexdigest()[:12]
 
 
 def code_version() -> str:

@@ -128,8 +128,9 @@ def train(
     The same command continues after the last complete epoch. It reports the results if the run is complete.
     """
     from masklake.jobs import train as command
+    from masklake.jobs.training.options import read_options
 
-    options = command.read_options(config, values)
+    options = read_options(config, values)
     with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
         report = command.run(options)
     if as_json:

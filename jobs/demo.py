@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from masklake.jobs import evaluate, label, train
 from masklake.jobs.shapes import CATEGORIES, generate
 from masklake.jobs.terminal.answers import write_shown_table
+from masklake.jobs.training.options import TrainOptions
 from masklake.model.wording import counted
 from masklake.pipeline.images.decode import decode
 from masklake.pipeline.results.drawing import contact_sheet, draw_instances
@@ -156,9 +157,9 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     )
 
 
-def train_options(places: Places, learning: Path, checking: Path, epochs: int) -> train.TrainOptions:
+def train_options(places: Places, learning: Path, checking: Path, epochs: int) -> TrainOptions:
     """The demo's training run."""
-    return train.TrainOptions(
+    return TrainOptions(
         train=str(learning),
         val=str(checking),
         output=str(places.training),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from masklake.model.fields import Course, Device, Group, Option, PredictFields, Task
+from masklake.model.fields import Device, Group, Option, PredictFields, Task, TrainingMode
 from masklake.pipeline.images.fields import DecodeFields
 from masklake.pipeline.inputs.fields import InputFields
 from masklake.pipeline.results.fields import MOST_DETECTIONS
@@ -59,7 +59,7 @@ class TrainFields:
         ),
     ] = None
     learn: Annotated[
-        Course,
+        TrainingMode,
         Option("How the RPN and the detector are trained: together, alone, or in turn (docs/training.md).", panel="Training"),
     ] = "joint"
     proposals: Annotated[

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from masklake.model.fields import AnyPrecision, Course, Device, Task
+from masklake.model.fields import AnyPrecision, Device, Task, TrainingMode
 from masklake.options import AugmentationKeywords, RecipeKeywords, StorageKeywords, validated
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def train(
     val_images: str | os.PathLike[str] | None = None,
     preset: str = "tiny",
     tasks: Collection[Task] | None = None,
-    learn: Course = "joint",
+    learn: TrainingMode = "joint",
     proposals: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     reset_predictors: bool = False,
@@ -175,6 +175,7 @@ def train(
         MaskLakeError: Bad options or data, a store that refuses, or a training that failed.
     """
     from masklake.jobs import train as command
+    from masklake.jobs.training.options import TrainOptions
 
     values = {
         "train": _text(train),
@@ -206,7 +207,7 @@ def train(
         "address": address,
         "storage": storage,
     }
-    return command.run(validated(command.TrainOptions, values, "the training options"))
+    return command.run(validated(TrainOptions, values, "the training options"))
 
 
 def _text(place: Any) -> Any:

@@ -15,7 +15,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 AnyPrecision = Literal["auto"] | Precision
 Task = Literal["box", "mask", "keypoint"]
 Device = Literal["auto", "cpu", "cuda"]
-Course = Literal["joint", "rpn", "detector", "separate", "four_step"]
+TrainingMode = Literal["joint", "rpn", "detector", "separate", "four_step"]
 """What is trained, and in which order (`model.phases`)."""
 
 

@@ -1,10 +1,10 @@
-"""The paper's ways to train the two stages: which of them learns, and in which order.
+"""The paper's ways to train the two stages: which of them is trained, and in which order.
 
-A course is a sequence of phases. Whoever trains takes each as a training of its own, with its own optimiser and schedule:
+Each mode is a sequence of phases. Each phase is a training of its own, with a new optimiser and schedule:
 
-    for phase in COURSES["four_step"]:
+    for phase in PHASES["four_step"]:
         model = begin(model, phase)
-        ...  # train, as ever: `forward` gives the losses of what learns
+        ...  # train as usual: `forward` returns the losses of the trained part
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from types import MappingProxyType
 from torch import Tensor
 
 from masklake.model.config import Learn, RpnBackbone
-from masklake.model.fields import Course
+from masklake.model.fields import TrainingMode
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.weights.checkpoint import load_state
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training in a course: what `MaskRCNN.learn` gets, and where the RPN's maps come from (None: as the model has it)."""
+    """One phase: the arguments of `MaskRCNN.learn`, and the source of the RPN's maps (None: as in the model's
+    configuration).
+    """
 
     learn: Learn
     rpn_backbone: RpnBackbone | None = None
@@ -33,7 +35,7 @@ class Phase:
 _RPN_ALONE = Phase("rpn", "own")
 _DETECTOR_ALONE = Phase("detector", "own")
 
-COURSES: Mapping[Course, tuple[Phase, ...]] = MappingProxyType(
+PHASES: Mapping[TrainingMode, tuple[Phase, ...]] = MappingProxyType(
     {
         # Ren et al. 2015, section 3.2, "approximate joint training".
         "joint": (Phase("joint"),),
@@ -52,21 +54,22 @@ COURSES: Mapping[Course, tuple[Phase, ...]] = MappingProxyType(
         ),
     }
 )
-"""Phases by the course's name."""
+"""Phases by mode of training."""
 
 
 def begin(model: MaskRCNN, phase: Phase) -> MaskRCNN:
-    """The model ready for a phase: of the form that it needs, learning what it trains. It may be `model` itself."""
+    """Returns the model set up for a phase: with the right backbones, and training the right part. It may be `model` itself."""
     kind = model.config.rpn_backbone if phase.rpn_backbone is None else phase.rpn_backbone
     return with_rpn_backbone(model, kind).learn(phase.learn, phase.fixed_backbone)
 
 
 def with_rpn_backbone(model: MaskRCNN, kind: RpnBackbone) -> MaskRCNN:
-    """The model with proposals from the detector's maps (`shared`) or from a backbone of the RPN's own; itself where it is so.
+    """Returns the model with proposals from the detector's maps (`shared`) or from an own backbone of the RPN; unchanged if it
+    is so.
 
-    A new backbone starts as a copy of the detector's: both networks begin from the same pre-trained layers (steps 1 and 2).
-    Where it goes, the RPN's layers are drawn anew, since they fit the maps that go with it; its authors' program does the same
-    (step 3).
+    A new backbone starts as a copy of the detector's: both networks start from the same pre-trained layers (steps 1 and 2).
+    When it is removed, the RPN's layers are initialised anew, since they fit the maps of the removed backbone; the authors'
+    program does the same (step 3).
     """
     if model.config.rpn_backbone == kind:
         return model

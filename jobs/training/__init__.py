@@ -1,1 +1,1 @@
-"""The driver's and the workers' side of a training run."""
+"""A training run on Ray: options, the initial model, the record of a run, its workers and their messages."""

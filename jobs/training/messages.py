@@ -1,9 +1,9 @@
-"""Where a training run's workers leave word for the driver: lines for people, and the error that ended the run.
+"""Messages from the workers of a training run to the driver: lines to show, and the error that ended the run.
 
-An actor of its own, because Ray Train's controller and workers have no other way to the driver's terminal that does not put
-Ray's prefixes on every line. It imports nothing heavy: its process starts while the workers load torch.
+They go through an actor of their own, because Ray Train's controller and workers have no other way to the driver's terminal
+without Ray's prefixes on every line. It imports nothing heavy: its process starts while the workers import torch.
 
-The result never depends on it: it lives beside the driver, and where it is lost all the same lines are lost, no training.
+The result never depends on it. It runs on the driver's node; if it is lost, lines are lost, but no training.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from masklake.jobs.cluster.connection import beside_the_driver
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0
-"""How long an answer is waited for: of an actor on a lost node Ray itself knows nothing for half a minute."""
+"""Seconds to wait for an answer: Ray itself notices only after half a minute that an actor's node is lost."""
 LOST = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
 
 
-class Board:
-    """The actor: lines not yet fetched, and the first failure that a user can mend."""
+class Messages:
+    """The actor: lines that were not fetched yet, and the first error that a user can fix."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -35,51 +35,51 @@ class Board:
         self._lines.append(line)
 
     def take(self) -> list[str]:
-        """The lines since the last call."""
+        """Returns the lines since the last call."""
         lines, self._lines = self._lines, []
         return lines
 
     def fail(self, error: Exception) -> None:
-        """Keeps the first error; the ones that follow are its consequences."""
+        """Stores the first error; those that follow are its consequences."""
         self._failure = self._failure or error
 
     def failure(self) -> Exception | None:
-        """The first error, if any."""
+        """Returns the first error, or None."""
         return self._failure
 
 
-def start_board() -> Any:
-    """The actor's handle; it takes no CPU away from training."""
-    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_the_driver())(Board).remote()
+def start_messages() -> Any:
+    """Starts the actor and returns its handle; it takes no CPU away from training."""
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_the_driver())(Messages).remote()
 
 
-def failure_on(board: Any) -> Exception | None:
-    """The first error that was reported; None, too, where the board is lost."""
+def reported_failure(messages: Any) -> Exception | None:
+    """Returns the first error that was reported, or None; also None if the actor is lost."""
     try:
-        return ray.get(board.failure.remote(), timeout=PATIENCE_SECONDS)
+        return ray.get(messages.failure.remote(), timeout=PATIENCE_SECONDS)
     except LOST:
         return None
 
 
-def report_failure(board: Any, error: Exception) -> bool:
-    """Whether the error reached the board; where not, raise it: it then reaches the driver through Ray."""
+def report_failure(messages: Any, error: Exception) -> bool:
+    """Returns whether the error reached the actor. If not, raise it: it then reaches the driver through Ray."""
     try:
-        ray.get(board.fail.remote(error), timeout=PATIENCE_SECONDS)
+        ray.get(messages.fail.remote(error), timeout=PATIENCE_SECONDS)
     except LOST:
         return False
     return True
 
 
 class Listener:
-    """Shows the board's lines in the driver while its main thread waits for Ray Train."""
+    """Shows the workers' lines in the driver while its main thread waits for Ray Train."""
 
-    def __init__(self, board: Any, show: Callable[[str], None]) -> None:
-        self._board = board
+    def __init__(self, messages: Any, show: Callable[[str], None]) -> None:
+        self._messages = messages
         self._show = show
         self.heard = 0
         """Lines so far."""
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="board", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="messages", daemon=True)
 
     def __enter__(self) -> Listener:
         self._thread.start()
@@ -94,7 +94,7 @@ class Listener:
         while not stopped:
             stopped = self._stopped.wait(POLL_SECONDS)
             try:
-                lines = ray.get(self._board.take.remote(), timeout=PATIENCE_SECONDS)
+                lines = ray.get(self._messages.take.remote(), timeout=PATIENCE_SECONDS)
             except LOST:
                 continue  # it may come back elsewhere; if not, there is nothing to show
             except ray.exceptions.RayError:
@@ -105,6 +105,6 @@ class Listener:
 
 
 def to_stderr(line: str) -> None:
-    """One line for a person to read."""
+    """Writes one line to stderr."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

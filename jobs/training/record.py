@@ -1,7 +1,7 @@
-"""What a training run is: the record that its first start leaves, and what a later start under the same name may change.
+"""The record of a training run: what its first start stores, and what a later start under the same name may change.
 
-A run is its data, its model before the first step, and every option that changes the result. `CHANGEABLE` lists the options
-that do not, and may be others at each start; a test holds the two against `TrainOptions`, so that a new option has to choose.
+A run is defined by its data, its model before the first step, and every option that changes the result. `CHANGEABLE` lists the
+other options, which may differ at each start. A test compares the two with `TrainOptions`, so that a new option has to choose.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHANGEABLE: Mapping[str, str] = {
     "storage": "how the same files are reached",
     "address": "on what it runs",
 }
-"""Options that may be others at each start, and why. So may the epochs of a run of one phase, down to those that are done."""
+"""Options that may differ at each start, and why. So may the epochs of a run with one phase, down to the number completed."""
 
 LATER: Mapping[str, Mapping[str, Any]] = {"": {}, "recipe": {}, "augmentation": {}}
 """Entries of the record, of its recipe and of its augmentation that came after the first release, each with the value that
@@ -58,7 +58,7 @@ WORDS: Mapping[str, str] = {
     "max_dets": "max_dets",
     "keep_empty": "keep_empty",
 }
-"""How an entry of the record is called on the command line, where it is not its name with dashes."""
+"""Entries of the record by their name on the command line, if that is not the name with dashes."""
 
 
 def record_of(
@@ -69,10 +69,11 @@ def record_of(
     val: Mapping[str, Any] | None,
     files: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The record of a start. options: `jobs.train.TrainOptions`.
+    """Returns the record of a start. options: `jobs.training.options.TrainOptions`.
 
-    train, val: of `data_facts`. files: of `file_facts`, for the weights and the proposals. The model's part holds what differs
-    from the defaults that its fields were introduced with (`model.identity`): a later version's new fields change no run.
+    train, val: from `data_facts`. files: from `file_facts`, for weights and proposals. The model's part holds the differences
+    to the defaults with which its fields were introduced (`model.identity`), so that new fields of a later version change no
+    run.
     """
     return {
         "format": FORMAT,
@@ -87,7 +88,7 @@ def record_of(
         "reset_predictors": options.reset_predictors,
         "seed": options.seed,
         "recipe": recipe.model_dump(mode="json", exclude={"epochs"}),
-        "epochs": recipe.epochs if len(options.course) > 1 else None,
+        "epochs": recipe.epochs if len(options.phases) > 1 else None,
         "model": differing(config, FIRST_DEFAULTS),
         "augmentation": options.augmentation.model_dump(mode="json"),
         "keep": options.keep if options.keep == "last" else f"best (--evaluate-every {options.evaluate_every})",
@@ -98,7 +99,7 @@ def record_of(
 
 
 def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> dict[str, Any]:
-    """A COCO file by its content, and its images by their names and sizes: both may move, and must not change."""
+    """Returns a COCO file by its content, and its images by names and sizes: both may move, but must not change."""
     names = {relative_to(folder, image.file_name): image.file_name for image in data.images}
     sizes: dict[str, int | None] = {}
     if not parse(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
@@ -113,7 +114,7 @@ def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> di
 
 
 def file_facts(storage: Storage, uri: str | None) -> dict[str, Any] | None:
-    """A file by its content; torchvision's weights by their name. None for none. Raises the storage's errors."""
+    """Returns a file by its content, and torchvision's weights by their name; None for None. Raises the storage's errors."""
     if uri is None:
         return None
     if is_weight_name(uri):
@@ -122,7 +123,7 @@ def file_facts(storage: Storage, uri: str | None) -> dict[str, Any] | None:
 
 
 def read_record(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """The record of a run's first start; None for a new run. ConfigError for a damaged one and one that says too little."""
+    """Returns the record of a run's first start; None for a new run. Raises ConfigError for a damaged or incomplete record."""
     uri = Storage.join(run_uri, RUN_RECORD)
     try:
         known = json.loads(storage.read_bytes(uri))
@@ -139,7 +140,7 @@ def read_record(storage: Storage, run_uri: str) -> dict[str, Any] | None:
 
 
 def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError where a start differs from the run of that name; names each option with both values."""
+    """Raises ConfigError if a start differs from the run of that name; it names each option with both values."""
     changes = list(differences(completed(known), json.loads(json.dumps(record))))
     if changes:
         raise ConfigError(
@@ -154,7 +155,7 @@ def completed(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(known: Mapping[str, Any], record: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """One phrase for each entry of a record that another one has otherwise: `--seed was 0, is 5`."""
+    """Yields a phrase for each entry that differs between two records: `--seed was 0, is 5`."""
     for key in sorted(known.keys() | record.keys()):
         old, new, where = known.get(key), record.get(key), f"{path}{key}"
         if _same(old, new):

@@ -1,4 +1,4 @@
-"""What each Ray Train worker does: it sets up the training loop (`pipeline.training.loop`) and passes errors to the driver."""
+"""The Ray Train side of a worker: sets up the training loop (`pipeline.training.loop`) and passes errors to the driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from masklake.jobs.training.messages import failure_on, report_failure
+from masklake.jobs.training.messages import report_failure, reported_failure
 from masklake.model.errors import MaskLakeError
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.pipeline.errors import TrainingError
@@ -24,41 +24,41 @@ from masklake.pipeline.training.validation import Validation
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run as Ray carries it to its workers.
+    """A run as Ray sends it to its workers.
 
-    initial: checkpoint bytes of the model before its first step, in the object store. board: the actor of `messages`.
-    threads: torch's on the CPU; None keeps Ray's choice, as many as the worker has CPUs.
+    initial: checkpoint bytes of the model before its first step, in the object store. messages: handle of the `Messages` actor.
+    threads: torch's threads on the CPU; None keeps Ray's choice, as many as the worker has CPUs.
     """
 
     run: TrainingRun
     initial: ray.ObjectRef[bytes]
     validation: ray.ObjectRef[Validation] | None
-    board: Any
+    messages: Any
     threads: int | None
 
 
 def train(config: Mapping[str, Any]) -> None:
-    """The Ray Train loop of one worker; `config["job"]` refers to a TrainingJob.
+    """The function that Ray Train runs on each worker; `config["job"]` is a reference to a TrainingJob.
 
-    An error that a user can mend goes to the board, where the driver finds it; the workers that Ray starts again see it and
-    leave at once, as a second attempt would end the same way.
+    An error that a user can fix is reported to `Messages`, where the driver finds it. Workers that Ray restarts see it and
+    return at once, because another attempt would end the same way.
     """
     job: TrainingJob = ray.get(config["job"])
-    if failure_on(job.board) is not None:
+    if reported_failure(job.messages) is not None:
         return
     try:
         _train(job)
     except TrainingError as error:  # raised by all workers at the same step: none waits for another, none needs a restart
-        if not report_failure(job.board, error):
+        if not report_failure(job.messages, error):
             raise
     except Exception as error:
         if (cause := user_error(error)) is not None:
-            report_failure(job.board, cause)
+            report_failure(job.messages, cause)
         raise
 
 
 def user_error(error: BaseException | None) -> MaskLakeError | None:
-    """The error of ours behind whatever Ray made of it, without Ray's traceback in its message."""
+    """Returns the MaskLakeError inside a Ray exception, or None; its message has no traceback of Ray's."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -85,7 +85,7 @@ def worker_of(job: TrainingJob) -> Worker:
         device=ray.train.torch.get_device(),
         replica=replica_of,
         report=_report,
-        show=job.board.say.remote,
+        show=job.messages.say.remote,
     )
 
 
@@ -101,10 +101,10 @@ def _report(metrics: dict[str, Any], folder: Path | None = None, name: str | Non
 
 
 def replica_of(model: MaskRCNN) -> torch.nn.Module:
-    """The model as one of several workers' replicas, whose gradients are averaged; where there is one worker, as it is.
+    """Wraps the model so that the gradients of several workers are averaged; returns it unchanged for a single worker.
 
-    The wrapper shares the model's weights: checkpoints and evaluation never see it. It leaves images and targets where they
-    are, on the host: with `device_ids` it would send them to the GPU one by one, each of them waited for.
+    The wrapper shares the model's weights; checkpoints and evaluation never see it. Images and targets stay on the host: with
+    `device_ids` the wrapper would send them to the GPU one by one and wait for each.
     """
     options = {"broadcast_buffers": False, "device_ids": None, "output_device": None}
     return ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
@@ -118,7 +118,7 @@ def _batches(run: TrainingRun) -> Iterator[Any]:
 
 
 def _begun(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches; the first is asked for at once, in a thread."""
+    """Returns the same batches, but requests the first one at once, in a thread."""
     thread = ThreadPoolExecutor(1)
     first = thread.submit(next, batches, None)
     thread.shutdown(wait=False)

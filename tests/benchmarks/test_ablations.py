@@ -25,7 +25,7 @@ TRAININGS = ablations.lines(list(TABLES.values()))
 
 def differing(one: Variant, other: Variant) -> set[str]:
     fields = {name for name in ModelConfig.model_fields if getattr(one.config, name) != getattr(other.config, name)}
-    return fields | ({"course"} if one.course != other.course else set())
+    return fields | ({"phases"} if one.phases != other.phases else set())
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.key)
@@ -61,7 +61,7 @@ def test_every_variant_learns(variant: Variant, name: str, drawn: dict[int, abla
     torch.manual_seed(0)
     model = MaskRCNN(variant.config)
     images, targets = next(drawn[len(variant.config.categories)].batches(0, 2))
-    for phase in variant.course:
+    for phase in variant.phases:
         model = begin(model, phase).train()
         recipe = recipe_of(model.config.preset)
         optimizer = build_optimizer(model, recipe, 1e-3)

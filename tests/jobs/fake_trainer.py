@@ -19,8 +19,8 @@ import torch
 from masklake.jobs import train
 from masklake.jobs.cluster.connection import Capacity
 from masklake.jobs.shapes import generate
-from masklake.jobs.train import TrainOptions
 from masklake.jobs.training import worker as train_worker
+from masklake.jobs.training.options import TrainOptions
 from masklake.jobs.training.worker import TrainingJob
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
@@ -60,7 +60,7 @@ class FakeTrainer:
         self._write = Storage.write_bytes
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
         patch.setattr(train, "connect", lambda _: Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
-        patch.setattr(train, "_fit", self._fit)
+        patch.setattr(train, "fit", self._fit)
         patch.setattr(ray, "get", lambda value: value)
         patch.setattr(ray.train, "get_context", lambda: context)
         patch.setattr(ray.train, "report", self._report)
@@ -88,7 +88,7 @@ class FakeTrainer:
         nobody = SimpleNamespace(say=SimpleNamespace(remote=say))
         self.run_uri = plan.options.run_uri
         run = dataclasses.replace(plan.run(storage), steps_per_epoch=1)
-        job = TrainingJob(run, initial=dumps(plan.model), validation=plan.validation, board=nobody, threads=None)
+        job = TrainingJob(run, initial=dumps(plan.model), validation=plan.validation, messages=nobody, threads=None)
         train_worker._train(job)
 
     def _report(self, metrics: Any, checkpoint: Any, checkpoint_dir_name: str) -> None:

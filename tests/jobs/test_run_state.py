@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from pydantic import ValidationError
 
-from masklake.jobs.train import TrainOptions, run
+from masklake.jobs.train import run
 from masklake.jobs.training import record
+from masklake.jobs.training.options import TrainOptions
 from masklake.jobs.training.record import CHANGEABLE, LATER, check_record, data_facts, differences
 from masklake.model.build import create_model
 from masklake.model.errors import ConfigError, MaskLakeError

@@ -18,7 +18,10 @@ from PIL import Image
 
 from masklake.jobs.cluster.connection import Capacity
 from masklake.jobs.shapes import CATEGORIES, generate
-from masklake.jobs.train import TrainOptions, build_model, describe_data, plan_workers, read_options, run
+from masklake.jobs.train import describe_data, run
+from masklake.jobs.training.fit import workers_get_gpus
+from masklake.jobs.training.initial_model import build_model
+from masklake.jobs.training.options import TrainOptions, read_options
 from masklake.jobs.training.worker import user_error
 from masklake.model.build import create_model
 from masklake.model.errors import CheckpointError, ConfigError, UnknownPresetError
@@ -121,18 +124,18 @@ def test_one_of_each_reads_as_one() -> None:
 
 def test_a_cluster_that_is_too_small_is_refused_before_the_start() -> None:
     with pytest.raises(ClusterTooSmallError, match=r"4 workers need a CPU each .* has 4 CPUs .* Give --workers 3, or a larger"):
-        plan_workers(options(workers=4), Capacity(cpus=4, gpus=0, memory=1e9))
+        workers_get_gpus(options(workers=4), Capacity(cpus=4, gpus=0, memory=1e9))
     with pytest.raises(ClusterTooSmallError, match="Give --workers 2, or a larger cluster"):
-        plan_workers(options(workers=3), Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
+        workers_get_gpus(options(workers=3), Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
     with pytest.raises(ClusterTooSmallError, match="2 workers need 2 GPUs, the cluster has 1"):
-        plan_workers(options(workers=2, device="cuda"), Capacity(cpus=16, gpus=1, memory=1e9))
+        workers_get_gpus(options(workers=2, device="cuda"), Capacity(cpus=16, gpus=1, memory=1e9))
     alone = r"^1 worker needs a CPU and loading needs one: the cluster has 1 CPU in all, 0 of them .* Give a larger cluster"
     with pytest.raises(ClusterTooSmallError, match=alone):
-        plan_workers(options(), Capacity(cpus=1, gpus=0, memory=1e9))
+        workers_get_gpus(options(), Capacity(cpus=1, gpus=0, memory=1e9))
     with pytest.raises(ClusterTooSmallError, match=r"^1 worker needs 1 GPU, the cluster has 0\. Give --device cpu\.$"):
-        plan_workers(options(device="cuda"), Capacity(cpus=16, gpus=0, memory=1e9))
-    assert plan_workers(options(workers=2), Capacity(cpus=16, gpus=2, memory=1e9))
-    assert not plan_workers(options(workers=2), Capacity(cpus=16, gpus=1, memory=1e9))
+        workers_get_gpus(options(device="cuda"), Capacity(cpus=16, gpus=0, memory=1e9))
+    assert workers_get_gpus(options(workers=2), Capacity(cpus=16, gpus=2, memory=1e9))
+    assert not workers_get_gpus(options(workers=2), Capacity(cpus=16, gpus=1, memory=1e9))
 
 
 def test_the_model_learns_what_preset_and_data_have() -> None:

@@ -1,4 +1,4 @@
-"""A training driver that is killed, one that Ctrl-C ends, and one whose board is lost."""
+"""A training driver that is killed, one that Ctrl-C ends, and one whose messages is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import ray
 
 from masklake.jobs import train
 from masklake.jobs.shapes import generate
-from masklake.jobs.training.messages import Board
+from masklake.jobs.training import fit
+from masklake.jobs.training.messages import Messages
+from masklake.jobs.training.options import TrainOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -53,20 +55,20 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
 @pytest.mark.faults
 def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate(tmp_path / "data", 4, 96, seed=1)
-    boards: list[Any] = []
+    actors: list[Any] = []
     lines: list[str] = []
 
     def started() -> Any:
-        boards.append(ray.remote(num_cpus=0)(Board).remote())  # as it ends with its node: it does not come back
-        return boards[-1]
+        actors.append(ray.remote(num_cpus=0)(Messages).remote())  # as it ends with its node: it does not come back
+        return actors[-1]
 
     def say(line: str) -> None:
         lines.append(line)
         if line.startswith("the workers are up"):
-            ray.kill(boards[0])
+            ray.kill(actors[0])
 
-    monkeypatch.setattr(train, "start_board", started)
-    options = train.TrainOptions(
+    monkeypatch.setattr(fit, "start_messages", started)
+    options = TrainOptions(
         train=str(tmp_path / "data" / "instances.json"),
         output=str(tmp_path / "runs"),
         name="lost",
@@ -80,4 +82,4 @@ def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: py
     assert Path(report.curves).stat().st_size
     assert Path(report.checkpoint).stat().st_size
     after = lines[next(number for number, line in enumerate(lines) if line.startswith("the workers are up")) + 1 :]
-    assert not [line for line in after if "step" in line], "the board was lost before the first step"
+    assert not [line for line in after if "step" in line], "the messages was lost before the first step"

@@ -17,11 +17,13 @@ from torch import Tensor
 from masklake.jobs.propose import ProposeOptions
 from masklake.jobs.propose import run as propose
 from masklake.jobs.shapes import generate
-from masklake.jobs.train import TrainOptions, TrainReport, build_model, run
+from masklake.jobs.train import TrainReport, run
+from masklake.jobs.training.initial_model import build_model
+from masklake.jobs.training.options import TrainOptions
 from masklake.model import PredictOptions
 from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import COURSES
+from masklake.model.phases import PHASES
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import AnnotationError
@@ -174,9 +176,9 @@ def test_what_cannot_be_learnt_alone_is_refused(data: Path, tmp_path: Path) -> N
 
 def test_an_epochs_number_says_its_phase_and_the_last_phases_models_are_exported() -> None:
     values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainingRun))
-    run = TrainingRun(**{**values, "phases": COURSES["four_step"], "recipe": Recipe(epochs=3), "evaluate_every": 2})
+    run = TrainingRun(**{**values, "phases": PHASES["four_step"], "recipe": Recipe(epochs=3), "evaluate_every": 2})
     assert run.epochs == 12
-    assert [COURSES["four_step"].index(run.phase(epoch)) for epoch in range(13)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
+    assert [PHASES["four_step"].index(run.phase(epoch)) for epoch in range(13)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
     assert [epoch for epoch in range(1, 13) if run.is_scored(epoch)] == [2, 3, 4, 6, 8, 9, 10, 12]
     assert [row["epoch"] for row in run.candidates([{"epoch": epoch} for epoch in range(1, 12)])] == [10, 11]
 

@@ -23,7 +23,7 @@ from masklake import prediction
 from masklake.jobs import label as label_command
 from masklake.jobs import train as train_command
 from masklake.jobs.label import LabelOptions
-from masklake.jobs.train import TrainOptions
+from masklake.jobs.training.options import TrainOptions
 from masklake.model import PredictOptions
 from masklake.model.config import Task
 from masklake.model.errors import MaskLakeError

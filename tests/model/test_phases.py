@@ -14,7 +14,7 @@ from masklake.model.config import BackboneConfig, ModelConfig, PredictOptions
 from masklake.model.errors import ConfigError
 from masklake.model.instances import Target
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import COURSES, Phase, begin, with_rpn_backbone
+from masklake.model.phases import PHASES, Phase, begin, with_rpn_backbone
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 
 LOOSE = PredictOptions(score_threshold=0.0, max_detections=20)  # random weights: report something
@@ -82,10 +82,10 @@ HEADS = {"box_head", "mask_head", "keypoint_head"}
         (Phase("joint"), {"backbone", "rpn", *HEADS}, FIRST | SECOND),
         (Phase("joint", "own"), {"backbone", "rpn_backbone", "rpn", *HEADS}, FIRST | SECOND),
         (Phase("rpn"), {"backbone", "rpn"}, FIRST),
-        (COURSES["four_step"][0], {"rpn_backbone", "rpn"}, FIRST),
-        (COURSES["four_step"][1], {"backbone", *HEADS}, SECOND),
-        (COURSES["four_step"][2], {"rpn"}, FIRST),
-        (COURSES["four_step"][3], HEADS, SECOND),
+        (PHASES["four_step"][0], {"rpn_backbone", "rpn"}, FIRST),
+        (PHASES["four_step"][1], {"backbone", *HEADS}, SECOND),
+        (PHASES["four_step"][2], {"rpn"}, FIRST),
+        (PHASES["four_step"][3], HEADS, SECOND),
     ],
 )
 def test_only_what_learns_changes(phase: Phase, changes: set[str], names: set[str], model: MaskRCNN, image: Tensor) -> None:
@@ -97,7 +97,7 @@ def test_only_what_learns_changes(phase: Phase, changes: set[str], names: set[st
 
 def test_the_four_steps_end_in_one_network_on_one_backbone(model: MaskRCNN, image: Tensor) -> None:
     keys, states = set(model.network.state_dict()), []
-    for phase in COURSES["four_step"]:
+    for phase in PHASES["four_step"]:
         model = begin(model, phase)
         train(model, image, target())
         states.append(copy_of(model))
@@ -125,7 +125,7 @@ def test_a_fixed_part_keeps_its_statistics_and_frozen_stages_stay_frozen(
     if features == "c4":
         changes |= {"anchor_sizes": ((12, 24, 48, 96, 192),), "box_layers": 0}
     model = create_model(ModelConfig.model_validate({**tiny_config.model_dump(), **changes}))
-    for phase, changing in zip(COURSES["separate"], ("rpn_backbone", "backbone"), strict=True):
+    for phase, changing in zip(PHASES["separate"], ("rpn_backbone", "backbone"), strict=True):
         model = begin(model, phase)
         before = copy_of(model)
         train(model, image, target())
@@ -151,7 +151,7 @@ def test_a_backbone_of_the_rpns_own_starts_as_a_copy(model: MaskRCNN, image: Ten
 
 
 def test_both_networks_travel_in_one_checkpoint(model: MaskRCNN, image: Tensor) -> None:
-    own = begin(model, COURSES["separate"][0])
+    own = begin(model, PHASES["separate"][0])
     train(own, image, target())
     again = load_checkpoint(dumps(own))
     assert again.model_id == own.model_id
@@ -176,7 +176,7 @@ def test_proposals_are_in_the_images_pixels_and_as_many_as_in_training(tiny_conf
 
 
 def test_given_proposals_take_the_place_of_the_rpns(model: MaskRCNN, image: Tensor) -> None:
-    model = begin(model, COURSES["separate"][1]).train()
+    model = begin(model, PHASES["separate"][1]).train()
     [proposals] = model.propose([image])
 
     def losses(given: Tensor | None) -> list[float]:

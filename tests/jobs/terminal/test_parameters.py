@@ -17,7 +17,7 @@ from masklake.jobs.label import LabelOptions
 from masklake.jobs.propose import ProposeOptions
 from masklake.jobs.terminal.help import examples, paragraphs
 from masklake.jobs.terminal.parameters import PANELS, Values, takes
-from masklake.jobs.train import TrainOptions
+from masklake.jobs.training.options import TrainOptions
 from masklake.model.config import PredictOptions
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Group, Option

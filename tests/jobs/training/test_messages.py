@@ -1,4 +1,4 @@
-"""The training's board and the labelling's counter: nothing waits for them once they are lost."""
+"""The training's messages and the labelling's counter: nothing waits for them once they are lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from masklake.jobs.labelling.progress import shown, start_counter
-from masklake.jobs.training.messages import Listener, failure_on, report_failure, start_board
+from masklake.jobs.training.messages import Listener, report_failure, reported_failure, start_messages
 from masklake.model.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -24,25 +24,25 @@ def own_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def lost() -> Any:
-    """A board whose node is gone, as far as its callers can tell."""
-    board = start_board()
-    ray.get(board.say.remote("before"))
-    ray.kill(board, no_restart=True)
-    return board
+    """A messages whose node is gone, as far as its callers can tell."""
+    messages = start_messages()
+    ray.get(messages.say.remote("before"))
+    ray.kill(messages, no_restart=True)
+    return messages
 
 
 def test_a_failure_is_kept_and_lines_are_shown() -> None:
-    board, lines = start_board(), list[str]()
-    assert report_failure(board, ConfigError("first"))
-    assert report_failure(board, ConfigError("its consequence"))
-    with Listener(board, lines.append):
-        ray.get(board.say.remote("a line"))
+    messages, lines = start_messages(), list[str]()
+    assert report_failure(messages, ConfigError("first"))
+    assert report_failure(messages, ConfigError("its consequence"))
+    with Listener(messages, lines.append):
+        ray.get(messages.say.remote("a line"))
     assert lines == ["a line"]
-    assert str(failure_on(board)) == "first"
+    assert str(reported_failure(messages)) == "first"
 
 
 def test_a_lost_board_is_no_failure_and_says_that_it_did_not_hear(lost: Any) -> None:
-    assert failure_on(lost) is None
+    assert reported_failure(lost) is None
     assert not report_failure(lost, ConfigError("unheard"))
 
 
@@ -55,13 +55,13 @@ def test_a_lost_board_keeps_nobody_waiting(lost: Any) -> None:
 
 @pytest.mark.faults
 def test_a_board_that_died_comes_back() -> None:
-    board = start_board()
-    ray.get(board.say.remote("before"))
-    ray.kill(board, no_restart=False)
+    messages = start_messages()
+    ray.get(messages.say.remote("before"))
+    ray.kill(messages, no_restart=False)
     lines: list[str] = []
-    with Listener(board, lines.append):
+    with Listener(messages, lines.append):
         while not lines:
-            board.say.remote("after")
+            messages.say.remote("after")
     assert set(lines) == {"after"}
 
 

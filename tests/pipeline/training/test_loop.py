@@ -13,7 +13,7 @@ from PIL import Image
 
 from masklake.jobs.shapes import generate
 from masklake.model.build import create_model
-from masklake.model.phases import COURSES
+from masklake.model.phases import PHASES
 from masklake.pipeline.coco.image_check import usable_images
 from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import AnnotationError, TrainingError
@@ -25,7 +25,7 @@ from masklake.pipeline.training.recipe import build_optimizer, recipe_of
 from masklake.pipeline.training.run import Images, State, Worker
 from masklake.pipeline.training.validation import Validation, _is_best, _scored, evaluate, predict_share
 
-JOINT = COURSES["joint"][0]
+JOINT = PHASES["joint"][0]
 
 
 def alone(lines: list[str]) -> Worker:
