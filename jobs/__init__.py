@@ -1,1 +1,1 @@
-"""What a person starts: the command line, and the Ray Train and Ray Data wiring behind it."""
+"""Entry points: the command line, one module per command, and the Ray Train and Ray Data wiring."""

@@ -1,4 +1,4 @@
-"""`masklake convert`: another system's weights in, one MaskLake checkpoint out."""
+"""`masklake convert`: converts another system's weights to a MaskLake checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMS = "give a COCO JSON file, a JSON list of names in the order of the classe
 
 
 class ConvertReport(BaseModel):
-    """What was written, and the name that tables will know it by."""
+    """What was written, and the model_id that tables will use."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -75,10 +75,11 @@ def run(
 
 
 def read_categories(storage: Storage, uri: str) -> tuple[Category, ...]:
-    """The categories of a model, class by class, from a COCO JSON file, a JSON list of names, or text, a name a line.
+    """Returns the categories of a model, in the order of its classes, from a COCO JSON file, a JSON list of names, or text with
+    a name per line.
 
-    A COCO file's categories are taken by their ids, as torchvision's and Detectron2's classes are ordered; names get the ids
-    1, 2, 3 and so on. Raises ConfigError for a file that names none.
+    The categories of a COCO file are sorted by id, as torchvision's and Detectron2's classes are; names get the ids 1, 2, 3 and
+    so on. Raises ConfigError for a file without names.
     """
     text = storage.read_bytes(uri)
     try:
@@ -113,7 +114,7 @@ def _lines(text: bytes, uri: str) -> list[str]:
 
 
 def _check_target(source: str, target: str) -> None:
-    """Raises ConfigError, before the weights are read, for a target that cannot be written. Folders that lack are made."""
+    """Raises ConfigError, before the weights are read, for a target that cannot be written. Missing folders are created."""
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
     if same_place(target, source):

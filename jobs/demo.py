@@ -1,7 +1,7 @@
-"""`masklake demo`: the whole product on drawn shapes, in minutes, with the same code as a cluster and a bucket.
+"""`masklake demo`: the whole product on generated images, in minutes, with the same code as on a cluster with object storage.
 
-Draws images, trains `tiny` with two Ray Train workers, labels unseen images into a table, scores the labels against the truth,
-asks the table three questions and draws a contact sheet. Each step goes on where an interrupted demo stopped.
+Draws images, trains `tiny` with two Ray Train workers, labels unseen images into a table, scores the labels against the ground
+truth, runs three queries and draws a contact sheet. Each step continues where an interrupted demo stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from masklake.pipeline.table.schema import LIKELY_SCORE
 Say = Callable[[str], None]
 
 SIZE = 128
-"""Pixels of an image's longer side."""
+"""Pixels of the longer side of an image."""
 TRAIN_SEED, VAL_SEED, UNSEEN_SEED = 1, 2, 3
 SHEET_IMAGES = 12
 
@@ -57,7 +57,7 @@ QUESTIONS = (
 
 
 class DemoReport(BaseModel):
-    """What the demo made and measured. Scores are COCO's, 0 to 1, on the unseen images."""
+    """What the demo created and measured. Scores are COCO's, 0 to 1, on the unseen images."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -72,13 +72,13 @@ class DemoReport(BaseModel):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the demo keeps what; all below one folder."""
+    """The folders and files of the demo."""
 
     root: Path
 
     @property
     def training(self) -> Path:
-        """Runs of `masklake train`."""
+        """Folder of the runs of `masklake train`."""
         return self.root / "training"
 
     @property
@@ -102,7 +102,7 @@ class Places:
 
 
 def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Say) -> DemoReport:
-    """The six steps. Raises what `train`, `label` and `evaluate` raise."""
+    """Runs the six steps. Raises the errors of `train`, `label` and `evaluate`."""
     started = time.perf_counter()
     # The steps speak for themselves; what libraries log on the way is for people who look for a fault.
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -158,7 +158,7 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
 
 
 def train_options(places: Places, learning: Path, checking: Path, epochs: int) -> TrainOptions:
-    """The demo's training run."""
+    """Returns the options of the demo's training run."""
     return TrainOptions(
         train=str(learning),
         val=str(checking),
@@ -171,7 +171,7 @@ def train_options(places: Places, learning: Path, checking: Path, epochs: int) -
 
 
 def answer(storage: Storage, table: Path, sql: str) -> str:
-    """The answer to `sql` as a text table."""
+    """Returns the result of `sql` as a text table."""
     text = io.StringIO()
     with stream(storage, str(table), sql) as batches:
         write_shown_table(batches, text)
@@ -179,12 +179,12 @@ def answer(storage: Storage, table: Path, sql: str) -> str:
 
 
 def indented(text: str) -> str:
-    """The lines, two spaces further in."""
+    """Returns the lines, indented by two spaces."""
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def draw_sheet(storage: Storage, places: Places) -> None:
-    """A dozen labelled images with their masks, boxes and keypoints, as one PNG."""
+    """Draws a dozen labelled images with masks, boxes and keypoints, as one PNG."""
     sql = "SELECT uri FROM current_images WHERE status = 'ok' ORDER BY uri LIMIT $count"
     images = query(storage, str(places.table), sql, {"count": SHEET_IMAGES})
     uris = images.column("uri").to_pylist()

@@ -1,6 +1,7 @@
-"""`masklake evaluate`: a table's labels against a COCO file.
+"""`masklake evaluate`: scores a table's labels against a COCO file.
 
-Every image of the truth counts: one that the table has not, or could not read, has no detections, and the report says how many.
+Every image of the ground truth counts. One without a row in the table, or that could not be read, has no detections; the report
+says how many.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from masklake.pipeline.table.schema import LIKELY_SCORE
 
 
 class EvaluateReport(BaseModel):
-    """Scores are 0 to 1; None where the truth has nothing of the kind."""
+    """Scores are 0 to 1; None if the ground truth has nothing of the kind."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +99,9 @@ def run(
 
 
 def _read_table(storage: Storage, table: str, names: ImageNames, labelling_run: str | None) -> tuple[Matches, TableDetections]:
-    """Which of the table's rows are of which image, and their detections. InputNotFoundError for a run that it has not."""
+    """Returns the matches of the table's rows with images, and their detections. Raises InputNotFoundError for an unknown
+    run.
+    """
     parameters = None if labelling_run is None else {"run": labelling_run}
     source = "current_images" if labelling_run is None else "images WHERE run = $run"
     sql = f"SELECT {', '.join(COLUMNS)} FROM {source}"  # noqa: S608 - constants of this program; the run is a parameter
@@ -122,7 +125,7 @@ def _report(
     scores: Mapping[IouType, Score],
     iou_score: float,
 ) -> EvaluateReport:
-    """The scores with the counts of what they are of."""
+    """Returns the scores with the counts behind them."""
     return EvaluateReport(
         table=table,
         truth=data.source,
@@ -153,7 +156,7 @@ def _report(
 
 
 def _notes(truth: Mapping[int, str], table: Mapping[int, str]) -> list[str]:
-    """What makes scores look wrong: ids that mean something else on the two sides."""
+    """Returns likely causes of wrong scores: ids that mean something else on the two sides."""
     notes = [
         f"category {number} is '{table[number]}' in the table and '{truth[number]}' in the truth"
         for number in sorted(table.keys() & truth.keys())
@@ -166,7 +169,7 @@ def _notes(truth: Mapping[int, str], table: Mapping[int, str]) -> list[str]:
 
 
 def check_categories(table: str, truth: CocoDataset, found: TableDetections) -> None:
-    """Raises ConfigError where no detection is of a category that the truth has: every score would be 0 and mean nothing."""
+    """Raises ConfigError if no detection has a category of the ground truth: every score would be 0 and mean nothing."""
     known = {category.id: category.name for category in truth.categories}
     if found.names and not found.names.keys() & known.keys():
         raise ConfigError(
@@ -176,7 +179,7 @@ def check_categories(table: str, truth: CocoDataset, found: TableDetections) -> 
 
 
 def _none_known(images: int, known: int) -> str:
-    """That a table's images are none of the truth's, as a clause that the truth's name follows."""
+    """Returns that none of a table's images is in the ground truth, as a clause followed by its name."""
     none = agreeing(images, "its only image is not", f"none of its {images:,} images is")
     return f"{none} {agreeing(known, 'the only one', f'one of the {known:,}')}"
 
@@ -187,7 +190,7 @@ def _ids(names: Mapping[int, str]) -> str:
 
 
 def not_scored(truth: CocoDataset, rows: Sequence[Mapping[str, Any]], scored: Collection[IouType]) -> dict[IouType, str]:
-    """The kinds that one side has and the other lacks, with the side that lacks them."""
+    """Returns the kinds that one side has and the other lacks, with the side that lacks them."""
     sides: dict[IouType, tuple[bool, str, str]] = {
         "segm": (truth.has_masks, "masks", "segmentation"),
         "keypoints": (truth.has_keypoints, "keypoints", "keypoints"),
@@ -203,7 +206,7 @@ def not_scored(truth: CocoDataset, rows: Sequence[Mapping[str, Any]], scored: Co
 
 
 def _partial(rows: Sequence[Mapping[str, Any]], scored: Collection[IouType]) -> list[str]:
-    """A table of several runs, some of which stored no masks."""
+    """Returns a note on a table with several runs, some of which stored no masks."""
     without = sum("segmentation" not in row for row in rows) if "segm" in scored else 0
     if not without:
         return []
@@ -220,7 +223,7 @@ def _ambiguous(uris: Sequence[str]) -> list[str]:
 
 
 def _failures(found: TableDetections) -> list[str]:
-    """Why images of the truth have no detections; the table knows, the scores do not show it."""
+    """Returns why images of the ground truth have no detections; the scores do not show it."""
     if not found.failed:
         return []
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(found.failures.items()))
@@ -240,7 +243,7 @@ def _incomplete(truth: CocoDataset) -> list[str]:
 
 
 def describe(report: EvaluateReport) -> str:
-    """The report for people: what was compared, then one line a number, in percent as papers write them."""
+    """Returns the report as text: what was compared, then one line per number, in percent as papers write them."""
     lines = [
         f"{report.table} against {report.truth}",
         f"  {counted(report.images, 'image')} with {counted(report.instances, 'instance')}: {report.labelled:,} labelled, "
@@ -270,5 +273,5 @@ def describe(report: EvaluateReport) -> str:
 
 
 def percent(value: float | None) -> str:
-    """One decimal; "-" where the truth has nothing of the kind."""
+    """Returns a percentage with one decimal; "-" if the ground truth has nothing of the kind."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -1,7 +1,7 @@
-"""`masklake label`: plan a run, stream the images through the model, complete what was lost, commit, report (design 3.3).
+"""`masklake label`: plans a run, streams images through the model, completes lost images, commits, reports (design 3.3).
 
-The same call continues where an earlier one stopped, however it stopped. What it decides is in `jobs.labelling.plan`; what the
-workers do is in `pipeline.labelling.labeller`; which of the written files count is in `pipeline.labelling.run_output`.
+The same call continues where an earlier one stopped, however it stopped. `jobs.labelling.plan` makes its decisions,
+`pipeline.labelling.labeller` is the workers' part, and `pipeline.labelling.run_output` knows which of the written files count.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class LabelOptions(BaseModel, LabelFields, frozen=True):
 
 
 class LabelReport(BaseModel):
-    """What a run did. statuses, instances and categories count the whole run; images_per_s what this start of it labelled."""
+    """The results of a run. statuses, instances and categories count the whole run; images_per_s only what this start of it
+    labelled.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +100,7 @@ class LabelReport(BaseModel):
 
 @dataclass(frozen=True)
 class _Run:
-    """A planned run and all that its steps need."""
+    """A planned run and everything that its steps need."""
 
     options: LabelOptions
     table: Table
@@ -109,10 +111,11 @@ class _Run:
 
 
 def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
-    """Label what the table does not hold yet; returns when it is committed. ``say`` hears each step as a line.
+    """Labels the images that the table does not hold yet; returns when the run is committed. `say` is called with a line on
+    each step.
 
-    Raises the errors of `pipeline.errors`; after any of them, and after a kill, the same call goes on. A report may hold
-    failed images: `label_plan.check_failures` judges it.
+    Raises the errors of `pipeline.errors`; after any of them, and after a kill, the same call continues the run. A report may
+    contain failed images: `jobs.labelling.plan.check_failures` judges it.
     """
     storage = Storage(options.storage)
     table = open_table(storage, options.table)
@@ -147,12 +150,16 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
 
 
 def _check_capacity(options: LabelOptions, images: int) -> None:
-    """What was asked for may not fit: said before anything is written, and Ray starts only when there is something to do."""
+    """Raises ClusterTooSmallError before anything is written if the run does not fit. Ray is started only if there is something
+    to do.
+    """
     label_plan.plan_workers(connect(options.address), images, options.workers, options.device)
 
 
 def with_precision(options: LabelOptions) -> LabelOptions:
-    """The options with `auto` as a precision, which is part of the labels' name, so it follows from this machine alone."""
+    """Returns the options with a concrete precision for `auto`; it is part of `label_id`, so it depends on this machine
+    alone.
+    """
     cluster = options.address or os.environ.get("RAY_ADDRESS")
     here = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = label_plan.precision(options.predict.precision, options.device, cluster is not None, here)
@@ -160,7 +167,7 @@ def with_precision(options: LabelOptions) -> LabelOptions:
 
 
 def options(**values: Any) -> LabelOptions:
-    """LabelOptions from plain values; ConfigError says what is wrong with them in one line."""
+    """Returns LabelOptions from plain values. Raises ConfigError that says in one line what is wrong with them."""
     try:
         return LabelOptions.model_validate(values)
     except ValidationError as error:
@@ -168,7 +175,7 @@ def options(**values: Any) -> LabelOptions:
 
 
 def describe(report: LabelReport) -> str:
-    """The report in a few lines for a person."""
+    """Returns the report as a few lines of text."""
     if report.run_id is None:
         return f"{report.table}: nothing new"
     statuses = ", ".join(f"{count:,} {status}" for status, count in report.statuses.items() if count)
@@ -188,7 +195,7 @@ def describe(report: LabelReport) -> str:
 
 
 def _label(run: _Run, say: Say) -> LabelReport:
-    """Stream, complete, settle, merge, commit, report: with the lease held."""
+    """Streams, completes, settles, merges, commits and reports, while the lease is held."""
     table, plan = run.table, run.plan
     files = _finished(run, [])
     before = len(run_output.missing(files, plan.images))
@@ -222,7 +229,7 @@ def _label(run: _Run, say: Say) -> LabelReport:
 
 
 def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Finished]:
-    """Label what ``files`` lack, in ever smaller blocks; an image that takes its worker along even alone is `crashed`."""
+    """Labels the images that `files` lack, in ever smaller blocks. An image that ends its workers even alone is `crashed`."""
     plan = run.plan
     missing = run_output.missing(files, plan.images)
     capacity = connect(run.options.address)
@@ -265,7 +272,9 @@ def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
 
 
 def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int64], say: Say) -> list[Finished]:
-    """One pass of Ray Data over the missing images, a part of the manifest at a time; the blocks that were written."""
+    """Runs one pass of Ray Data over the missing images, a part of the manifest at a time; returns the blocks that were
+    written.
+    """
     import ray
 
     files: list[Finished] = []
@@ -283,7 +292,7 @@ def _stream(run: _Run, workers: WorkerPlan, step: Round, missing: NDArray[np.int
 
 
 def _alone(run: _Run, workers: WorkerPlan, missing: NDArray[np.int64], say: Say) -> tuple[list[Finished], list[int]]:
-    """Each missing image by itself; the blocks that were written, and the images that are `crashed`."""
+    """Labels each missing image by itself; returns the blocks that were written, and the images that are `crashed`."""
     import ray
 
     with _watched(run, workers, len(missing), len(missing)) as counter:
@@ -295,7 +304,7 @@ def _alone(run: _Run, workers: WorkerPlan, missing: NDArray[np.int64], say: Say)
 
 @contextmanager
 def _watched(run: _Run, workers: WorkerPlan, missing: int, max_lost: int) -> Iterator[Any]:
-    """A counter of the workers' progress. Shows it, and stops the block when `_Watcher` finds a reason."""
+    """Context manager for a counter of the workers' progress. Shows it, and stops the block if `_Watcher` finds a reason."""
     import ray
 
     counter = start_counter()
@@ -318,7 +327,9 @@ def _watched(run: _Run, workers: WorkerPlan, missing: int, max_lost: int) -> Ite
 
 
 def _context(step: Round) -> Any:
-    """Ray Data's settings for this round alone: with `max_errored_blocks` below 0 it hangs when a worker dies (measured)."""
+    """Returns Ray Data's settings for this round alone: with `max_errored_blocks` below 0 it hangs when a worker dies
+    (measured).
+    """
     context = data_context()
     context.max_errored_blocks = step.max_lost
     return context
@@ -327,7 +338,7 @@ def _context(step: Round) -> Any:
 def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counter: Any) -> Any:
     """Blocks of manifest rows -> labellers, which fetch, label and write -> reports.
 
-    The blocks come from the driver, so no other node's death takes one of them along.
+    The blocks come from the driver, so that the death of another node loses none of them.
     """
     import ray
 
@@ -363,7 +374,7 @@ def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
 
 
 class _Watcher:
-    """Interrupts the driver when it must not or cannot go on: its lease is lost, or its workers end without end."""
+    """Interrupts the driver if it must not or cannot go on: its lease is lost, or its workers keep ending."""
 
     def __init__(self, lease: Lease, counter: Any, workers: int, max_lost: int) -> None:
         self.reason: MaskLakeError | None = None

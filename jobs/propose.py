@@ -1,4 +1,4 @@
-"""`masklake propose`: an RPN's proposals of every image of a COCO file, stored for a detector that learns on them."""
+"""`masklake propose`: stores an RPN's proposals for every image of a COCO file, to train a detector on them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from masklake.pipeline.training.proposer import Proposer
 log = logging.getLogger(__name__)
 
 BLOCK_IMAGES = 16
-"""Images a worker is given at once: enough to hide a request's latency."""
+"""Images per block of a worker: enough to hide the latency of a request."""
 
 
 class ProposeOptions(BaseModel, ProposeFields, frozen=True):
@@ -48,7 +48,7 @@ class ProposeOptions(BaseModel, ProposeFields, frozen=True):
 
 
 class ProposeReport(BaseModel):
-    """What was written."""
+    """The results of `masklake propose`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,9 +59,10 @@ class ProposeReport(BaseModel):
 
 
 def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> ProposeReport:
-    """Writes the file; it appears under its name when it is complete. Raises AnnotationError for an image that is of no use.
+    """Writes the file, which appears under its name when it is complete. Raises AnnotationError for an image that cannot be
+    used.
 
-    ``say`` hears what is waited for.
+    `say` is called with what the run waits for.
     """
     storage = Storage(options.storage)
     _check_output(storage, options)
@@ -92,7 +93,7 @@ def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> Propo
 
 
 def _check_output(storage: Storage, options: ProposeOptions) -> None:
-    """Raises where the file could not be written in the end: ConfigError for its name, the storage's errors for its place."""
+    """Raises if the file could not be written at the end: ConfigError for its name, the storage's errors for its place."""
     output = options.output
     if not output.endswith(".parquet"):
         raise ConfigError(f"cannot write {output}: a file of proposals is named *.parquet")
@@ -104,7 +105,7 @@ def _check_output(storage: Storage, options: ProposeOptions) -> None:
 
 
 def _rows(data: CocoDataset, folder: str) -> pa.Table:
-    """The images, with the sizes that their annotations are for."""
+    """Returns the images, with the sizes that their annotations are for."""
     return pa.table(
         {
             "file_name": [image.file_name for image in data.images],
@@ -118,7 +119,7 @@ def _rows(data: CocoDataset, folder: str) -> pa.Table:
 def _blocks(
     storage: Storage, rows: pa.Table, checkpoint: bytes, workers: WorkerPlan, say: Callable[[str], None]
 ) -> Iterator[pa.Table]:
-    """The workers' answers, in any order."""
+    """Yields the workers' results, in any order."""
     begun = threading.Event()
     arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
     with ray.data.DataContext.current(data_context()):

@@ -1,4 +1,4 @@
-"""`masklake query`: an answer on the terminal, in a pipe, or in a file whose suffix says its format."""
+"""`masklake query`: the result of a query on the terminal, in a pipe, or in a file whose suffix selects the format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STDIN = "-"
 
 
 class QueryReport(BaseModel):
-    """What was written. rows: of the answer, all of which are in the file."""
+    """What was written. rows: number of rows of the result, all of which are in the file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,9 +28,9 @@ class QueryReport(BaseModel):
 
 
 def run(storage: Storage, table: str, sql: str, output: str, form: Format | None = None) -> QueryReport:
-    """Write the whole answer to the file or object `output`, which appears when it is complete. form: None is the suffix's.
+    """Writes the whole result to the file or object `output`, which appears when it is complete. form: None uses the suffix.
 
-    Raises QueryError, TableError, ConfigError (a name that says no format, a place inside the table) and the storage's errors.
+    Raises QueryError, TableError, ConfigError (an unknown format, a place inside the table) and the storage's errors.
     """
     check_output(output, table)
     form = format_of(output, form)
@@ -45,7 +45,7 @@ def run(storage: Storage, table: str, sql: str, output: str, form: Format | None
 
 
 def show(storage: Storage, table: str, sql: str, form: Format = Format.TABLE) -> int:
-    """Write the answer to stdout; the number of its rows. A table is cut to the terminal on a terminal, and whole in a pipe."""
+    """Writes the result to stdout; returns the number of rows. A table is cut on a terminal, and whole in a pipe."""
     if form is Format.PARQUET:
         raise ConfigError("--format parquet needs a file: name it with --output")
     with stream(storage, table, sql) as answer:
@@ -55,5 +55,5 @@ def show(storage: Storage, table: str, sql: str, form: Format = Format.TABLE) ->
 
 
 def read_sql(sql: str) -> str:
-    """The SQL itself, or what stdin holds where it is `-`."""
+    """Returns the SQL itself, or the content of stdin for `-`."""
     return sys.stdin.read() if sql == STDIN else sql

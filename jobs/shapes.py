@@ -1,7 +1,7 @@
-"""A data set of drawn shapes in COCO format: the demo's and the tests' stand-in for real photographs.
+"""Generates a data set of drawn shapes in COCO format, for the demo and the tests.
 
-Disks, triangles and arrows of random colour, size and angle lie over each other on a noisy background. Each instance has the
-mask of its visible part; an arrow also has four keypoints. Everything follows from the seed.
+Disks, triangles and arrows of random colour, size and angle overlap on a noisy background. Each instance has the mask of its
+visible part; an arrow also has four keypoints. Everything depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ CATEGORIES: list[dict[str, Any]] = [
 ]
 
 MIN_VISIBLE = 0.6
-"""Shapes overlap, but this share of each stays visible: nobody could tell what a sliver was."""
+"""Minimum visible share of each overlapping shape: a sliver could not be recognised."""
 CONTRAST = 70
-"""Distance of any two colours of a picture, in grey levels of RGB."""
+"""Minimum distance of any two colours in an image, in grey levels of RGB."""
 PLACEMENTS = 20
-"""Tries to place a shape without hiding another one."""
+"""Number of attempts to place a shape without hiding another one."""
 
 ASPECTS = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))
 """Width and height of an image, in units of the longer side."""
@@ -53,7 +53,7 @@ class Shape:
 
 
 def generate(folder: Path | str, images: int, size: int = 160, seed: int = 0) -> Path:
-    """Draws `images` pictures whose longer side is `size` pixels into `folder`/images and writes their annotations.
+    """Draws `images` images whose longer side is `size` pixels into `folder`/images, and writes their annotations.
 
     Returns the path of the COCO file, `folder`/instances.json. The same arguments write the same bytes.
     """
@@ -76,7 +76,7 @@ def generate(folder: Path | str, images: int, size: int = 160, seed: int = 0) ->
 
 
 def draw(random: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """One picture, uint8 RGB (H, W, 3), and its COCO annotations without ids."""
+    """Returns one image, uint8 RGB (H, W, 3), and its COCO annotations without ids."""
     share_x, share_y = ASPECTS[random.integers(len(ASPECTS))]
     width, height = round(size * share_x), round(size * share_y)
     canvas, ground = background(random, width, height)
@@ -96,7 +96,9 @@ def draw(random: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], lis
 def place(
     random: np.random.Generator, shapes: list[Shape], visible: list[NDArray[np.bool_]], width: int, height: int
 ) -> tuple[Shape, NDArray[np.bool_]]:
-    """A shape on top of the others, and its pixels; after PLACEMENTS tries it may hide more of them than it should."""
+    """Returns a shape on top of the others, and its pixels; after PLACEMENTS attempts it may hide more of them than it
+    should.
+    """
     for _ in range(PLACEMENTS):
         shape = random_shape(random, width, height)
         mask = rasterise(shape, width, height)
@@ -107,7 +109,7 @@ def place(
 
 
 def background(random: np.random.Generator, width: int, height: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A colour that drifts from corner to corner, float64 (H, W, 3), and its mean colour (3,)."""
+    """Returns a colour gradient from corner to corner, float64 (H, W, 3), and its mean colour (3,)."""
     start, end = random.uniform(30, 225, 3), random.uniform(-25, 25, 3)
     across = np.linspace(-0.5, 0.5, width)[None, :, None]
     down = np.linspace(-0.5, 0.5, height)[:, None, None]
@@ -115,7 +117,9 @@ def background(random: np.random.Generator, width: int, height: int) -> tuple[ND
 
 
 def contrasting_colour(random: np.random.Generator, others: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """A colour at least CONTRAST grey levels away from all others: an outline on a shape of the same colour cannot be seen."""
+    """Returns a colour at least CONTRAST grey levels away from all others: an outline on a shape of the same colour would be
+    invisible.
+    """
     while True:
         colour = random.uniform(0, 255, 3)
         if all(np.linalg.norm(colour - other) > CONTRAST for other in others):
@@ -123,7 +127,7 @@ def contrasting_colour(random: np.random.Generator, others: Sequence[NDArray[np.
 
 
 def random_shape(random: np.random.Generator, width: int, height: int) -> Shape:
-    """A shape of random category, place, size (20 to 40 % of the longer side) and angle."""
+    """Returns a shape of random category, place, size (20 to 40 % of the longer side) and angle."""
     radius = max(width, height) * random.uniform(0.1, 0.2)
     centre = random.uniform((radius * 0.6,) * 2, (width - radius * 0.6, height - radius * 0.6))
     angle = random.uniform(0, 2 * math.pi)
@@ -138,7 +142,7 @@ def random_shape(random: np.random.Generator, width: int, height: int) -> Shape:
 
 
 def arrow(centre: NDArray[np.float64], length: float, angle: float) -> Shape:
-    """An arrow that points along `angle` (radians); keypoints: tip, left wing, right wing, tail."""
+    """Returns an arrow that points along `angle` (radians); keypoints: tip, left wing, right wing, tail."""
     forward = np.array([math.cos(angle), math.sin(angle)])
     left = np.array([forward[1], -forward[0]])  # image y points down
 
@@ -151,14 +155,14 @@ def arrow(centre: NDArray[np.float64], length: float, angle: float) -> Shape:
 
 
 def rasterise(shape: Shape, width: int, height: int) -> NDArray[np.bool_]:
-    """The pixels the shape covers, bool (H, W)."""
+    """Returns the pixels that the shape covers, bool (H, W)."""
     bitmap = Image.new("1", (width, height))
     ImageDraw.Draw(bitmap).polygon([tuple(point) for point in shape.outline], fill=1)
     return np.array(bitmap)
 
 
 def annotation(shape: Shape, visible: NDArray[np.bool_]) -> dict[str, Any]:
-    """One COCO annotation: box, area, compressed RLE and, for arrows, keypoints (0 outside, 1 hidden, 2 visible)."""
+    """Returns one COCO annotation: box, area, compressed RLE and, for arrows, keypoints (0 outside, 1 hidden, 2 visible)."""
     rle = pycocotools.mask.encode(np.asfortranarray(visible.astype(np.uint8)))
     row: dict[str, Any] = {
         "category_id": shape.category_id,
@@ -173,7 +177,7 @@ def annotation(shape: Shape, visible: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def keypoint(point: NDArray[np.float64], visible: NDArray[np.bool_]) -> tuple[float, float, int]:
-    """x, y and COCO's visibility flag; zeros where the point lies outside the image."""
+    """Returns x, y and COCO's visibility flag; zeros if the point lies outside the image."""
     height, width = visible.shape
     x, y = float(point[0]), float(point[1])
     if not (0 <= x < width and 0 <= y < height):

@@ -1,4 +1,4 @@
-"""`masklake show`: one image of a table with its instances drawn on it."""
+"""`masklake show`: draws one image of a table with its instances."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.stored_values import check_instance
 
 NAMED = 3
-"""Images that a message names."""
+"""Number of images that a message names."""
 
 FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Pillow's formats by the output's suffix, in any case."""
+"""Pillow's formats by suffix of the output, in any case."""
 
 
 class ShowReport(BaseModel):
-    """What was drawn. size: the picture's width and height in pixels, which is a multiple of a small image's own."""
+    """What was drawn. size: width and height of the drawing in pixels, a multiple of the size of a small image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,7 +60,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, the number of instances on it, and whether the image's file has another size than when it was labelled."""
+    """A drawing, the number of instances on it, and whether the image's file has another size than when it was labelled."""
 
     picture: Image.Image
     instances: int
@@ -70,14 +70,14 @@ class Drawing:
 def run(
     storage: Storage, table: str, uri: str, output: str, min_score: float = LIKELY_SCORE, images: str | None = None
 ) -> ShowReport:
-    """Draw the current row of `uri` from its instances and the image in storage, and write the picture to `output`.
+    """Draws the current row of `uri`, its instances on the image from storage, and writes the drawing to `output`.
 
-    uri: as the table names the image, as a path from here, or a unique ending of its path (`a.jpg`, `sub/a.jpg`). images: the
-    folder that the images are in now; default: where they were labelled. The suffix of `output` says its format.
+    uri: as in the table, as a path relative to the current folder, or a unique ending of its path (`a.jpg`, `sub/a.jpg`).
+    images: the folder that the images are in now; default: where they were labelled. The suffix of `output` selects its format.
 
-    InputNotFoundError: the table has no such image (near names are given), several, it was not labelled, or it is gone from
-    storage. ConfigError: an output that cannot be. StorageError: the image is another one by now. TableError: the row's numbers
-    cannot be drawn.
+    Raises InputNotFoundError if the table has no such image (similar names are suggested) or several, or the image was not
+    labelled or is gone from the storage; ConfigError for an invalid output; StorageError if the image has changed; TableError
+    if the row's values cannot be drawn.
     """
     form = _check_picture(output)
     check_output(output, table)
@@ -103,7 +103,7 @@ def run(
 
 
 def find_image(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None = None) -> LabelledImage:
-    """The current row of an image and its instances, checked; `uri`, `images` and errors as in `run`."""
+    """Returns the current row of an image and its instances, checked; `uri`, `images` and errors as in `run`."""
     row = _labelled(_find(connection, uri, images))
     instances = _rows(
         connection,
@@ -116,12 +116,12 @@ def find_image(connection: duckdb.DuckDBPyConnection, uri: str, images: str | No
 
 
 def place_of(storage: Storage, image: LabelledImage, images: str | None = None) -> str:
-    """Where the image is now: where it was labelled, or in the folder `images`."""
+    """Returns where the image is now: where it was labelled, or in the folder `images`."""
     return image.row["uri"] if images is None else _moved(storage, image.row["uri"], images)
 
 
 def draw(storage: Storage, image: LabelledImage, place: str, min_score: float = LIKELY_SCORE) -> Drawing:
-    """The image at `place` with its instances of `min_score` or more drawn on it."""
+    """Returns the image at `place` with its instances of at least `min_score`."""
     content = _content(storage, place)
     shown = [instance for instance in image.instances if instance["score"] >= min_score]
     picture = draw_instances(_pixels(content, place, image.row), shown)
@@ -129,7 +129,7 @@ def draw(storage: Storage, image: LabelledImage, place: str, min_score: float = 
 
 
 def describe(report: ShowReport) -> str:
-    """The report in a line or two for a person."""
+    """Returns the report as a line or two of text."""
     hidden = f"; {report.hidden:,} weaker hidden, --min-score 0 draws all" if report.hidden else ""
     count = counted(report.instances, "instance")
     lines = [
@@ -149,7 +149,7 @@ def _check_picture(output: str) -> str:
 
 
 def _check_no_image(connection: duckdb.DuckDBPyConnection, storage: Storage, output: str, images: str | None) -> None:
-    """Raises ConfigError where `output` is an image of the table, or a file that is one in the folder `images`."""
+    """Raises ConfigError if `output` is an image of the table, or the file of one in the folder `images`."""
     names = {canonical(output), real_place(output)}
     conditions = {"uri = $name": names}
     if images is not None and storage.is_file(output):
@@ -171,7 +171,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str,
 
 
 def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -> dict[str, Any]:
-    """The image's current row: named as in the table, as a path from here, or by a unique ending of its path."""
+    """Returns the current row of the image: by its name in the table, a relative path, or a unique ending of its path."""
     columns = "SELECT uri, run, image_id, width, height, bytes, status, error FROM current_images"
     if not is_utf8(uri):
         raise InputNotFoundError(f"{ascii(uri)[1:-1]}: is not in the table, which holds no name that is not UTF-8")
@@ -205,7 +205,7 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
 
 
 def _below(uri: str, images: str | None) -> str:
-    """The path below the folder where the images are now; elsewhere the name as it is."""
+    """Returns the path below the folder where the images are now; elsewhere the name unchanged."""
     if images is None:
         return uri
     folder, name = below(images), canonical(uri)
@@ -213,7 +213,7 @@ def _below(uri: str, images: str | None) -> str:
 
 
 def _moved(storage: Storage, uri: str, images: str) -> str:
-    """Where the image is in the folder `images`: the longest ending of its path that is there."""
+    """Returns where the image is in the folder `images`: the longest ending of its path that exists there."""
     if not storage.exists(images):
         raise InputNotFoundError(f"{images}: there is no such folder; check --images")
     if storage.is_file(images):
@@ -243,7 +243,7 @@ def _content(storage: Storage, place: str) -> bytes:
 
 
 def _pixels(content: bytes, place: str, row: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 RGB (H, W, 3), upright as the labeller saw it; StorageError when it is another image by now."""
+    """Returns uint8 RGB (H, W, 3), upright as the labeller saw it. Raises StorageError if the image has changed."""
     decoded = decode(content)
     if decoded.image is None:
         raise StorageError(f"{place}: cannot be read any more ({decoded.error}); label it again")

@@ -1,4 +1,6 @@
-"""`--weights` of commands that need a whole model: a checkpoint, torchvision's weights by name, or who converts the rest."""
+"""`--weights` of commands that need a whole model: a checkpoint, torchvision weights by name, or the command that converts a
+file.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ from masklake.pipeline.storage.storage import Storage
 
 
 def read_detector(storage: Storage, weights: str, device: str | torch.device = "cpu") -> tuple[bytes, Detector]:
-    """A checkpoint's bytes, read or converted once for all workers, and its model: a bad one is refused before any start.
+    """Returns a checkpoint's bytes, read or converted once for all workers, and its model, so that a bad one fails before any
+    start.
 
-    Raises CheckpointError for `weights` that are absent, damaged or of an unknown format, ConfigError for a device that this
+    Raises CheckpointError for `weights` that are missing, damaged or of an unknown format, ConfigError for a device that this
     machine does not have, and the storage's errors.
     """
     try:
@@ -34,13 +37,12 @@ def read_detector(storage: Storage, weights: str, device: str | torch.device = "
 
 
 def read_model(storage: Storage, weights: str) -> bytes:
-    """A checkpoint's bytes, from `weights` in any form that says by itself what model it is of.
+    """Returns a checkpoint's bytes, from `weights` in any form that identifies its model by itself.
 
-    weights: a checkpoint of MaskLake or of an installed detector (`model.detector`), local or s3://, or the name of a
-    torchvision detector's weights, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache
-    and converted in memory (their `model_id` is that of a file of `masklake convert`). Raises the storage's errors, and
-    CheckpointError for any other file: those of other systems do not say their preset, so the message names the
-    `masklake convert` that is told it.
+    weights: a checkpoint of MaskLake or of an installed detector (`model.detector`), local or s3://, or the name of torchvision
+    detector weights, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`, which are downloaded into torch.hub's cache and converted
+    in memory (with the `model_id` that `masklake convert` gives). Raises the storage's errors, and CheckpointError for any
+    other file: files of other systems do not contain their preset, so the message names the `masklake convert` to run.
     """
     if (preset := preset_of_weights(weights)) is not None:
         return dumps(create_model(preset, weights=weights))

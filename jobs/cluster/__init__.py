@@ -1,1 +1,1 @@
-"""Ray: joining or starting a cluster, and noticing when it is lost or busy."""
+"""Ray clusters: joining or starting one, and noticing when it is lost or busy."""

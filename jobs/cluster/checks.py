@@ -1,6 +1,6 @@
-"""Before this process joins a Ray cluster: does it answer, may we in, is it of our version, and has this host a node of it?
+"""Checks before joining a Ray cluster: whether it answers, accepts us, has our versions, and has a node on this host.
 
-Ray's own answers to these are a minute of silence, a traceback, or the end of the process by its core without a word.
+Without these checks Ray answers with a minute of silence, a traceback, or a process that its core ends without a message.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import ClusterUnusableError
 
 ANSWER_S = 10.0
-"""How long a cluster may take to answer; a busy head takes a second or two."""
+"""Seconds in which a cluster must answer; a busy head takes a second or two."""
 
 START_S = 5.0
-"""How long this host's node may take to appear: `ray start` returns a little earlier."""
+"""Seconds in which this host's node must appear: `ray start` returns slightly earlier."""
 
 ON_A_NODE = "Run the command on one of the cluster's nodes, or hand it over with `ray job submit -- masklake ...`"
 
@@ -28,10 +28,11 @@ PLACES = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/aut
 
 
 def check_cluster(address: str) -> str:
-    """The IP address of this host's node. ConfigError, ClusterUnusableError where `ray.init(address)` could not succeed.
+    """Returns the IP address of this host's node. Raises ConfigError or ClusterUnusableError if `ray.init(address)` could not
+    succeed.
 
-    address: host:port, or "auto". Ray itself takes any node whose process it sees, which may belong to another network: the
-    driver would be known there by an address that nobody reaches.
+    address: host:port, or "auto". Ray itself uses any node whose process it sees, which may belong to another network; the
+    cluster would then know the driver by an address that nobody can reach.
     """
     from ray._private import services
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -56,7 +57,7 @@ def check_cluster(address: str) -> str:
 
 
 def check_form(address: str) -> None:
-    """Raise ConfigError for an address that is none."""
+    """Raises ConfigError for an invalid address."""
     if address == "auto":
         return
     if "://" in address:
@@ -83,7 +84,7 @@ def _check_answer(address: str) -> None:
 
 
 def _reachable(address: str) -> str:
-    """Why nothing of Ray answers there."""
+    """Returns why no Ray cluster answers at the address, or None."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -93,7 +94,7 @@ def _reachable(address: str) -> str:
 
 
 def _check_token(address: str) -> None:
-    """With token authentication and without a token Ray's core would end the process."""
+    """Checks the token: with token authentication but without a token, Ray's core would end the process."""
     import ray._raylet
     from ray.exceptions import AuthenticationError
 
@@ -130,7 +131,7 @@ def _client(address: str) -> Any:
 
 
 def refusal(address: str, mode: str | None) -> str:
-    """The message for a token that the cluster does not take. It names places, never a token."""
+    """Returns the message for a token that the cluster rejects. It names places, never a token."""
     if (mode or "").lower() != "token":
         return f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in {PLACES}"
     used = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
@@ -150,7 +151,9 @@ def _check_version(address: str, client: Any) -> None:
 
 
 def check_versions(address: str, theirs: tuple[str | None, str | None], ours: tuple[str, str]) -> None:
-    """Raise ClusterUnusableError where Ray's version, or Python's first two numbers, differ. Pairs: (Ray, Python)."""
+    """Raises ClusterUnusableError if the versions of Ray, or the first two numbers of Python's, differ. Pairs: (Ray,
+    Python).
+    """
     for name, there, here, parts in (("Ray", theirs[0], ours[0], 9), ("Python", theirs[1], ours[1], 2)):
         if there is not None and there.split(".")[:parts] != here.split(".")[:parts]:
             raise ClusterUnusableError(
@@ -170,7 +173,7 @@ def _living_nodes(address: str, client: Any) -> Iterable[Any]:
 
 
 def reaches(address: str, timeout_s: float = 3.0) -> bool:
-    """Whether something accepts connections at host:port; a busy head does."""
+    """Returns whether something accepts connections at host:port; a busy head does."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
@@ -180,14 +183,14 @@ def reaches(address: str, timeout_s: float = 3.0) -> bool:
 
 
 def _is_here(node: Any) -> bool:
-    """Whether a node runs on this host and in its network; its address may be a translated one, which is not this host's."""
+    """Returns whether a node runs on this host and in its network; its address may be a translated one, not this host's."""
     if not _listens(node.raylet_socket_name):
         return False
     return _is_own(node.node_manager_address) or reaches(f"127.0.0.1:{node.node_manager_port}", timeout_s=1)
 
 
 def _is_own(address: str) -> bool:
-    """Whether an IP address is one of this host."""
+    """Returns whether an IP address belongs to this host."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as any_port:
         try:
@@ -198,7 +201,7 @@ def _is_own(address: str) -> bool:
 
 
 def _listens(path: str) -> bool:
-    """Whether a process of this host listens on the socket."""
+    """Returns whether a process of this host listens on the socket."""
     with socket.socket(socket.AF_UNIX) as node:
         try:
             node.connect(path)

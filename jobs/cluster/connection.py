@@ -1,4 +1,4 @@
-"""Ray: attach to a cluster, or start one inside this process, quietly."""
+"""Connects to Ray: joins a cluster, or starts one inside this process, quietly."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import ClusterTooSmallError, ClusterUnusableError
 
 RESERVED_CPUS = 2
-"""Logical CPUs beside the workers', for Ray Data's small tasks: a run's parts must find a place while the last workers end.
+"""Logical CPUs besides those of the workers, for Ray Data's small tasks, which must find a place while the last workers finish.
 
 They wait most of the time, so an embedded cluster simply counts two more CPUs than the machine has.
 """
 
 
 EMBEDDED = "masklake_embedded"
-"""A resource that marks a cluster as started by `connect` inside a process."""
+"""Resource that marks a cluster as started inside a process."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has in all: logical CPUs, GPUs, and memory for reservations in bytes. embedded: it is this machine."""
+    """Total resources of a cluster: logical CPUs, GPUs, and memory for reservations in bytes. embedded: whether it is this
+    machine.
+    """
 
     cpus: float
     gpus: float
@@ -47,10 +49,10 @@ class Capacity:
 
 
 def connect(address: str | None = None) -> Capacity:
-    """Make sure that this process is connected to Ray, and say what the cluster has.
+    """Connects this process to Ray, if it is not, and returns the capacity of the cluster.
 
-    A connection that exists is used. Otherwise ``address`` or RAY_ADDRESS names a cluster; without them one is started in
-    this process and ends with it. ClusterUnusableError where none answers, or this process cannot join it.
+    `address` or RAY_ADDRESS names a cluster; without them, one is started in this process and ends with it. Raises
+    ClusterUnusableError if no cluster answers or this process cannot join it.
     """
     import ray
 
@@ -90,7 +92,7 @@ def _start(address: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train handles it by SystemExit(1), and keeps doing so afterwards."""
+    """Context manager: Ctrl-C raises KeyboardInterrupt. Ray Train would turn it into SystemExit(1), also afterwards."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -103,7 +105,9 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
-    """Let a first Ctrl-C or SIGTERM wait for the end of the block, a second one not: half started, Ray crashed when closed."""
+    """Delays a first Ctrl-C or SIGTERM until the end of the block, but not a second one: Ray crashes when closed half
+    started.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -126,9 +130,9 @@ def _interrupt_held_back() -> Iterator[None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep a handler of SIGTERM that is there (`jobs.terminal.signals`).
+    """Keeps an existing handler of SIGTERM (`jobs.terminal.signals`).
 
-    Ray sets one that exits while its core is half started, and at the end its core another one, past Python, that aborts.
+    Ray installs one that exits while its core is half started, and finally one in its core, outside of Python, that aborts.
     """
     import ray._private.utils
 
@@ -147,7 +151,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 @contextmanager
 def _stderr_held_back() -> Iterator[None]:
-    """Keep what is written to file descriptor 2, and let it out only when the block fails without an error of ours."""
+    """Captures what is written to file descriptor 2, and prints it only if the block fails with an error that is not ours."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -165,12 +169,12 @@ def _stderr_held_back() -> Iterator[None]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quiet() -> None:
-    """Keep Ray's messages in its log files; what matters of them stands in our own report and errors."""
+    """Keeps Ray's messages in its log files; our own report and errors contain what matters."""
     import ray._private.worker
     import ray.data  # configures the logger when imported
     from ray._private.log import PlainRayHandler
@@ -184,9 +188,9 @@ def _quiet() -> None:
 
 
 def beside_the_driver() -> Any:
-    """Where small actors that only serve the driver belong: on its node, whose loss ends the driver, too.
+    """Returns the placement for small actors that serve only the driver: on its node, whose loss ends the driver, too.
 
-    A soft affinity would not do: Ray 2.60 puts actors without CPUs on other nodes all the same.
+    A soft affinity is not enough: Ray 2.60 places actors without CPUs on other nodes all the same.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -195,7 +199,7 @@ def beside_the_driver() -> Any:
 
 
 def data_context() -> Any:
-    """A copy of Ray Data's settings as every pipeline here starts from: silent, and without reservations of memory."""
+    """Returns a copy of Ray Data's settings for every pipeline here: silent, and without reservations of memory."""
     import ray.data
 
     context = ray.data.DataContext.get_current().copy()
@@ -205,6 +209,6 @@ def data_context() -> Any:
 
 
 def last_line(error: BaseException) -> str:
-    """What Ray's many lines end with: the reason; the error's kind where there are none."""
+    """Returns the last line of Ray's message, which has the reason; if there is none, the class of the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Says what a run waits for while other jobs hold a cluster's CPUs or GPUs, or its nodes are lost: Ray waits without a word."""
+"""Notices that say what a run waits for while other jobs hold its CPUs or GPUs, or nodes are lost: Ray waits silently."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from masklake.model.wording import agreeing
 
 POLL_S = 2.0
 FIRST_S = 20.0
-"""Seconds until the first notice: workers that find their CPUs free have started by then, or are about to."""
+"""Seconds until the first notice: by then, workers with free CPUs have started or are about to."""
 AGAIN_S = 60.0
 
 Resources = Mapping[str, float]
 
 
 def is_due(waited_s: float, said_s: float | None) -> bool:
-    """Whether it is time for a notice. waited_s: since the start; said_s: when the last notice was, on the same clock."""
+    """Returns whether a notice is due. waited_s: seconds since the start; said_s: time of the last notice, on the same
+    clock.
+    """
     return waited_s >= FIRST_S if said_s is None else waited_s - said_s >= AGAIN_S
 
 
 def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> str:
-    """The line for people. needs: what the run asks for, as a clause."""
+    """Returns the line to show. needs: what the run asks for, as a clause."""
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
     parts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {agreeing(int(total[kind]), kind)}" for kind in kinds)
     return (
@@ -36,9 +38,10 @@ def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> st
 
 @contextmanager
 def said_while_waiting(needs: str, working: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, say what is waited for while Ray has it queued and nobody is ``working``, after 20 s and each minute.
+    """Context manager that shows what the run waits for, after 20 s and every minute, while Ray has it queued and nothing is
+    `working`.
 
-    ``working`` runs in a thread of its own; it may raise Ray's errors. On an embedded cluster there is no other job.
+    `working` is called in a thread of its own; it may raise Ray's errors. An embedded cluster has no other jobs.
     """
     import ray
 
@@ -72,7 +75,9 @@ def _tell(needs: str, working: Callable[[], bool], say: Callable[[str], None], s
 
 
 def has_place(workers: Collection[str]) -> bool:
-    """Whether one of these actors is on a node, or all have ended. workers: the ids of those that have ever started."""
+    """Returns whether one of these actors is on a node, or all have ended. workers: ids of the actors that have ever
+    started.
+    """
     import ray
     import ray._private.state
 
@@ -83,7 +88,7 @@ def has_place(workers: Collection[str]) -> bool:
 
 
 def _queued() -> bool:
-    """Whether something waits for resources. Workers that hold theirs and load the model do not."""
+    """Returns whether something waits for resources. Workers that have theirs and load the model do not."""
     import ray._private.worker
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 

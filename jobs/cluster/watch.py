@@ -1,4 +1,4 @@
-"""Says when a cluster is lost: Ray's core would wait for the head for a minute and then end the process without a word."""
+"""Detects a lost cluster: Ray's core would wait for the head for a minute and then end the process without a message."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from masklake.pipeline.errors import ClusterLostError
 
 POLL_S = 5.0
 PATIENCE_S = 40.0
-"""How long the head may be unreachable; Ray's core gives up after 60 s."""
+"""Seconds for which the head may be unreachable; Ray's core gives up after 60 s."""
 
 
 def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
-    """Why the cluster is lost, or None. silent_s: for how long nothing could connect to the head."""
+    """Returns why the cluster is lost, or None. silent_s: for how long nothing could connect to the head."""
     if silent_s >= PATIENCE_S:
         return f"the head of the Ray cluster at {address} has been gone for {silent_s:.0f} s"
     if not node_alive:
@@ -26,7 +26,7 @@ def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
 
 
 def watch_cluster() -> None:
-    """Watch the cluster that this process is connected to, in a thread, for as long as it is."""
+    """Watches the cluster that this process is connected to, in a thread, until it disconnects."""
     import ray
 
     node = ray.NodeID.from_hex(ray.get_runtime_context().get_node_id())
@@ -35,7 +35,7 @@ def watch_cluster() -> None:
 
 
 def _client() -> Any:
-    """This process's client of the head, an object of its own for every connection; None once it is disconnected."""
+    """Returns this process's client of the head, a new object for every connection; None once it is disconnected."""
     import ray._private.worker
 
     return getattr(ray._private.worker.global_worker, "gcs_client", None)
@@ -64,7 +64,7 @@ def _watch(client: Any, node: Any, logs: str) -> None:
 
 
 def _knows(client: Any, node: Any) -> bool:
-    """Whether the head counts the node among the living; True as well where it is too busy to say."""
+    """Returns whether the head counts the node among the living; also True if it is too busy to answer."""
     import ray
 
     try:
@@ -74,7 +74,7 @@ def _knows(client: Any, node: Any) -> bool:
 
 
 def _end(reason: str, logs: str) -> None:
-    """The process cannot be left to an exception: any call into Ray may wait for the head until the core ends it."""
+    """Ends the process. An exception would not do: any call into Ray may wait for the head until the core ends the process."""
     line = f"masklake: error: {reason}. What was finished is kept; start the same command again. Ray's own logs: {logs}\n"
     sys.stderr.flush()
     os.write(2, line.encode())

@@ -1,1 +1,1 @@
-"""The driver's side of a labelling run: its plan, its progress, its lost images."""
+"""The driver's side of a labelling run: plan, progress, and images lost with their workers."""

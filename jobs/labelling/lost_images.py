@@ -1,8 +1,8 @@
-"""What a labelling run's stream lost, image by image: which of them end a worker's process, and which were only beside one.
+"""Finds out, image by image, which of the lost images end a worker's process, and which were only in the same block.
 
-An image is `crashed` when there is evidence: `DEATHS` workers, each of which had labelled a picture of our own before, ended
-with that image alone in hand while their nodes lived on. Whatever else fails here (a worker that cannot start, a block that
-cannot be written) stops the run with its own error and says nothing about an image.
+An image is `crashed` if there is evidence: `DEATHS` workers, each of which had labelled a test picture before, ended with only
+that image in progress while their nodes lived on. Any other failure here (a worker that cannot start, a block that cannot be
+written) stops the run with its own error and does not mark an image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.labelling.run_output import Finished, reported
 
 DEATHS = 3
-"""Workers that must end with an image alone in hand before it is `crashed`: one may be killed from outside."""
+"""Number of workers that must end with an image alone before it is `crashed`: one may be killed from outside."""
 LOST_NODES = 3
-"""Nodes lost with one image alone in hand: a spot market takes some nodes, hardly ever that one's three times in a row."""
+"""Number of nodes lost with an image alone: a spot market takes some nodes, but hardly three in a row with the same image."""
 FAILED_STARTS = 3
-"""Workers in a row that end before they have labelled anything: then it is not an image."""
+"""Number of workers in a row that end before they have labelled anything: then the cause is not an image."""
 WAIT_S = 20.0
-"""Seconds without an answer after which a person is told what is waited for."""
+"""Seconds without an answer after which a line says what the run waits for."""
 
 
 class Trials:
-    """Which image is tried next, and what the deaths so far say. One that ended its worker waits until others had a turn."""
+    """Decides which image is tried next, and what the deaths so far mean. An image that ended its worker waits for the
+    others.
+    """
 
     def __init__(self, image_ids: Iterable[int]) -> None:
         self._waiting = deque(image_ids)
@@ -38,11 +40,11 @@ class Trials:
         self.crashed: list[int] = []
 
     def __len__(self) -> int:
-        """Images that wait for a turn."""
+        """Number of waiting images."""
         return len(self._waiting)
 
     def next(self) -> int:
-        """The image to try; IndexError when none waits."""
+        """Returns the image to try next. Raises IndexError if none waits."""
         return self._waiting.popleft()
 
     def died(self, image_id: int, *, with_node: bool) -> bool:
@@ -69,7 +71,7 @@ class _Worker:
 
 
 class Alone:
-    """Runs trials on up to ``workers`` actors that ``start`` makes (`LabellingActor`, never restarted by Ray)."""
+    """Tries images on up to `workers` actors that `start` creates (`LabellingActor`, never restarted by Ray)."""
 
     def __init__(self, start: Callable[[], Any], rows: pa.Table, workers: int, say: Callable[[str], None]) -> None:
         """rows: MANIFEST_SCHEMA, the images to try."""
@@ -85,7 +87,7 @@ class Alone:
         self._written: list[Finished] = []
 
     def run(self) -> tuple[list[Finished], list[int]]:
-        """Blocks of one image that were written, and the images that are `crashed`."""
+        """Returns the blocks of one image that were written, and the images that are `crashed`."""
         try:
             while len(self._trials) or self._in_hand():
                 self._give_out()
@@ -100,7 +102,7 @@ class Alone:
         return sum(image is not None for _, image in self._calls.values())
 
     def _give_out(self) -> None:
-        """Images to idle workers, and as many starts as there are images left for them."""
+        """Gives images to idle workers, and starts as many workers as there are images left for them."""
         while self._idle and len(self._trials):
             worker, image = self._idle.pop(), self._trials.next()
             self._calls[worker.actor.alone.remote(self._rows[image])] = (worker, image)

@@ -1,4 +1,4 @@
-"""What a labelling run does, as pure functions: its identity, its workers, its rounds, and what its outcome means."""
+"""Decisions of a labelling run, as pure functions: its identity, workers, rounds, and the meaning of its outcome."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 
 BLOCK_ROWS = 64
-"""Most images of a block: what a killed driver labels again, at most, for each worker."""
+"""Maximum number of images in a block: what a killed driver labels again, at most, per worker."""
 BLOCKS_PER_WORKER = 4
-"""Least blocks a worker, where the manifest is short: so that all end at about the same time."""
+"""Minimum number of blocks per worker for short manifests, so that all workers finish at about the same time."""
 RETRY_ROWS = 8
-"""Images of a block when the blocks that were lost run again, before each image runs alone."""
+"""Number of images in a block when lost blocks run again, before each image runs alone."""
 FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
 FIRST_LIMITS: Mapping[str, Any] = {"max_bytes": 256 * 2**20, "max_pixels": 100_000_000, "max_side": 65_535}
 """The values that leave no trace in a `label_id`: a new option's (or limit's) when it was introduced, so that it labels nothing
 again where it is not used. Add to them; never change one."""
 LOST_BLOCKS = 64
-"""Blocks that may be lost, whatever a run's length: more than the workers of one node have in hand, so that its death, or a few
-images that kill workers, never end a run."""
+"""Number of blocks that may be lost in a run of any length: more than the workers of one node hold, so that its death, or a few
+images that kill workers, never end a run.
+"""
 PART_ROWS = 2**18
-"""Images that pass through Ray Data at a time: what the driver holds of a manifest, about 50 MB."""
+"""Images that pass through Ray Data at a time: the part of a manifest that the driver holds, about 50 MB."""
 STARTS = 3
-"""Starts of a worker in a row that may fail."""
+"""Number of starts of a worker in a row that may fail."""
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """The model replicas of a run. concurrency: blocks that a worker has in hand at once."""
+    """The model replicas of a run. concurrency: number of blocks that a worker holds at once."""
 
     workers: int
     cpus_each: int
@@ -49,16 +50,16 @@ class WorkerPlan:
 
     @property
     def needs(self) -> str:
-        """What a worker asks of the cluster, as a clause for people."""
+        """Resources of a worker, as a clause."""
         gpus = f" and {counted(self.gpus_each, 'GPU')}" if self.gpus_each else ""
         return f"a worker needs {counted(self.cpus_each, 'CPU')}{gpus}"
 
 
 @dataclass(frozen=True)
 class Round:
-    """One pass of Ray Data over what is not labelled yet.
+    """One pass of Ray Data over the images that are not labelled yet.
 
-    rows: images of a block. alone: a worker is given one block at a time, so that a block that kills it takes no other along.
+    rows: images per block. alone: a worker gets one block at a time, so that a block that kills it takes no other along.
     max_lost: blocks that may be lost before the run stops.
     """
 
@@ -68,9 +69,10 @@ class Round:
 
 
 def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -> str:
-    """16 hex digits over everything that changes a row: the model, its settings (`Detector.settings`), the limits.
+    """Returns 16 hex digits over everything that changes a row: the model, its settings (`Detector.settings`), the limits.
 
-    What only changes the speed (batch size, workers) is no part of it. Raises ConfigError for settings that are no JSON.
+    Options that change only the speed (batch size, workers) are not part of it. Raises ConfigError for settings that are not
+    JSON.
     """
     own = {"model_id": model_id, "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS})}
     if taken := sorted(own.keys() & settings.keys()):
@@ -84,10 +86,10 @@ def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -
 
 
 def precision(asked: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:
-    """What `auto` means. cluster: the run is for a cluster elsewhere; gpu: this machine has a GPU with bf16.
+    """Returns what precision `auto` means. cluster: the run is for a cluster elsewhere; gpu: this machine has a GPU with bf16.
 
-    The answer is part of the labels' name and so must not depend on which nodes happen to be up: another answer tomorrow would
-    label every image again. On a cluster it follows from `--device` alone.
+    The result is part of `label_id`, so it must not depend on which nodes happen to be up: a different answer tomorrow would
+    label every image again. On a cluster it depends on `--device` alone.
     """
     if asked != "auto":
         return asked
@@ -131,10 +133,10 @@ def _check_cpus(capacity: Capacity, workers: int, cpus_each: int) -> None:
 
 
 def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator[Round]:
-    """The passes of Ray Data over a run: all images in blocks, then what blocks were lost with in small blocks.
+    """Returns the passes of Ray Data over a run: all images in blocks, then the lost ones in small blocks.
 
-    What is missing after them is tried image by image (`jobs.labelling.lost_images`). The first round stops when more blocks
-    are lost than `LOST_BLOCKS` and a twentieth of them all: then it is not a few images that kill workers.
+    Images that are missing after them are tried one by one (`jobs.labelling.lost_images`). The first round stops if more blocks
+    are lost than `LOST_BLOCKS` and a twentieth of all: then the cause is not a few images that kill workers.
     """
     rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
     yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
@@ -143,25 +145,25 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
 
 
 def lost_line(images: int, rows: int) -> str:
-    """What is said when workers ended with images in hand; rows: how many of them run together now."""
+    """Returns the line to show when workers ended with images in progress. rows: number of them that run together now."""
     if images == 1:
         return f"1 image was lost with its worker; it runs again{', alone' if rows == 1 else ''}"
     return f"{images:,} images were lost with their workers; they run again, {rows} at a time"
 
 
 def cannot_start(starts: int, workers: int) -> bool:
-    """Whether workers end while they load their model. starts: begun since one last completed."""
+    """Returns whether workers end while they load their model. starts: begun since the last one that completed."""
     return starts > STARTS * workers
 
 
 def failed_share(statuses: Mapping[str, int]) -> float:
-    """The share of images that did not end ok; 0 for a run without images."""
+    """Returns the share of images that did not end with ok; 0 for a run without images."""
     images = sum(statuses.values())
     return (images - statuses.get(Status.OK, 0)) / images if images else 0.0
 
 
 def check_failures(statuses: Mapping[str, int], max_failed: float) -> None:
-    """TooManyFailuresError when more images failed than the share that was allowed."""
+    """Raises TooManyFailuresError if the share of failed images is larger than allowed."""
     share = failed_share(statuses)
     if share > max_failed:
         failed = ", ".join(f"{count:,} {name}" for name, count in sorted(statuses.items()) if count and name != Status.OK)

@@ -1,4 +1,4 @@
-"""How far the workers are: a counter that they add to, and a bar on the terminal that shows it."""
+"""Progress of the workers: a counter that they add to, and a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from masklake.jobs.cluster.connection import beside_the_driver
 POLL_S = 0.5
 
 TAKES = 2
-"""How often a block is begun: one that two workers ended with is left to a round of smaller blocks."""
+"""How often a block is started: one that ended two workers is left to a round with smaller blocks."""
 
 
 class Counter:
-    """Counts images, starts of workers and begun blocks. Runs as a Ray actor of its own, so it must not need torch."""
+    """Counts images, starts of workers and started blocks. Runs as a Ray actor of its own, so it must not need torch."""
 
     def __init__(self) -> None:
         self._done = 0
@@ -31,12 +31,12 @@ class Counter:
         self._lost = 0
 
     def add(self, images: int, failed: int) -> None:
-        """Count ``images`` more, of which ``failed`` did not end ok."""
+        """Counts `images` more, of which `failed` did not end with ok."""
         self._done += images
         self._failed += failed
 
     def take_back(self, images: int, failed: int) -> None:
-        """So many of these were labelled, and their block could not be written."""
+        """Subtracts images that were labelled but whose block could not be written."""
         self._unwritten += images
         self._failed -= failed
 
@@ -46,39 +46,45 @@ class Counter:
         self._workers.add(worker)
 
     def ready(self) -> None:
-        """... and has loaded it."""
+        """A worker has loaded its model."""
         self._starts = 0
 
     def starts(self) -> int:
-        """Starts of workers since one last completed."""
+        """Returns the number of starts since the last one that completed."""
         return self._starts
 
     def workers(self) -> list[str]:
-        """Those that have ever started."""
+        """Returns the workers that have ever started."""
         return sorted(self._workers)
 
     def take(self, block: int) -> bool:
-        """A worker is about to begin with a block; False where it must not, since `TAKES` others never ended it."""
+        """Registers that a worker is about to start a block. Returns False if it must not, because `TAKES` others did not
+        finish it.
+        """
         self._takes[block] = self._takes.get(block, 0) + 1
         allowed = self._takes[block] <= TAKES
         self._lost += not allowed
         return allowed
 
     def lay_down(self, block: int) -> None:
-        """... and has ended it, well or not."""
+        """Registers that a worker has finished a block, successfully or not."""
         self._takes.pop(block, None)
 
     def lost(self) -> int:
-        """Blocks that are left to a later round."""
+        """Returns the blocks that are left to a later round."""
         return self._lost
 
     def get(self) -> tuple[int, int, int]:
-        """(finished, failed, taken back) so far. A block that ran twice counts twice: a bar's truth, not a report's."""
+        """Returns (finished, failed, taken back) so far. A block that ran twice counts twice: good for a progress bar, not for
+        a report.
+        """
         return self._done, self._failed, self._unwritten
 
 
 def start_counter() -> Any:
-    """A handle of a new Counter actor. It is no part of the result: where it dies it begins anew, and the bar stands still."""
+    """Returns a handle of a new Counter actor. The result does not depend on it: if it dies it starts again, and the bar stands
+    still.
+    """
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_the_driver())(Counter).remote()
@@ -86,9 +92,9 @@ def start_counter() -> Any:
 
 @contextmanager
 def shown(counter: Any, total: int, done: int, watch: Callable[[], None], enabled: bool = True) -> Iterator[None]:
-    """Show a bar of ``total`` images on stderr, ``done`` of them from before, and call ``watch`` twice a second.
+    """Context manager that shows a bar of `total` images on stderr, `done` of them earlier, and calls `watch` twice a second.
 
-    ``watch`` runs in a thread of its own and must not raise.
+    `watch` is called in a thread of its own and must not raise.
     """
     stop = threading.Event()
     # In a log file every refresh is a line: two a minute are enough there.
@@ -107,7 +113,7 @@ def shown(counter: Any, total: int, done: int, watch: Callable[[], None], enable
 
 
 def written_above(line: str) -> None:
-    """Write a line to stderr: above the bar, where one is shown."""
+    """Writes a line to stderr, above the progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
 
 

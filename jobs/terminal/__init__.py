@@ -1,1 +1,1 @@
-"""What a person reads and types: answers, usage errors, counts, and the lines of a stop."""
+"""The terminal: results, usage errors, counts, and the lines after an interruption."""

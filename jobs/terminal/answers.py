@@ -1,7 +1,7 @@
-"""An answer in each format: a table for people, CSV, TSV, JSON, JSON lines and Parquet for programs.
+"""Writes the result of a query in each format: a table for people; CSV, TSV, JSON, JSON lines and Parquet for programs.
 
-Only the table on a terminal is cut; whatever goes to a file or a pipe holds every row and every cell in full. Nothing needs the
-answer in memory. What a value becomes is in docs/query.md.
+Only the table on a terminal is cut; files and pipes get every row and every cell in full. No format needs the whole result in
+memory. docs/query.md describes how values are written.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from masklake.model.wording import counted
 from masklake.pipeline.errors import QueryError
 
 SHOWN_ROWS = 100
-"""Rows of a table on a terminal."""
+"""Maximum number of rows of a table on a terminal."""
 
 SHOWN_CHARACTERS = 60  # of one cell on a terminal; masks and long paths are cut
 
 
 class Batches(Protocol):
-    """What is written: `pipeline.table.query.Answer`, or pyarrow's reader."""
+    """A source of record batches: `pipeline.table.query.Answer`, or pyarrow's reader."""
 
     @property
     def schema(self) -> pa.Schema:
-        """Of every batch."""
+        """The schema of every batch."""
 
     def __iter__(self) -> Iterator[pa.RecordBatch]: ...
 
 
 class Format(StrEnum):
-    """How an answer is written."""
+    """An output format."""
 
     TABLE = "table"
     CSV = "csv"
@@ -63,13 +63,13 @@ SUFFIXES: Mapping[str, Format] = {
     ".parquet": Format.PARQUET,
     ".txt": Format.TABLE,
 }
-"""Of an output's name, in any case; `.gz` behind one of a text format compresses it."""
+"""Formats by suffix of the output, in any case; `.gz` after that of a text format compresses it."""
 
 GZIP = ".gz"
 
 
 def format_of(output: str, given: Format | None) -> Format:
-    """The format of a file: `given`, else what its suffix says. ConfigError where neither says it."""
+    """Returns the format of a file: `given`, else that of the suffix. Raises ConfigError if neither is known."""
     name = output.lower()
     text = name.removesuffix(GZIP)
     form = given or next((form for suffix, form in SUFFIXES.items() if text.endswith(suffix)), None)
@@ -84,7 +84,7 @@ def format_of(output: str, given: Format | None) -> Format:
 
 
 def write_file(answer: Batches, form: Format, path: Path, compressed: bool = False) -> int:
-    """Write the whole answer to a local file; the number of rows written. compressed: gzip, for the formats that are text."""
+    """Writes the whole result to a local file; returns the number of rows. compressed: gzip, for text formats."""
     if form is Format.PARQUET:
         return _write_parquet(answer, path)
     with (
@@ -96,7 +96,7 @@ def write_file(answer: Batches, form: Format, path: Path, compressed: bool = Fal
 
 
 def write_text(answer: Batches, form: Format, out: TextIO) -> int:
-    """Write the whole answer as text; the number of rows written. ConfigError for Parquet, which is no text."""
+    """Writes the whole result as text; returns the number of rows. Raises ConfigError for Parquet, which is not text."""
     writers: dict[Format, Callable[[Batches, TextIO], int]] = {
         Format.TABLE: write_whole_table,
         Format.CSV: write_csv,
@@ -113,14 +113,14 @@ def write_text(answer: Batches, form: Format, out: TextIO) -> int:
 
 
 def rows(answer: Batches) -> Iterator[list[Any]]:
-    """The answer's rows as Python's values."""
+    """Yields the rows of the result as Python values."""
     for batch in answer:
         columns = [_values(column, name) for column, name in zip(batch.columns, answer.schema.names, strict=True)]
         yield from (list(row) for row in zip(*columns, strict=True))
 
 
 def plain_rows(answer: Batches) -> Iterator[list[Any]]:
-    """The answer's rows in plain values: text, numbers, lists and objects, as JSON has them."""
+    """Yields the rows of the result in plain values: text, numbers, lists and objects, as in JSON."""
     types = [field.type for field in answer.schema]
     for row in rows(answer):
         yield [plain(value, kind) for value, kind in zip(row, types, strict=True)]
@@ -134,7 +134,9 @@ def _values(column: pa.Array, name: str) -> list[Any]:
 
 
 def plain(value: Any, kind: pa.DataType) -> Any:
-    """One value as JSON has it: float32 in its shortest form, NaN as null, bytes as text (COCO counts are ASCII), ISO times."""
+    """Returns a value as in JSON: float32 in its shortest form, NaN as null, bytes as text (COCO counts are ASCII), ISO
+    times.
+    """
     if value is None:
         return None
     if pa.types.is_floating(kind):
@@ -150,7 +152,7 @@ def plain(value: Any, kind: pa.DataType) -> Any:
 
 
 def _shortest(value: float, kind: pa.DataType) -> float:
-    """A float32's value under its shortest name: 0.1, and not 0.10000000149."""
+    """Returns a float32's value in its shortest form: 0.1, not 0.10000000149."""
     return float(str(np.float32(value))) if pa.types.is_float32(kind) else float(value)
 
 
@@ -165,7 +167,9 @@ def _plain_nested(value: Any, kind: pa.DataType) -> Any:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """The names with a number behind each repetition (`n`, `n_1`): a JSON object would keep only the last of equals."""
+    """Returns the names with a number after each repetition (`n`, `n_1`): a JSON object would keep only the last of equal
+    names.
+    """
     given: list[str] = []
     for name in names:
         number, chosen = 0, name
@@ -180,7 +184,7 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def write_json(answer: Batches, out: TextIO) -> int:
-    """One JSON array of objects, a row a line."""
+    """Writes one JSON array of objects, one row per line."""
     count = 0
     for line in _objects(answer):
         out.write(("[\n " if not count else ",\n ") + line)
@@ -190,7 +194,7 @@ def write_json(answer: Batches, out: TextIO) -> int:
 
 
 def write_json_lines(answer: Batches, out: TextIO) -> int:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     count = 0
     for line in _objects(answer):
         out.write(line + "\n")
@@ -205,12 +209,12 @@ def _objects(answer: Batches) -> Iterator[str]:
 
 
 def write_csv(answer: Batches, out: TextIO) -> int:
-    """RFC 4180 with a header: null is empty, the empty text is `""`, nested values are JSON, NaN is `nan`."""
+    """Writes RFC 4180 with a header: null is empty, the empty text is `""`, nested values are JSON, NaN is `nan`."""
     return _write_separated(answer, out, ",", "\r\n")
 
 
 def write_tsv(answer: Batches, out: TextIO) -> int:
-    """As CSV, with tabs between cells."""
+    """Like CSV, with tabs between cells."""
     return _write_separated(answer, out, "\t", "\n")
 
 
@@ -246,7 +250,7 @@ def _quoted(cell: str, separator: str) -> str:
 
 
 def _write_parquet(answer: Batches, path: Path) -> int:
-    """Parquet with the answer's own types; columns of one name get numbers, as in JSON."""
+    """Writes Parquet with the result's own types; columns of the same name get numbers, as in JSON."""
     schema = pa.schema(
         [field.with_name(name) for field, name in zip(answer.schema, distinct(answer.schema.names), strict=True)]
     )

@@ -1,4 +1,4 @@
-"""Whether a command's one file could be written in the end: asked before the work begins."""
+"""Checks, before the work begins, whether a command's output file can be written at the end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from masklake.pipeline.storage.uri import canonical, parse
 
 
 def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:
-    """Raises where `output` names no file that can be written: ConfigError for its name, InputNotFoundError for its folder.
+    """Raises ConfigError if `output` is not a valid name for a file, InputNotFoundError if its folder does not exist.
 
-    table: a table, whose folder is its own; whoever reads that folder would take the file for a part of it.
-    sources: what the command reads, by what it is (`the truth`), as in `check_not_read`.
+    table: a table; its folder is its own, since readers of that folder would take the file for a part of the table. sources:
+    what the command reads, by description (`the truth`), as in `check_not_read`.
     """
     at = parse(output)
     if not at.key or output.endswith("/") or (at.is_local and os.path.isdir(at.key)):
@@ -27,9 +27,9 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
 
 
 def check_not_read(output: str, sources: Mapping[str, str | None]) -> None:
-    """Raises ConfigError where `output` is one of the `sources` that the command reads, which it would overwrite.
+    """Raises ConfigError if `output` is one of the `sources` that the command reads, which it would overwrite.
 
-    sources: a place by what it is, as a message names it; None where an option was not given.
+    sources: places by their description in messages; None for an option that was not given.
     """
     for name, source in sources.items():
         if source is not None and same_place(output, source):
@@ -37,7 +37,7 @@ def check_not_read(output: str, sources: Mapping[str, str | None]) -> None:
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two names are of one object, also by a link where both are files of this machine."""
+    """Returns whether two names refer to the same object, also through a link if both are local files."""
     if canonical(one) == canonical(other):
         return True
     places = parse(one), parse(other)

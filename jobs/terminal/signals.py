@@ -1,9 +1,8 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: with its clean-up, its line, and 128 + the signal's number as exit code.
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: with clean-up, a line, and 128 + the signal's number as exit code.
 
-A signal of these is handed to whatever handles Ctrl-C at that moment: Python, Ray Train, the code that lets Ray start first.
-Where that does not end the process, because native code does not return or waits for a cluster that is gone, a thread does
-after GRACE_S, and sooner where Ray's own processes are gone. The signal reaches that thread through a socket, whatever the main
-thread is doing.
+The signal is passed to whatever handles Ctrl-C at that moment: Python, Ray Train, or the code that starts Ray. If the process
+does not end, because native code does not return or waits for a lost cluster, a thread ends it after GRACE_S, and sooner if
+Ray's own processes are gone. The signal reaches that thread through a socket, whatever the main thread is doing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 GRACE_S = 12.0
-"""From the signal until the end is forced: with what the end itself takes, less than 15 s. Kubernetes kills after 30 s."""
+"""Seconds from the signal until the end is forced: with the time that the end itself takes, less than 15 s. Kubernetes kills
+after 30 s.
+"""
 
 LOST_S = 1.0
 """... and from the end of any of Ray's processes that this one has started, unless that comes with the signal itself."""
@@ -36,7 +37,7 @@ Line = Callable[[str], str]
 
 
 class Stopping:
-    """Which signal is ending this process, and its line, which is written once."""
+    """The signal that is ending this process, and its line, which is written once."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -47,16 +48,16 @@ class Stopping:
 
     @property
     def requested(self) -> bool:
-        """Whether SIGTERM or SIGHUP came."""
+        """Whether SIGTERM or SIGHUP arrived."""
         return self._number is not None
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal; of Ctrl-C where no other came."""
+        """128 + the number of the signal; that of Ctrl-C if no other arrived."""
         return 128 + (self._number or signal.SIGINT)
 
     def install(self) -> None:
-        """Handle the signals from now on, in the main thread. One that the parent ignores (`nohup`) stays ignored."""
+        """Handles the signals from now on, in the main thread. Signals that the parent ignores (`nohup`) stay ignored."""
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         self._sender = sender  # kept: the signals' numbers are written to its descriptor
@@ -67,7 +68,9 @@ class Stopping:
                 signal.signal(number, self._handle)
 
     def say(self) -> int:
-        """Write the line, unless it stands there already; the exit code. From now on Ctrl-C ends the process at once."""
+        """Writes the line, unless it was written already; returns the exit code. From now on Ctrl-C ends the process at
+        once.
+        """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, lambda *_: os._exit(self.exit_code))
             for number in ENDING if self.requested else ():
@@ -100,7 +103,7 @@ class Stopping:
 
 
 def _wait() -> None:
-    """Until the end of the process must be forced."""
+    """Waits until the end of the process must be forced."""
     start, seen = time.monotonic(), set[int]()
     while (passed := time.monotonic() - start) < GRACE_S:
         children = _children()

@@ -1,4 +1,4 @@
-"""What a command leaves behind when a signal ends it: the one place of these lines, for Ctrl-C and SIGTERM alike."""
+"""The line that each command shows when a signal ends it, for Ctrl-C and SIGTERM alike."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AFTER_A_STOP: Mapping[str, str] = {
     "show": NOTHING_WRITTEN,
     "train": "The same command goes on after the last complete epoch.",
 }
-"""By command; each has its line (a test compares this with the commands)."""
+"""Lines by command; every command has one (a test compares them with the commands)."""
 
 
 def command_of(arguments: list[str]) -> str | None:
-    """The command that a command line (without the program's name) starts: its first word that is no option."""
+    """Returns the command in a command line (without the program's name): its first word that is not an option."""
     return next((argument for argument in arguments if not argument.startswith("-")), None)
 
 
 def stopped_line(command: str | None, by: str = "interrupted") -> str:
-    """The line for stderr. by: what happened, such as "interrupted" (Ctrl-C) or "stopped by SIGTERM"."""
+    """Returns the line for stderr. by: the cause, such as "interrupted" (Ctrl-C) or "stopped by SIGTERM"."""
     return " ".join(filter(None, (f"masklake: {by}.", AFTER_A_STOP.get(command or "")))) + "\n"

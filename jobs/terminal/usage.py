@@ -1,4 +1,4 @@
-"""Wrong usage in the command line's own words: what is wrong, what usually is behind it, and where to read on."""
+"""Messages for wrong usage: what is wrong, the usual cause, and where to read more."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXTRA_ARGUMENTS: Mapping[str, str] = {
     "label": "The shell expands a pattern without quotes: put it in quotes, as in masklake label 'photos/*.jpg' TABLE",
     "show": "It draws one image at a time",
 }
-"""By command: what usually is behind more arguments than it takes."""
+"""By command: the usual cause of too many arguments."""
 
 
 def usage_line(error: Any) -> str:
-    """The lines for a USAGE_ERROR, without `masklake: error:`; empty where the help was printed instead."""
+    """Returns the lines for a USAGE_ERROR, without `masklake: error:`; empty if the help was printed instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     context = error.ctx
@@ -33,7 +33,7 @@ def usage_line(error: Any) -> str:
 
 
 def _message(error: Any) -> str:
-    """click's own message, as a part of a sentence, with the value that was given and what is allowed."""
+    """Returns click's own message as part of a sentence, with the given value and what is allowed."""
     text = str(error.format_message()).strip().rstrip(".").replace("Value error, ", "")
     allowed, given = _allowed(error), _given(error)
     if allowed and given is not None:
