@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from masklake.model import create_model
-from masklake.model.build import preset_of_weights
+from masklake.model.create import preset_of_weights
 from masklake.model.detector import Detector, has_loader, load_detector
 from masklake.model.errors import CheckpointError
 from masklake.model.weights.checkpoint import dumps, metadata

@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from masklake.model.build import create_model
     from masklake.model.config import Category, ModelConfig, PredictOptions
+    from masklake.model.create import create_model
     from masklake.model.detector import Detector, load_detector
     from masklake.model.instances import Instances, Target
     from masklake.model.mask_rcnn import MaskRCNN
@@ -53,7 +53,7 @@ _HOME = {
     "ModelConfig": "masklake.model.config",
     "PredictOptions": "masklake.model.config",
     "Target": "masklake.model.instances",
-    "create_model": "masklake.model.build",
+    "create_model": "masklake.model.create",
     "load_checkpoint": "masklake.model.weights.checkpoint",
     "load_detector": "masklake.model.detector",
     "save_checkpoint": "masklake.model.weights.checkpoint",

@@ -5,15 +5,42 @@ bfloat16 has 8 bits of mantissa: near 1,000 pixels its steps are 4 pixels wide. 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from masklake.model.devices import constant
 from masklake.model.torchvision_ops import batched_nms, box_iou, nms
 
-__all__ = ["box_iou", "clip_boxes", "decode_boxes", "encode_boxes", "has_area", "suppress", "top_per_image", "wide_enough"]
+__all__ = [
+    "BoxCoder",
+    "box_iou",
+    "clip_boxes",
+    "decode_boxes",
+    "encode_boxes",
+    "has_area",
+    "suppress",
+    "top_per_image",
+    "wide_enough",
+]
 
 Weights = tuple[float, float, float, float]
+
+
+class BoxCoder(NamedTuple):
+    """Boxes as deltas from anchors or regions. weights: factors of dx, dy, dw, dh; clamp: greatest dw, dh before exp."""
+
+    weights: Weights
+    clamp: float
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """`encode_boxes` with these weights."""
+        return encode_boxes(boxes, anchors, self.weights)
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """`decode_boxes` with these weights and this clamp."""
+        return decode_boxes(deltas, anchors, self.weights, self.clamp)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:

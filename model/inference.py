@@ -91,16 +91,15 @@ def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None 
     return network.rpn.propose(maps, outputs, canvas.size, canvas.sizes)
 
 
-def detect(network: Network, canvas: Canvas, settings: Settings) -> Detections:
+def detect(network: Network, canvas: Canvas, config: ModelConfig, settings: Settings) -> Detections:
     """Returns the detections for pixels: runs both stages, then the branches on the detections that remain."""
     features = network.backbone(canvas.pixels)
     proposals = propose(network, canvas, features)
-    config = network.config
     logits, deltas = network.box_head(network.box_input(features, proposals))
     found = select(logits, deltas, proposals, canvas.sizes, config, settings)
     regions = Regions(found.boxes, found.images)
     masks = _masks(network, features, regions, found.classes) if "mask" in settings.tasks else None
-    keypoints = _keypoints(network, features, regions, found.classes) if "keypoint" in settings.tasks else None
+    keypoints = _keypoints(network, features, regions, found.classes, config) if "keypoint" in settings.tasks else None
     return Detections(found.boxes, found.scores, found.classes, found.images, masks, keypoints)
 
 
@@ -127,9 +126,9 @@ def _masks(network: Network, features: Sequence[Tensor], regions: Regions, class
     return network.mask_head(network.mask_input(features, regions), classes).float().sigmoid()
 
 
-def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
+def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, config: ModelConfig) -> Tensor:
     """Returns float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
-    config, counts = network.config, network.keypoint_counts[classes]
+    counts = network.keypoint_counts[classes]
     keypoints = regions.boxes.new_full((len(classes), config.num_keypoints, 3), torch.nan)
     chosen = torch.where(counts > 0)[0]
     if len(chosen):

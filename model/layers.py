@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from masklake.model.config import BackboneConfig, ModelConfig, NormKind
+from masklake.model.config import BackboneConfig, NormKind
 
 
 class FrozenBatchNorm(nn.Module):
@@ -60,11 +60,6 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 def backbone_norm(config: BackboneConfig) -> Norm:
     """Returns the norm after the backbone's convolutions."""
     return Norm(config.norm, config.norm_eps, config.norm_groups)
-
-
-def head_norm(config: ModelConfig) -> Norm:
-    """Returns the norm after the convolutions of the pyramid and the branches."""
-    return Norm(config.head_norm, 1e-5, config.backbone.norm_groups)
 
 
 class ConvNorm(nn.Sequential):

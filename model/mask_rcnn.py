@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from masklake.model.build import build_network
 from masklake.model.config import Category, Learn, ModelConfig, PredictOptions
 from masklake.model.devices import arithmetic, resolved, sent
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Precision, Task
-from masklake.model.heads.box import box_losses
 from masklake.model.heads.keypoint import keypoint_loss, keypoint_targets
 from masklake.model.heads.mask import mask_targets
 from masklake.model.identity import model_id
@@ -27,6 +27,7 @@ from masklake.model.instances import Instances, Target
 from masklake.model.network import Network
 from masklake.model.proposals.rpn import Regions
 from masklake.model.rois.sampling import Samples, Truth, sample_regions, truth_on_canvas
+from masklake.model.sampling import SampleRule
 from masklake.model.transform import Canvas, Size, canvas_size, check_image, filled_up, make_canvas
 from masklake.model.wording import agreeing, counted_of
 
@@ -43,8 +44,10 @@ class MaskRCNN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = Network(config)
+        self.network = build_network(config)
         self._class_of = {category.id: index for index, category in enumerate(config.categories, start=1)}
+        iou = config.roi_foreground_iou
+        self._sampling = SampleRule(iou, iou, config.roi_samples, config.roi_positive_fraction)
         self._category_ids = np.array([0, *(category.id for category in config.categories)], dtype=np.int64)
         self._has_keypoints = torch.tensor([False, *(bool(category.keypoints) for category in config.categories)])
         self._prepared: dict[Precision, tuple[object, Network]] = {}
@@ -145,11 +148,11 @@ class MaskRCNN(nn.Module):
     def _detector_losses(self, features: Sequence[Tensor], proposals: Regions, truths: Sequence[Truth]) -> dict[str, Tensor]:
         """Returns the losses of the second stage on regions sampled from the proposals and the ground truth."""
         network, config = self.network, self.config
-        samples = sample_regions(proposals, truths, config)
+        samples = sample_regions(proposals, truths, self._sampling)
         box_input = network.box_input(features, samples.regions)
         logits, deltas = network.box_head(box_input)
         positive = samples.rows(samples.classes > 0)
-        losses = box_losses(logits, deltas, samples.labels, positive, samples.regions.boxes, samples.goals, config)
+        losses = network.box_head.losses(logits, deltas, samples.labels, positive, samples.regions.boxes, samples.goals)
         if "mask" in config.tasks:
             shared = (
                 box_input[samples.rows(samples.outlined)] if config.features == "c4" else None
@@ -231,7 +234,7 @@ class MaskRCNN(nn.Module):
         """
         canvas = self._canvas(images, self.config.min_sizes[-1])
         canvas = replace(canvas, pixels=filled_up(canvas.pixels, places).to(DTYPES[precision]))
-        found = detect(network, canvas, settings)
+        found = detect(network, canvas, self.config, settings)
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
         return to_instances(found, canvas, originals, self._category_ids, self.config, settings.mask_threshold)
 

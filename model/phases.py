@@ -80,5 +80,5 @@ def with_rpn_backbone(model: MaskRCNN, kind: RpnBackbone) -> MaskRCNN:
     else:
         state = {name: weight for name, weight in state.items() if not name.startswith(("rpn.", "rpn_backbone."))}
         state |= {name: weight for name, weight in changed.network.state_dict().items() if name.startswith("rpn.")}
-    load_state(changed.network, state, "the model")
+    load_state(changed, state, "the model")
     return changed.to(model.device).train(model.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,28 @@ from masklake.model.boxes import box_iou
 
 BACKGROUND = -1
 IGNORED = -2
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """Which boxes of an image a loss looks at.
+
+    A box is foreground from IoU `foreground_iou` with an object on, and background below `background_iou`. `count` of them are
+    drawn from each image, at most `positive_fraction` of them foreground.
+    """
+
+    foreground_iou: float
+    background_iou: float
+    count: int
+    positive_fraction: float
+
+    def match(self, truth: Tensor, boxes: Tensor, keep_best: bool) -> Tensor:
+        """`match` at these thresholds."""
+        return match(truth, boxes, self.foreground_iou, self.background_iou, keep_best)
+
+    def sample(self, matched: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`sample` of so many."""
+        return sample(matched, self.count, self.positive_fraction)
 
 
 def match(truth: Tensor, boxes: Tensor, foreground: float, background: float, keep_best: bool) -> Tensor:

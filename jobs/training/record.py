@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from masklake.model.build import is_weight_name
 from masklake.model.config import ModelConfig
+from masklake.model.create import is_weight_name
 from masklake.model.errors import ConfigError
 from masklake.model.identity import FIRST_DEFAULTS, differing
 from masklake.model.wording import counted

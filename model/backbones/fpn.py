@@ -15,6 +15,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, channels_in: Sequence[int], channels: int, norm: Norm) -> None:
         super().__init__()
+        self.channels = channels
         self.lateral = nn.ModuleList(ConvNorm(c_in, channels, 1, 1, norm) for c_in in channels_in)
         self.output = nn.ModuleList(ConvNorm(channels, channels, 3, 1, norm) for _ in channels_in)
         for part in self.modules():

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from masklake.model.backbones.backbone import map_channels
-from masklake.model.config import ModelConfig
-from masklake.model.layers import ConvNorm, head_norm, init_relu_conv
+from masklake.model.layers import ConvNorm, Norm, init_relu_conv
 
 
 class KeypointHead(nn.Module):
     """3x3 convolutions, a 4x4 stride 2 deconvolution, then bilinear upsampling by 2: 14 bins become 56 pixels."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, channels: int, convs: Sequence[int], keypoints: int, norm: Norm) -> None:
+        """channels: of a region; convs: widths of the 3x3 convolutions; keypoints: K; norm: of the convolutions."""
         super().__init__()
-        channels = config.keypoint_channels
-        self.convs = nn.ModuleList(
-            ConvNorm(c_in, c_out, 3, 1, head_norm(config))
-            for c_in, c_out in zip((map_channels(config), *channels[:-1]), channels, strict=True)
-        )
-        self.deconv = nn.ConvTranspose2d(channels[-1], config.num_keypoints, 4, stride=2, padding=1)
+        widths = itertools.pairwise((channels, *convs))
+        self.convs = nn.ModuleList(ConvNorm(c_in, c_out, 3, 1, norm) for c_in, c_out in widths)
+        self.deconv = nn.ConvTranspose2d(convs[-1], keypoints, 4, stride=2, padding=1)
         init_relu_conv(self.deconv)
 
     def forward(self, regions: Tensor) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from masklake.model.backbones.backbone import map_channels, region_channels
-from masklake.model.config import ModelConfig
+from masklake.model.config import MaskOutput
 from masklake.model.devices import sent
 from masklake.model.kernels.roi_align import roi_align
-from masklake.model.layers import ConvNorm, head_norm, init_relu_conv
+from masklake.model.layers import ConvNorm, Norm, init_relu_conv
 from masklake.model.masks.bit_masks import BitMasks
 
 PIXELS_AT_ONCE = 1 << 25
@@ -24,17 +24,17 @@ PIXELS_AT_ONCE = 1 << 25
 class MaskHead(nn.Module, ABC):
     """What the kinds of mask heads share: how masks of several classes become one mask, and its loss.
 
-    bins, side: P and m, of a region's and of a mask's side. channels: masks that the network puts out for a region; with one
-    a class, channel i is class i (the background's is never used by sigmoids, and the softmax's "outside").
+    bins, side: P and m, of a region's and of a mask's side. masks: how many the network puts out for a region; with one per
+    class, mask i is class i (the background's is never used by sigmoids, and the softmax's "outside").
     """
 
-    side: int
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, bins: int, side: int, classes: int, output: MaskOutput) -> None:
+        """classes: with the background."""
         super().__init__()
-        self.bins = config.box_bins if config.features == "c4" else config.mask_pool
-        self.output = config.mask_output
-        self.channels = 1 if config.mask_output == "agnostic" else config.num_classes
+        self.bins = bins
+        self.side = side
+        self.output = output
+        self.masks = 1 if output == "agnostic" else classes
 
     @abstractmethod
     def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class MaskHead(nn.Module, ABC):
 
     @abstractmethod
     def all_channels(self, regions: Tensor) -> Tensor:
-        """(R, C, P, P) -> logits (R, channels, m, m)."""
+        """(R, C, P, P) -> logits (R, masks, m, m)."""
 
     def forward(self, regions: Tensor, labels: Tensor) -> Tensor:
         """(R, C, P, P) and classes int64 (R,) -> (R, m, m), whose sigmoid is the probability to be in the object's mask."""
@@ -74,15 +74,25 @@ class ConvMaskHead(MaskHead):
     Its masks have 2P pixels a side; to another m they are resized bilinearly: every pixel keeps its place in the region.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.side = config.mask_resize or 2 * self.bins
-        channels = (_region_channels(config), *config.mask_channels)
-        self.convs = nn.ModuleList(
-            ConvNorm(c_in, c_out, 3, 1, head_norm(config)) for c_in, c_out in itertools.pairwise(channels)
-        )
-        self.deconv = nn.ConvTranspose2d(channels[-1], config.mask_deconv_channels, 2, stride=2)
-        self.logits = nn.Conv2d(config.mask_deconv_channels, self.channels, 1)
+    def __init__(
+        self,
+        channels: int,
+        bins: int,
+        classes: int,
+        output: MaskOutput,
+        convs: Sequence[int],
+        deconv: int,
+        norm: Norm,
+        side: int | None = None,
+    ) -> None:
+        """channels, bins: of a region; convs, deconv: widths of the convolutions and the deconvolution; norm: of the
+        convolutions; side: m, by default twice the bins.
+        """
+        super().__init__(bins, side or 2 * bins, classes, output)
+        widths = (channels, *convs)
+        self.convs = nn.ModuleList(ConvNorm(c_in, c_out, 3, 1, norm) for c_in, c_out in itertools.pairwise(widths))
+        self.deconv = nn.ConvTranspose2d(widths[-1], deconv, 2, stride=2)
+        self.logits = nn.Conv2d(deconv, self.masks, 1)
         for layer in (self.deconv, self.logits):
             init_relu_conv(layer)
 
@@ -124,12 +134,12 @@ class ConvMaskHead(MaskHead):
 class FullyConnectedMaskHead(MaskHead):
     """An MLP that predicts all pixels from all bins at once; the paper's comparison (table 2e)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.side = config.mask_side
-        widths = (_region_channels(config) * self.bins**2, *config.mask_hidden)
+    def __init__(self, channels: int, bins: int, classes: int, output: MaskOutput, hidden: Sequence[int], side: int) -> None:
+        """channels, bins: of a region; hidden: widths of the layers before the last one; side: m."""
+        super().__init__(bins, side, classes, output)
+        widths = (channels * bins**2, *hidden)
         self.hidden = nn.ModuleList(nn.Linear(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
-        self.logits = nn.Linear(widths[-1], self.channels * self.side**2)
+        self.logits = nn.Linear(widths[-1], self.masks * side**2)
 
     def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
         """One of the channels that the last layer puts out."""
@@ -141,16 +151,7 @@ class FullyConnectedMaskHead(MaskHead):
         for layer in self.hidden:
             hidden = functional.relu(layer(hidden), inplace=True)
         logits: Tensor = self.logits(hidden)
-        return logits.view(-1, self.channels, self.side, self.side)
-
-
-def _region_channels(config: ModelConfig) -> int:
-    return region_channels(config) if config.features == "c4" else map_channels(config)
-
-
-def make_mask_head(config: ModelConfig) -> MaskHead:
-    """The mask branch that `config.mask_head` names."""
-    return ConvMaskHead(config) if config.mask_head == "fcn" else FullyConnectedMaskHead(config)
+        return logits.view(-1, self.masks, self.side, self.side)
 
 
 def mask_targets(masks: BitMasks, boxes: Tensor, index: Tensor, side: int) -> Tensor:

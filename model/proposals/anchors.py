@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
-
-from masklake.model.config import ModelConfig
+from torch import Tensor, nn
 
 
 def cell_anchors(
@@ -29,10 +27,45 @@ def cell_anchors(
     return cells.round() if rounding else cells
 
 
-def level_strides(config: ModelConfig, canvas: tuple[int, int], maps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns canvas pixels between cells, (vertical, horizontal), of each level. `maps` are the levels' (H, W)."""
-    if config.anchor_stride == "fixed":
-        return [(stride, stride) for stride in config.rpn_strides]
+class Anchors(nn.Module):
+    """The anchors of every level: `per_cell` of them at each cell of its map."""
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[float]],
+        ratios: Sequence[float],
+        rounding: bool,
+        order: Literal["ratio", "size"],
+        strides: Sequence[int] | None,
+    ) -> None:
+        """sizes: canvas pixels, equally many at each level; ratios, rounding, order: as of `cell_anchors`; strides: as of
+        `level_strides`.
+        """
+        super().__init__()
+        self.strides = strides
+        self.per_cell = len(sizes[0]) * len(ratios)
+        for level, of_level in enumerate(sizes):
+            self.register_buffer(f"cells{level}", cell_anchors(of_level, ratios, rounding, order), persistent=False)
+
+    def levels(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> list[tuple[Tensor, int, tuple[int, int]]]:
+        """Returns for each map (B, C, H, W) the arguments of `anchors_at`: cell anchors, the map's width, the stride."""
+        shapes = [(level.shape[-2], level.shape[-1]) for level in maps]
+        strides = level_strides(self.strides, canvas, shapes)
+        return [
+            (self.get_buffer(f"cells{index}"), width, stride)
+            for index, ((_, width), stride) in enumerate(zip(shapes, strides, strict=True))
+        ]
+
+
+def level_strides(
+    strides: Sequence[int] | None, canvas: tuple[int, int], maps: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Returns canvas pixels between cells, (vertical, horizontal), of each level. `maps` are the levels' (H, W).
+
+    strides: of each level; None for the side of the canvas divided by that of the map, rounded down.
+    """
+    if strides is not None:
+        return [(stride, stride) for stride in strides]
     return [(canvas[0] // height, canvas[1] // width) for height, width in maps]
 
 

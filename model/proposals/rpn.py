@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from masklake.model.backbones.backbone import map_channels
-from masklake.model.boxes import clip_boxes, decode_boxes, encode_boxes, has_area, suppress, wide_enough
-from masklake.model.config import ModelConfig
+from masklake.model.boxes import BoxCoder, clip_boxes, has_area, suppress, wide_enough
 from masklake.model.layers import init_bias
-from masklake.model.proposals.anchors import anchors_at, cell_anchors, level_strides
-from masklake.model.sampling import match, sample
+from masklake.model.proposals.anchors import Anchors, anchors_at
+from masklake.model.sampling import SampleRule
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,20 @@ class Regions:
     images: Tensor
 
 
+class ProposalCounts(NamedTuple):
+    """How many boxes become proposals. per_level: the best of each level before suppression; in_all: of an image, after it."""
+
+    per_level: int
+    in_all: int
+
+
 class RPNHead(nn.Module):
     """3x3 convolutions, then objectness and box deltas for each anchor of a cell, shared by all levels."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, channels: int, anchors: int, convs: int) -> None:
+        """channels: of the maps; anchors: of a cell; convs: how many 3x3 convolutions."""
         super().__init__()
-        channels, anchors = map_channels(config), len(config.anchor_sizes[0]) * len(config.anchor_ratios)
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.rpn_convs))
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
         for layer in self.modules():
@@ -59,22 +65,34 @@ class RPNHead(nn.Module):
 class RegionProposalNetwork(nn.Module):
     """Computes proposals from the pyramid, and the losses of the first stage."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        head: RPNHead,
+        anchors: Anchors,
+        coder: BoxCoder,
+        in_training: ProposalCounts,
+        at_inference: ProposalCounts,
+        nms_iou: float,
+        min_side: float,
+        rank: Literal["probability", "logit"],
+        score_threshold: float,
+        sampling: SampleRule,
+        smooth_l1_beta: float,
+    ) -> None:
+        """nms_iou: of suppression within a level; min_side: canvas pixels of a proposal's shorter side; rank: what proposals
+        are ranked by; score_threshold: minimum objectness (a probability) at inference; sampling: of anchors for the losses.
+        """
         super().__init__()
-        self.config = config
-        self.head = RPNHead(config)
-        for level, sizes in enumerate(config.anchor_sizes):
-            cells = cell_anchors(sizes, config.anchor_ratios, config.anchor_rounding, config.anchor_order)
-            self.register_buffer(f"cells{level}", cells, persistent=False)
-
-    def _levels(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> list[tuple[Tensor, int, tuple[int, int]]]:
-        """Returns for each level the arguments of `anchors_at`: cell anchors, the map's width, the stride."""
-        shapes = [(level.shape[-2], level.shape[-1]) for level in features]
-        strides = level_strides(self.config, canvas, shapes)
-        return [
-            (self.get_buffer(f"cells{index}"), width, stride)
-            for index, ((_, width), stride) in enumerate(zip(shapes, strides, strict=True))
-        ]
+        self.head = head
+        self.anchors = anchors
+        self.coder = coder
+        self.in_training, self.at_inference = in_training, at_inference
+        self.nms_iou = nms_iou
+        self.min_side = min_side
+        self.rank = rank
+        self.score_threshold = score_threshold
+        self.sampling = sampling
+        self.smooth_l1_beta = smooth_l1_beta
 
     def propose(
         self, features: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor]], canvas: tuple[int, int], sizes: Tensor
@@ -83,20 +101,15 @@ class RegionProposalNetwork(nn.Module):
 
         outputs: of the head; canvas: (H, W) pixels; sizes: float32 (B, 2), each image's height and width on the canvas.
         """
-        config = self.config
-        before, after = (
-            (config.rpn_pre_nms_train, config.rpn_post_nms_train)
-            if self.training
-            else (config.rpn_pre_nms_test, config.rpn_post_nms_test)
-        )
-        boxes, logits, levels = self._best_of_levels(features, outputs, canvas, before)
+        counts = self.in_training if self.training else self.at_inference
+        boxes, logits, levels = self._best_of_levels(features, outputs, canvas, counts.per_level)
         boxes, chances = clip_boxes(boxes, sizes[:, None]), logits.sigmoid()
-        scores = chances if config.rpn_rank == "probability" else logits
-        least = 0.0 if self.training else config.rpn_score_threshold
-        real = wide_enough(boxes, config.rpn_min_side) & has_area(boxes) & scores.isfinite()
+        scores = chances if self.rank == "probability" else logits
+        least = 0.0 if self.training else self.score_threshold
+        real = wide_enough(boxes, self.min_side) & has_area(boxes) & scores.isfinite()
         images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(len(levels))
         levels, boxes, real = levels.repeat(len(boxes)), boxes.flatten(0, 1), (real & (chances >= least)).flatten()
-        keep = suppress(boxes, scores.flatten(), levels, images, config.rpn_nms_iou, real, after)
+        keep = suppress(boxes, scores.flatten(), levels, images, self.nms_iou, real, counts.in_all)
         return Regions(boxes[keep], images[keep])
 
     def _best_of_levels(
@@ -107,15 +120,14 @@ class RegionProposalNetwork(nn.Module):
         boxes float32 (B, P, 4), objectness logits float32 (B, P), level int64 (P,).
         """
         moves, anchors, logits, levels = [], [], [], []
-        for index, (level, (objectness, deltas)) in enumerate(zip(self._levels(features, canvas), outputs, strict=True)):
+        for index, (level, (objectness, deltas)) in enumerate(zip(self.anchors.levels(features, canvas), outputs, strict=True)):
             cells, width, stride = level
             top, where = objectness.detach().float().topk(min(count, objectness.shape[1]), dim=1)
             moves.append(deltas.detach().gather(1, where[..., None].expand(-1, -1, 4)))
             anchors.append(anchors_at(where, cells, width, stride))
             logits.append(top)
             levels.append(torch.full((top.shape[1],), index, device=top.device))
-        together, config = torch.cat(anchors, dim=1), self.config
-        boxes = decode_boxes(torch.cat(moves, dim=1), together, config.rpn_delta_weights, config.delta_clamp)
+        boxes = self.coder.decode(torch.cat(moves, dim=1), torch.cat(anchors, dim=1))
         return boxes, torch.cat(logits, dim=1), torch.cat(levels)
 
     def losses(
@@ -128,28 +140,25 @@ class RegionProposalNetwork(nn.Module):
         """Returns binary cross-entropy and smooth L1 on sampled anchors. truth: for each image float32 (G, 4), canvas
         pixels.
         """
-        config = self.config
         anchors = torch.cat(
             [
                 anchors_at(torch.arange(objectness.shape[1], device=objectness.device), *level)
-                for level, (objectness, _) in zip(self._levels(features, canvas), outputs, strict=True)
+                for level, (objectness, _) in zip(self.anchors.levels(features, canvas), outputs, strict=True)
             ]
         )
         objectness = torch.cat([o for o, _ in outputs], dim=1).float()
         deltas = torch.cat([d for _, d in outputs], dim=1).float()
         logits, labels, moves, goals = [], [], [], []
-        matches = [
-            match(boxes, anchors, config.rpn_foreground_iou, config.rpn_background_iou, keep_best=True) for boxes in truth
-        ]
-        samples = sample(matches, config.rpn_samples, config.rpn_positive_fraction)
+        matches = [self.sampling.match(boxes, anchors, keep_best=True) for boxes in truth]
+        samples = self.sampling.sample(matches)
         for image, (boxes, matched, (positive, negative)) in enumerate(zip(truth, matches, samples, strict=True)):
             drawn = torch.cat([positive, negative])
             logits.append(objectness[image, drawn])
             labels.append((matched[drawn] >= 0).float())
             moves.append(deltas[image, positive])
-            goals.append(encode_boxes(boxes[matched[positive]], anchors[positive], config.rpn_delta_weights))
+            goals.append(self.coder.encode(boxes[matched[positive]], anchors[positive]))
         drawn_logits = torch.cat(logits)
-        box_loss = functional.smooth_l1_loss(torch.cat(moves), torch.cat(goals), beta=config.smooth_l1_beta, reduction="sum")
+        box_loss = functional.smooth_l1_loss(torch.cat(moves), torch.cat(goals), beta=self.smooth_l1_beta, reduction="sum")
         return {
             "rpn_objectness": functional.binary_cross_entropy_with_logits(drawn_logits, torch.cat(labels)),
             "rpn_box": box_loss / max(len(drawn_logits), 1),

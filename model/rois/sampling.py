@@ -14,7 +14,7 @@ from masklake.model.errors import ConfigError
 from masklake.model.instances import Target
 from masklake.model.masks.bit_masks import BitMasks
 from masklake.model.proposals.rpn import Regions
-from masklake.model.sampling import match, sample
+from masklake.model.sampling import SampleRule
 from masklake.model.transform import Canvas
 
 
@@ -107,14 +107,13 @@ class Samples:
         return Samples(regions, self.labels[rows], self.goals[rows], *host)
 
 
-def sample_regions(proposals: Regions, truths: Sequence[Truth], config: ModelConfig) -> Samples:
-    """Samples `roi_samples` regions per image from proposals and ground truth; foreground from IoU 0.5."""
+def sample_regions(proposals: Regions, truths: Sequence[Truth], rule: SampleRule) -> Samples:
+    """Samples regions of each image from proposals and ground truth."""
     candidates = [
         torch.cat([boxes, truth.boxes]) for boxes, truth in zip(_by_image(proposals, len(truths)), truths, strict=True)
     ]
-    iou = config.roi_foreground_iou
-    matches = [match(truth.boxes, boxes, iou, iou, keep_best=False) for truth, boxes in zip(truths, candidates, strict=True)]
-    drawn = [torch.cat(pair) for pair in sample(matches, config.roi_samples, config.roi_positive_fraction)]
+    matches = [rule.match(truth.boxes, boxes, keep_best=False) for truth, boxes in zip(truths, candidates, strict=True)]
+    drawn = [torch.cat(pair) for pair in rule.sample(matches)]
     indices = [matched[rows] for matched, rows in zip(matches, drawn, strict=True)]
     images = torch.arange(len(truths)).repeat_interleave(torch.tensor([len(rows) for rows in drawn]))
     boxes = torch.cat([boxes[rows] for boxes, rows in zip(candidates, drawn, strict=True)])

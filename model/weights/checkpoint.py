@@ -23,7 +23,6 @@ from masklake.model.devices import check_device
 from masklake.model.errors import CheckpointError, faults
 from masklake.model.identity import COUNTER
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.network import Network
 from masklake.model.wording import agreeing, counted
 
 FORMAT = "masklake/1"
@@ -70,7 +69,7 @@ def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cp
     name = name or ("checkpoint" if isinstance(source, bytes) else f"checkpoint {source}")
     config, state = parse(read_bytes(source), name)
     model = MaskRCNN(config)
-    load_state(model.network, state, name)
+    load_state(model, state, name)
     return model.to(device).eval()
 
 
@@ -138,25 +137,25 @@ def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict
     return {ours: state[key] for ours, key in theirs.items()}
 
 
-def load_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Put weights into a network that has exactly these; otherwise raise CheckpointError as `check_state` does.
+def load_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
+    """Put weights into a model that has exactly these; otherwise raise CheckpointError as `check_state` does.
 
     Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
     """
-    check_state(network, state, name, recorded)
+    check_state(model, state, name, recorded)
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
     if strange := sorted(key for key, tensor in state.items() if not _is_weight(tensor)):
         raise CheckpointError(f"{name} holds other things than dense tensors of finite real numbers: {listed(strange)}")
-    network.load_state_dict(state, strict=False)
+    model.network.load_state_dict(state, strict=False)
 
 
-def check_state(network: Network, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Raises CheckpointError, naming what does not fit, unless a network has exactly these weights by name and shape.
+def check_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
+    """Raises CheckpointError, naming what does not fit, unless a model has exactly these weights by name and shape.
 
     Either may be on the meta device. recorded: the preset that our own checkpoint of these weights names, which explains best
     why they do not fit another.
     """
-    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
+    own = {key: tensor for key, tensor in model.network.state_dict().items() if not key.endswith(COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
     wrong = [key for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]
     complaints = {
@@ -167,16 +166,16 @@ def check_state(network: Network, state: Mapping[str, Tensor], name: str, record
     found = [f"{what} {listed(keys)}" for what, keys in complaints.items() if keys]
     if state and not own.keys() & state.keys():
         raise CheckpointError(
-            f"{name} is of another architecture than model {network.config.preset!r}, and of none that is known: the names in "
+            f"{name} is of another architecture than model {model.config.preset!r}, and of none that is known: the names in "
             f"it are no layers' of a Mask R-CNN ({listed(sorted(state))}). docs/models.md lists what can be taken"
         )
-    another = recorded not in (None, network.config.preset)
+    another = recorded not in (None, model.config.preset)
     if not another and (recorded or own.keys() == state.keys()) and all(key.startswith(BY_CLASS) for key in wrong):
-        _check_classes(network.config, own, state, name)
+        _check_classes(model.config, own, state, name)
     if found:
         origin = f"a MaskLake checkpoint of preset {recorded!r} (use --preset {recorded}), " if another else ""
         raise CheckpointError(
-            f"{name} is {origin}of another architecture than model {network.config.preset!r}: {'; '.join(found)}"
+            f"{name} is {origin}of another architecture than model {model.config.preset!r}: {'; '.join(found)}"
         )
 
 

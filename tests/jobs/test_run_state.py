@@ -21,7 +21,7 @@ from masklake.jobs.train import run
 from masklake.jobs.training import record
 from masklake.jobs.training.options import TrainOptions
 from masklake.jobs.training.record import CHANGEABLE, LATER, check_record, data_facts, differences
-from masklake.model.build import create_model
+from masklake.model.create import create_model
 from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.weights.checkpoint import dumps
 from masklake.pipeline.coco.reading import parse_coco

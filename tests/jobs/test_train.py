@@ -23,7 +23,7 @@ from masklake.jobs.training.fit import workers_get_gpus
 from masklake.jobs.training.initial_model import build_model
 from masklake.jobs.training.options import TrainOptions, read_options
 from masklake.jobs.training.worker import user_error
-from masklake.model.build import create_model
+from masklake.model.create import create_model
 from masklake.model.errors import CheckpointError, ConfigError, UnknownPresetError
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 from masklake.pipeline.coco.dataset import REPEATED_IMAGE, ZERO_AREA

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from masklake.jobs.weights import read_model
-from masklake.model.build import create_model, preset_of_weights
+from masklake.model.create import create_model, preset_of_weights
 from masklake.model.errors import CheckpointError
 from masklake.model.presets import PRESETS
 from masklake.model.weights.checkpoint import dumps, load_checkpoint

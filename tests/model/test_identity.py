@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from masklake.model.build import create_model
 from masklake.model.config import BackboneConfig, Category, ModelConfig
+from masklake.model.create import create_model
 from masklake.model.identity import FIRST_DEFAULTS, canonical_json, differing, model_id
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from masklake.model.build import create_model
 from masklake.model.config import ModelConfig, PredictOptions
+from masklake.model.create import create_model
 from masklake.model.errors import ConfigError
 from masklake.model.instances import Instances, Target
 from masklake.model.mask_rcnn import MaskRCNN

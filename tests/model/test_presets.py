@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from masklake.model import create_model
+from masklake.model.build import build_mask_head
 from masklake.model.config import Category, ModelConfig
 from masklake.model.errors import UnknownPresetError
-from masklake.model.heads.mask import make_mask_head
 from masklake.model.instances import Target
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS, preset
@@ -132,7 +132,7 @@ def test_the_papers_numbers(name: str) -> None:
 @pytest.mark.parametrize(("features", "side"), [("fpn", 28), ("c4", 14)])
 def test_the_papers_masks_are_of_its_size(features: str, side: int) -> None:
     """Figure 4."""
-    assert make_mask_head(PRESETS[f"maskrcnn_resnet50_{features}"]).side == side
+    assert build_mask_head(PRESETS[f"maskrcnn_resnet50_{features}"]).side == side
 
 
 def test_parameters_of_the_well_known_ones() -> None:

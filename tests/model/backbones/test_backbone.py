@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from masklake.model.backbones.backbone import make_backbone, map_channels, region_channels
 from masklake.model.backbones.resnet import STAGES, ResNet, make_stage
+from masklake.model.build import build_backbone, region_channels
 from masklake.model.config import BackboneConfig, ModelConfig
 from masklake.model.presets import PRESETS
 from masklake.model.weights.torchvision import our_name
@@ -41,10 +41,11 @@ def test_stages_are_torchvisions(name: str) -> None:
 def test_maps_have_the_strides_and_channels_that_the_rest_expects(kind: str, stride: int, channels: int) -> None:
     config = PRESETS[f"maskrcnn_resnet50_{kind}"]
     with torch.inference_mode():
-        maps = make_backbone(config).eval()(torch.zeros(1, 3, 64, 128))
+        backbone = build_backbone(config).eval()
+        maps = backbone(torch.zeros(1, 3, 64, 128))
     assert [tuple(level.shape[-2:]) for level in maps[:4]] == [(64 // s, 128 // s) for s in config.roi_strides]
     assert len(maps) == len(config.rpn_strides)
-    assert (config.roi_strides[0], maps[0].shape[1]) == (stride, channels) == (stride, map_channels(config))
+    assert (config.roi_strides[0], maps[0].shape[1]) == (stride, channels) == (stride, backbone.channels)
     assert region_channels(config) == {"fpn": 256}.get(kind, 2048)
 
 

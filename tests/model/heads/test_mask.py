@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from masklake.model.build import build_mask_head
 from masklake.model.config import ModelConfig
-from masklake.model.heads.mask import ConvMaskHead, make_mask_head
+from masklake.model.heads.mask import ConvMaskHead
 
 
 def head_of(tiny_config: ModelConfig, **changes: Any) -> Any:
     torch.manual_seed(0)
-    head = make_mask_head(tiny_config.model_copy(update=changes))
+    head = build_mask_head(tiny_config.model_copy(update=changes))
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.1)
     return head

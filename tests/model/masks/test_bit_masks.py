@@ -13,6 +13,7 @@ from masklake.model.instances import Target
 from masklake.model.masks.bit_masks import BitMasks
 from masklake.model.proposals.rpn import Regions
 from masklake.model.rois.sampling import Truth, sample_regions
+from masklake.model.sampling import SampleRule
 
 
 @pytest.mark.parametrize("height", [1, 7, 8, 9, 40])
@@ -57,12 +58,12 @@ def test_few_masks_are_unpacked_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_regions_of_instances_without_a_mask_are_not_in_the_mask_loss() -> None:
-    config = create_model("tiny").config
+    rule = SampleRule(0.5, 0.5, 512, 0.25)
     boxes = torch.tensor([[0.0, 0, 20, 20], [30, 30, 60, 60]])
     masks = BitMasks.of([np.ones((64, 64), np.uint8), None], (64, 64), 2)
     truth = Truth(boxes, torch.tensor([1, 2]), masks, None, torch.ones(2), None)
     torch.manual_seed(0)
-    samples = sample_regions(Regions(torch.tensor([[80.0, 80, 90, 90]]), torch.zeros(1, dtype=torch.int64)), [truth], config)
+    samples = sample_regions(Regions(torch.tensor([[80.0, 80, 90, 90]]), torch.zeros(1, dtype=torch.int64)), [truth], rule)
     assert sorted(zip(samples.labels.tolist(), samples.outlined.tolist(), strict=True)) == [(0, False), (1, True), (2, False)]
     without = sample_regions(
         Regions(boxes, torch.zeros(2, dtype=torch.int64)),
@@ -76,7 +77,7 @@ def test_regions_of_instances_without_a_mask_are_not_in_the_mask_loss() -> None:
                 None,
             )
         ],
-        config,
+        rule,
     )
     assert not without.outlined.any()
 

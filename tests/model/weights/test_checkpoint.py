@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from masklake.model.build import create_model
 from masklake.model.config import Category, ModelConfig
+from masklake.model.create import create_model
 from masklake.model.errors import CheckpointError, UnknownPresetError
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS, preset
@@ -131,7 +131,7 @@ def test_what_is_no_weight_is_refused_by_name(model: MaskRCNN, change: Callable[
     state = dict(model.network.state_dict())
     state["box_head.hidden.0.weight"] = change(state["box_head.hidden.0.weight"])
     with pytest.raises(CheckpointError, match=r"the file holds other things .*: box_head\.hidden\.0\.weight$"):
-        load_state(model.network, state, "the file")
+        load_state(model, state, "the file")
 
 
 def test_a_configuration_that_is_none_is_refused_in_one_line(model: MaskRCNN, tmp_path: Path) -> None:
@@ -181,14 +181,14 @@ def test_another_architecture_is_named_before_another_number_of_classes(model: M
     state = {key: tensor for key, tensor in model.network.state_dict().items() if not key.startswith("keypoint_head.")}
     state["box_head.cls_score.bias"] = torch.zeros(9)
     with pytest.raises(CheckpointError, match=r"another architecture .*it lacks keypoint_head"):
-        load_state(model.network, state, "the file")
+        load_state(model, state, "the file")
 
 
 def test_a_head_without_a_class_is_not_told_to_name_none(model: MaskRCNN) -> None:
     state = dict(model.network.state_dict())
     state["box_head.cls_score.bias"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"no category beside the background .*\(1,\).*; begin new last layers"):
-        load_state(model.network, state, "the file")
+        load_state(model, state, "the file")
 
 
 def test_a_header_that_no_parser_can_follow_is_refused() -> None:

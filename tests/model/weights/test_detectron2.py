@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, roi_align
 
 from masklake.model import create_model, load_checkpoint, save_checkpoint
+from masklake.model.build import build_network
 from masklake.model.coco_categories import PERSON
 from masklake.model.config import Category, ModelConfig, PredictOptions
 from masklake.model.errors import CheckpointError
@@ -29,7 +30,6 @@ from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS
 from masklake.model.proposals.anchors import cell_anchors
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.features import pyramid_level
 from masklake.model.rois.sampling import truth_on_canvas
 from masklake.model.transform import Canvas, make_canvas
 from masklake.model.weights.detectron2 import conventions
@@ -647,15 +647,21 @@ def test_anchors_of_one_map_are_size_by_size(oracle_of: Callable[[str], Oracle])
     torch.testing.assert_close(cells, expected, rtol=1e-6, atol=0)
 
 
+def levels(boxes: Tensor, config: ModelConfig) -> Tensor:
+    with torch.device("meta"):
+        network = build_network(config)
+    return network.box_features.levels(boxes)
+
+
 def test_a_level_changes_where_detectron2s_does() -> None:
     config = conventions(PRESETS["maskrcnn_resnet50_fpn"])
     sides = torch.tensor([0.0, 111.9999, 112.0, 224.0, 447.99, 448.0, 5000.0])
     boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], dim=1)
-    assert pyramid_level(boxes, config).tolist() == [0, 0, 1, 2, 2, 3, 3]
+    assert levels(boxes, config).tolist() == [0, 0, 1, 2, 2, 3, 3]
     # 1e-6 behind the logarithm reaches further below a power of two than 1e-8 within it.
     nearly = torch.tensor([[0.0, 0.0, 223.9999, 223.9999]])
-    assert pyramid_level(nearly, config).tolist() == [1]
-    assert pyramid_level(nearly, PRESETS["maskrcnn_resnet50_fpn"]).tolist() == [2]
+    assert levels(nearly, config).tolist() == [1]
+    assert levels(nearly, PRESETS["maskrcnn_resnet50_fpn"]).tolist() == [2]
 
 
 def test_logits_rank_proposals_whose_probabilities_are_one() -> None:

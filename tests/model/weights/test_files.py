@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from masklake.model.build import create_model
+from masklake.model.create import create_model
 from masklake.model.errors import CheckpointError
 from masklake.model.presets import PRESETS
 from masklake.model.weights.checkpoint import dumps

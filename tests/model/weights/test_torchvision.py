@@ -24,8 +24,8 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from masklake.model.build import create_model, holds_classifier
 from masklake.model.config import Category
+from masklake.model.create import create_model, holds_classifier
 from masklake.model.errors import CheckpointError
 from masklake.model.instances import Instances
 from masklake.model.presets import PRESETS

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from masklake.jobs.shapes import generate
-from masklake.model.build import create_model
+from masklake.model.create import create_model
 from masklake.model.phases import PHASES
 from masklake.pipeline.coco.image_check import usable_images
 from masklake.pipeline.coco.reading import read_coco
