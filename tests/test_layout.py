@@ -91,6 +91,22 @@ def test_no_imports_run_in_a_circle() -> None:
     TopologicalSorter({name: own_imports(path) & set(modules) - {name} for name, path in modules.items()}).prepare()
 
 
+DETECTOR_USERS = ("pipeline/labelling", "pipeline/results", "pipeline/table", "pipeline/training/proposer.py")
+DETECTOR_USERS += ("jobs/label.py", "jobs/labelling", "jobs/propose.py", "jobs/evaluate.py", "masklake/prediction.py")
+
+
+def test_labelling_evaluation_and_proposing_know_no_certain_detector() -> None:
+    """They know `model.detector`, and values that any detector has; how Mask R-CNN is built, loaded and run is not theirs."""
+    places = [ROOT / place for place in DETECTOR_USERS]
+    files = [path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])]
+    known = {"config", "detector", "devices", "errors", "fields", "identity", "instances", "masks", "wording"}
+    for path in files:
+        used = {name for name in own_imports(path) if name.startswith("model.")}
+        strange = {name for name in used if name.split(".")[1] not in known} | used & {"model.config.ModelConfig"}
+        assert not strange, f"{path.relative_to(ROOT)} imports {', '.join(sorted(strange))}"
+    assert len(files) > 15
+
+
 def test_no_rooms_import_each_other() -> None:
     """A file outside of any room counts as one."""
     graph: dict[str, set[str]] = {}

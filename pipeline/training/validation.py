@@ -67,7 +67,7 @@ def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCN
         return
     if (data := validation()) is None:
         return
-    row |= evaluate(data, run.storage, run.phase(row["epoch"] - 1), model, worker)
+    row |= evaluate(data, run.storage, run.phase(row["epoch"] - 1), model.eval(), worker)
     if worker.rank != 0:
         return
     candidates = run.candidates(history)
@@ -81,7 +81,7 @@ def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCN
                 run.storage.delete(best_uri(run.uri, earlier["epoch"]))
 
 
-def evaluate(validation: Validation, storage: Storage, phase: Phase, model: MaskRCNN, worker: Worker) -> dict[str, Any]:
+def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoStageDetector, worker: Worker) -> dict[str, Any]:
     """Returns the scores of a model from the answers of all workers: on the first worker; the others return an empty
     dictionary.
 
@@ -90,7 +90,7 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: Mask
     start = time.perf_counter()
     share = propose_share if phase.learn == "rpn" else predict_share
     unusable: dict[int, str] = {}
-    found = share(model.eval(), validation, storage, worker.rank, worker.count, unusable)
+    found = share(model, validation, storage, worker.rank, worker.count, unusable)
     shares: list[Any] = [(found, unusable)]
     if worker.count > 1:
         shares = [None] * worker.count if worker.rank == 0 else []
