@@ -1,7 +1,5 @@
 """The options of each command, without pydantic (see `model.fields`): what its parameters are declared from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,8 @@ class _Run:
     options: LabelOptions
     table: Table
     plan: Plan
-    spec: LabelSpec
+    model_id: str
+    label_id: str
     checkpoint: bytes
     lease: Lease
 
@@ -144,9 +145,8 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         return _nothing_new(table, model_id, label_id).model_copy(update=left)
     verb = "continues" if plan.resumed else "starts"
     say(f"run {plan.run_id} {verb}: {counted(plan.images, 'image')}, model {model_id}, precision {options.predict.precision}")
-    spec = LabelSpec(storage, model_id, label_id, options.predict, options.limits)
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
-        return _label(_Run(options, table, plan, spec, checkpoint, lease), say).model_copy(update=left)
+        return _label(_Run(options, table, plan, model_id, label_id, checkpoint, lease), say).model_copy(update=left)
 
 
 def _check_capacity(options: LabelOptions, images: int) -> None:
@@ -212,8 +212,8 @@ def _label(run: _Run, say: Say) -> LabelReport:
     return LabelReport(
         table=table.uri,
         run_id=plan.run_id,
-        model_id=run.spec.model_id,
-        label_id=run.spec.label_id,
+        model_id=run.model_id,
+        label_id=run.label_id,
         images=plan.images,
         resumed=plan.resumed,
         statuses=summary.statuses,
@@ -264,7 +264,7 @@ def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
     reason = f"the worker's process ended {DEATHS} times with this image alone in hand"
     for part in run_output.manifest_rows(run.table, run.plan.run_id, image_ids):
         outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in part.to_pylist()]
-        crashed = to_table(outcomes, model_id=run.spec.model_id, label_id=run.spec.label_id, category_names={})
+        crashed = to_table(outcomes, model_id=run.model_id, label_id=run.label_id, category_names={})
         run_output.write_rows(run.table, run.plan.run_id, crashed)
 
 
@@ -366,11 +366,21 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
 def _actor_arguments(run: _Run, workers: WorkerPlan, counter: Any) -> tuple[Any, ...]:
     import ray
 
-    return _spec_for(run.spec, workers), [ray.put(run.checkpoint)], counter, run.table, run.plan.run_id
+    return _spec(run, workers), [ray.put(run.checkpoint)], counter, run.table, run.plan.run_id
 
 
-def _spec_for(spec: LabelSpec, workers: WorkerPlan) -> LabelSpec:
-    return replace(spec, device=workers.device, torch_threads=workers.cpus_each, decode_threads=workers.decode_threads)
+def _spec(run: _Run, workers: WorkerPlan) -> LabelSpec:
+    """All that a worker has to know of the options, in one object."""
+    return LabelSpec(
+        storage=run.table.storage,
+        model_id=run.model_id,
+        label_id=run.label_id,
+        predict=run.options.predict,
+        limits=run.options.limits,
+        device=workers.device,
+        torch_threads=workers.cpus_each,
+        decode_threads=workers.decode_threads,
+    )
 
 
 class _Watcher:

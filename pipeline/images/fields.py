@@ -1,7 +1,5 @@
 """The limits of decoding, without pydantic (see `model.fields`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

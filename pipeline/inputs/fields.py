@@ -1,7 +1,5 @@
 """The options of an input, without pydantic (see `model.fields`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -1,6 +1,4 @@
 """The limits of an evaluation, without pydantic (see `model.fields`)."""
 
-from __future__ import annotations
-
 MOST_DETECTIONS = 1_000_000
 """Maximum of `max_dets`: the evaluator counts in 32 bits."""

@@ -1,7 +1,5 @@
 """The options of a recipe and of the augmentation, without pydantic (see `model.fields`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
