@@ -155,7 +155,7 @@ def convert(values: Values, as_json: AsJson = False) -> None:
     else:
         typer.echo(
             f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
-            f"{counted(report.categories, 'category')}, epsilon of the norm layers {report.norm_eps:g}"
+            f"{counted(report.categories, 'category')}, norm epsilon {report.norm_eps:g}"
         )
 
 

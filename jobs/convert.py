@@ -102,7 +102,7 @@ def read_categories(storage: Storage, uri: str) -> tuple[Category, ...]:
     categories = parse_coco({"images": [], "annotations": [], "categories": rows}, uri).categories
     names = [category.name for category in categories]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"--categories {uri} names {quoted(twice[0])} more than once; a table could not tell them apart")
+        raise ConfigError(f"--categories {uri} names {quoted(twice[0])} more than once; a table could not distinguish them")
     return tuple(sorted(categories, key=lambda category: category.id))
 
 
@@ -118,7 +118,7 @@ def _check_target(source: str, target: str) -> None:
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
     if same_place(target, source):
-        raise ConfigError(f"cannot write {target} over its own source: name another file")
+        raise ConfigError(f"cannot write {target}: it is the source; name another file")
     if "://" in target:
         return
     if os.path.isdir(target):

@@ -110,7 +110,7 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     storage = Storage()
     with translated(str(places.root)):
         places.root.mkdir(parents=True, exist_ok=True)
-    say(f"[1/6] Drawing {train_images:,} images of shapes to learn from and {unseen_images:,} others to label")
+    say(f"[1/6] Drawing {train_images:,} images of shapes to train on and {unseen_images:,} others to label")
     learning = generate(places.images("train"), train_images, SIZE, TRAIN_SEED)
     checking = generate(places.images("val"), max(20, train_images // 20), SIZE, VAL_SEED)
     unseen = generate(places.images("unseen"), unseen_images, SIZE, UNSEEN_SEED)
@@ -123,7 +123,7 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     labelled = label.run(label.options(input=inputs, table=str(places.table), weights=trained.checkpoint), say=say)
     say(label.describe(labelled))
 
-    say("[4/6] Scoring the labels against the truth with COCO's average precision (AP)")
+    say("[4/6] Evaluating the labels against the ground truth: COCO's average precision (AP)")
     scored = evaluate.run(storage, str(places.table), str(unseen), output=str(places.scores))
     say(evaluate.describe(scored))
 

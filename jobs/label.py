@@ -234,7 +234,7 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     missing = run_output.missing(files, plan.images)
     capacity = connect(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
-    say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} to go")
+    say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
     for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
         if number:
             say(label_plan.lost_line(len(missing), step.rows))
@@ -246,7 +246,10 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     say(label_plan.lost_line(len(missing), 1))
     written, crashed = _alone(run, workers, missing, say)
     if crashed:
-        one, many = "image ends its worker even alone: it becomes", "images end their worker even alone: they become"
+        one, many = (
+            "image kills its worker even on its own: it becomes",
+            "images kill their workers even on their own: they become",
+        )
         say(f"{counted(len(crashed), one, many)} `crashed`")
         _write_crashed(run, np.array(crashed))
     files = _finished(run, [*files, *written])
@@ -261,7 +264,7 @@ def _finished(run: _Run, known: list[Finished]) -> list[Finished]:
 
 
 def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
-    reason = f"the worker's process ended {DEATHS} times with this image alone in hand"
+    reason = f"the worker process ended {DEATHS} times while it processed this image alone"
     for part in run_output.manifest_rows(run.table, run.plan.run_id, image_ids):
         outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in part.to_pylist()]
         crashed = to_table(outcomes, model_id=run.model_id, label_id=run.label_id, category_names={})
@@ -422,8 +425,8 @@ class _Watcher:
             )
         if lost > self._max_lost:
             raise LabellingError(
-                f"workers died twice with each of {lost:,} blocks, too many for some bad images: their machine may lack memory "
-                "(Ray's log files say more); nothing is lost, the same command goes on"
+                f"workers died twice with each of {lost:,} blocks, too many to be caused by bad images: their machine may lack "
+                "memory (Ray's log files say more); nothing is lost, the same command goes on"
             )
 
 

@@ -139,4 +139,4 @@ def _blocks(
                     begun.set()
                     yield answer
         except ray.exceptions.RayError as error:
-            raise LabellingError(f"the proposals were not made: {last_line(error)}; nothing was written") from error
+            raise LabellingError(f"the proposals could not be computed: {last_line(error)}; nothing was written") from error

@@ -144,7 +144,7 @@ def describe(report: ShowReport) -> str:
 def _check_picture(output: str) -> str:
     form = FORMATS.get(Path(output).suffix.lower())
     if form is None:
-        raise ConfigError(f"{output}: a picture is named {', '.join(f'*{suffix}' for suffix in FORMATS)}")
+        raise ConfigError(f"{output}: unknown picture format; use the suffix {', '.join(FORMATS)}")
     return form
 
 

@@ -101,7 +101,8 @@ def _check_places(options: TrainOptions) -> None:
     at = parse(options.run_uri)
     if not at.is_local and not is_plain(at.key):
         raise ConfigError(
-            f"--output {options.output!r}: no run can be at a key with `//`, `/./`, `/../` or a control character; give another"
+            f"--output {options.output!r}: a run cannot be stored under a key with `//`, `/./`, `/../` or a control character; "
+            "give another"
         )
     sources = {
         "the file TRAIN": options.train,
@@ -132,7 +133,7 @@ def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoD
     folder = image_folder(options.val_images, options.val)
     truth = _read_images(storage, options, options.val, folder, say, "scoring")
     if unknown := {c.id: c.name for c in truth.categories}.items() - {c.id: c.name for c in data.categories}.items():
-        raise ConfigError(f"{options.val} has categories that {options.train} has not: {sorted(unknown)}.")
+        raise ConfigError(f"{options.val} has categories that {options.train} does not have: {sorted(unknown)}.")
     return data, Validation(truth, folder, options.max_dets, options.most_unusable)
 
 
@@ -176,7 +177,7 @@ def _check_recorded(options: TrainOptions, known: Mapping[str, Any] | None, done
     if done and known is None:
         raise ConfigError(
             f"the run '{options.name}' in {options.output} has done {counted(done, 'epoch')} and has no {RUN_RECORD}, which "
-            "says what it was started with; restore that file, remove the run's folder, or give another --name"
+            "records its options; restore that file, remove the run's folder, or give another --name"
         )
 
 
@@ -184,8 +185,8 @@ def _check_epochs(options: TrainOptions, done: int, epochs: int) -> None:
     """Raises ConfigError if a run is to have fewer epochs than it has completed."""
     if done > epochs:
         raise ConfigError(
-            f"the run '{options.name}' in {options.output} has done {counted(done, 'epoch')}, more than the {epochs} that it "
-            "is to have now: give as many --epochs as before, or more, or another --name"
+            f"the run '{options.name}' in {options.output} has done {counted(done, 'epoch')}, more than the {epochs} that "
+            "are requested now: give at least as many --epochs as before, or another --name"
         )
 
 

@@ -24,7 +24,7 @@ START_S = 5.0
 
 ON_A_NODE = "Run the command on one of the cluster's nodes, or hand it over with `ray job submit -- masklake ...`"
 
-PLACES = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+PLACES = "RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
 def check_cluster(address: str) -> str:
@@ -62,12 +62,14 @@ def check_form(address: str) -> None:
         return
     if "://" in address:
         raise ConfigError(
-            f"{address} is an address of Ray's client or of its dashboard, through which neither data nor training goes. "
+            f"{address} is the address of Ray's client or its dashboard, which supports neither Ray Data nor Ray Train. "
             f"{ON_A_NODE}; --address auto finds the cluster there"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{address!r} is no address of a Ray cluster; write HOST:PORT (of the head, mostly :6379) or auto")
+        raise ConfigError(
+            f"{address!r} is not the address of a Ray cluster; write HOST:PORT (of the head, usually :6379) or auto"
+        )
 
 
 def _check_answer(address: str) -> None:
@@ -105,7 +107,9 @@ def _check_token(address: str) -> None:
         try:
             Path(path).read_bytes()
         except OSError as error:
-            raise ClusterUnusableError(f"the file {path} that RAY_AUTH_TOKEN_PATH names: {error.strerror}") from error
+            raise ClusterUnusableError(
+                f"cannot read {path}, the file named by RAY_AUTH_TOKEN_PATH: {error.strerror}"
+            ) from error
     try:
         known = core.AuthenticationTokenLoader.instance().has_token()
     except AuthenticationError:
@@ -127,7 +131,7 @@ def _client(address: str) -> Any:
     except AuthenticationError as error:
         raise ClusterUnusableError(refusal(address, os.environ.get("RAY_AUTH_MODE"))) from error
     except RpcError as error:
-        raise ClusterUnusableError(f"the Ray cluster at {address} gave no answer ({error}); check its head") from error
+        raise ClusterUnusableError(f"the Ray cluster at {address} did not answer ({error}); check its head") from error
 
 
 def refusal(address: str, mode: str | None) -> str:
@@ -157,8 +161,8 @@ def check_versions(address: str, theirs: tuple[str | None, str | None], ours: tu
     for name, there, here, parts in (("Ray", theirs[0], ours[0], 9), ("Python", theirs[1], ours[1], 2)):
         if there is not None and there.split(".")[:parts] != here.split(".")[:parts]:
             raise ClusterUnusableError(
-                f"the Ray cluster at {address} runs {name} {there}, this command {name} {here}; they must be equal. "
-                f"Install masklake with {name} {there} here, or the image of this command on the cluster"
+                f"the Ray cluster at {address} runs {name} {there}, this command {name} {here}; the versions must be "
+                f"equal. Install masklake with {name} {there} here, or the image of this command on the cluster"
             )
 
 
@@ -168,7 +172,7 @@ def _living_nodes(address: str, client: Any) -> Iterable[Any]:
     try:
         nodes = list(client.get_all_node_info(timeout=ANSWER_S).values())
     except RpcError as error:
-        raise ClusterUnusableError(f"the Ray cluster at {address} gave no answer ({error}); check its head") from error
+        raise ClusterUnusableError(f"the Ray cluster at {address} did not answer ({error}); check its head") from error
     return [node for node in nodes if node.state == type(node).ALIVE]
 
 

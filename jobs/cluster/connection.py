@@ -87,7 +87,7 @@ def _start(address: str) -> None:
     except Exception as error:
         if type(error) is not Exception:  # Ray raises the bare class when its own processes do not come up in time
             raise
-        raise ClusterTooSmallError(f"Ray could not start on this machine ({error}). It may be too busy: try again") from error
+        raise ClusterTooSmallError(f"Ray could not start on this machine ({error}). It may be too busy; try again") from error
 
 
 @contextmanager

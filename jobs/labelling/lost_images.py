@@ -146,15 +146,15 @@ class Alone:
             if not self._trials.died(image, with_node=worker.node not in living):
                 uri = self._rows[image]["uri"][0].as_py()
                 raise LabellingError(
-                    f"{LOST_NODES} nodes were lost in a row while a worker had {uri} alone in hand. It may need more "
-                    "memory than a node has: use larger nodes, or leave it out. The same command goes on"
+                    f"{LOST_NODES} nodes were lost in a row while a worker processed {uri} alone. It may need more "
+                    "memory than a node has: use larger nodes, or leave it out. The same command continues the run"
                 )
             return
         # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
         self._failed_starts += worker.known <= living
         if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
             raise LabellingError(
-                f"workers end before they have an image in hand: {last_line(error)}; the same command goes on"
+                f"workers end before they receive an image: {last_line(error)}; the same command continues the run"
             ) from error
 
 

@@ -75,11 +75,11 @@ def format_of(output: str, given: Format | None) -> Format:
     form = given or next((form for suffix, form in SUFFIXES.items() if text.endswith(suffix)), None)
     if form is None:
         raise ConfigError(
-            f"cannot tell the format of {output} by its name: end it with {', '.join(SUFFIXES)} "
-            f"(or one of the text formats with {GZIP} behind), or say --format"
+            f"cannot tell the format of {output} from its name: use the suffix {', '.join(SUFFIXES)} "
+            f"(for text also with {GZIP} appended), or give --format"
         )
     if form is Format.PARQUET and name.endswith(GZIP):
-        raise ConfigError(f"{output}: Parquet is compressed within; name the file without {GZIP}")
+        raise ConfigError(f"{output}: Parquet files are already compressed; name the file without {GZIP}")
     return form
 
 

@@ -132,7 +132,7 @@ def _describe_start(plan: TrainingPlan) -> str:
     epochs = _describe_epochs(plan.options.phases, plan.recipe)
     return (
         f"training '{plan.options.preset}' for {epochs} of {counted(plan.steps_per_epoch, 'step')}, "
-        f"{counted(plan.recipe.batch_size * workers, 'image')} a step on {counted(workers, f'{device} worker')}; "
+        f"{counted(plan.recipe.batch_size * workers, 'image')} per step on {counted(workers, f'{device} worker')}; "
         f"{agreeing(workers, 'the worker starts', 'the workers start')}"
     )
 
@@ -212,6 +212,6 @@ def _saved(storage: Storage, run_uri: str) -> str:
     """Returns from where an interrupted run can continue."""
     latest = read_latest(storage, run_uri)
     if latest is None:
-        return "No epoch was complete; the same command starts again."
+        return "No epoch was completed; the same command starts again."
     folder = Storage.join(run_uri, latest["checkpoint"])
-    return f"Epoch {latest['epoch']} is saved in {folder}; the same command goes on from there."
+    return f"Epoch {latest['epoch']} is saved in {folder}; the same command continues from there."

@@ -73,7 +73,7 @@ def _tasks(options: TrainOptions, data: CocoDataset) -> frozenset[Task]:
         wanted: dict[Task, bool] = {"box": True, "mask": preset.mask, "keypoint": preset.keypoint}
         return frozenset(task for task in present if present[task] and wanted[task])
     if lacking := sorted(task for task in options.tasks if not present[task]):
-        raise ConfigError(f"{data.source} has nothing to learn {', '.join(lacking)} from; leave it out of --tasks.")
+        raise ConfigError(f"{data.source} has no annotations for {', '.join(lacking)}; leave it out of --tasks.")
     return options.tasks
 
 

@@ -33,7 +33,7 @@ TABLES: Mapping[str, type[BaseModel]] = {
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 REQUIRED: Mapping[str, str] = {
-    "train": "TRAIN (the COCO JSON to learn from)",
+    "train": "TRAIN (the COCO JSON file to train on)",
     "output": "--output (the folder or prefix that holds runs)",
     "name": "--name (the run's name)",
 }
@@ -109,7 +109,7 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
     for key, value in changes.items():
         if isinstance(value, dict):
             if not isinstance(values.get(key, {}), dict):
-                raise ConfigError(f"{config}: {key} must be a table, written [{key}] with one option a line")
+                raise ConfigError(f"{config}: {key} must be a table, written [{key}] with one option per line")
             values[key] = {**values.get(key, {}), **{k: v for k, v in value.items() if v is not None}}
         elif value is not None:
             values[key] = value

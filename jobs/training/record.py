@@ -144,7 +144,8 @@ def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str)
     changes = list(differences(completed(known), json.loads(json.dumps(record))))
     if changes:
         raise ConfigError(
-            f"the run '{name}' was started otherwise: {'; '.join(changes)}. Give what it was started with, or another --name"
+            f"the run '{name}' was started with other options: {'; '.join(changes)}. Use the original options, or "
+            "another --name"
         )
 
 

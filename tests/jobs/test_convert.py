@@ -52,7 +52,7 @@ def test_the_eps_of_the_norms_can_be_said(tmp_path: Path) -> None:
     torch.save(maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict(), source)
     assert json.loads(convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--json"))["norm_eps"] == 1e-5
     said = convert(str(source), str(target), "--preset", "maskrcnn_resnet50_fpn", "--norm-eps", "0")
-    assert "eps of the norms 0" in said
+    assert "norm epsilon 0" in said
     assert load_checkpoint(target).config.backbone.norm_eps == 0.0
 
 

@@ -169,7 +169,7 @@ def test_data_that_changed_is_refused_by_a_finished_run(
     draw_data(tmp_path)
     run(counting_run(tmp_path, tmp_path, epochs=1), quiet)
     change(tmp_path)
-    with pytest.raises(ConfigError, match=rf"the run 'r' was started otherwise: {message}.*another --name$"):
+    with pytest.raises(ConfigError, match=rf"the run 'r' was started with other options: {message}.*another --name$"):
         run(counting_run(tmp_path, tmp_path, epochs=1), quiet)
 
 
@@ -192,7 +192,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 def test_options_that_change_the_result_are_refused_with_both_values(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:
     run(counting_run(data, tmp_path, epochs=1), quiet)
     for changes, message in CHANGES.values():
-        with pytest.raises(ConfigError, match=rf"the run 'r' was started otherwise: {message}"):
+        with pytest.raises(ConfigError, match=rf"the run 'r' was started with other options: {message}"):
             run(counting_run(data, tmp_path, **{"epochs": 1, **changes}), quiet)
     for changes in ({"val": "none.json"}, {"train": "none.json"}, {"weights": str(tmp_path / "none.pth")}):
         with pytest.raises(InputNotFoundError, match="none"):
@@ -361,7 +361,7 @@ class Runs(RuleBasedStateMachine):
     @rule(change=st.sampled_from([{"seed": 1}, {"max_dets": [7]}, {"keep_empty": True}]))
     def change(self, change: dict[str, Any]) -> None:
         before = sorted(path.name for path in (self.output / "r").iterdir())
-        with pytest.raises(MaskLakeError, match="was started otherwise"):
+        with pytest.raises(MaskLakeError, match="was started with other options"):
             run(counting_run(self.data, self.output, **{"epochs": 4, "keep": self.keep, **change}), quiet)
         assert sorted(path.name for path in (self.output / "r").iterdir()) == before
 

@@ -68,7 +68,7 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
         ),
         (
             "output = 'o'\nname = 'n'",
-            r"^a training run needs TRAIN \(the COCO JSON to learn from\): .* as train in the file of --config",
+            r"^a training run needs TRAIN \(the COCO JSON file to train on\): .* as train in the file of --config",
         ),
         ("", r"needs TRAIN \(.*\), --output \(.*\) and --name \(.*\): .* as train, output and name in"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\nmax_dets = []", "max_dets: tuple should have at least 1 item"),
@@ -142,7 +142,7 @@ def test_the_model_learns_what_preset_and_data_have() -> None:
     assert build_model(options(), shapes(), Storage()).config.tasks == {"box", "mask", "keypoint"}
     assert build_model(options(), shapes(keypoints=False), Storage()).config.tasks == {"box", "mask"}
     assert build_model(options(tasks={"box"}), shapes(), Storage()).config.tasks == {"box"}
-    with pytest.raises(ConfigError, match="nothing to learn keypoint from"):
+    with pytest.raises(ConfigError, match="has no annotations for keypoint"):
         build_model(options(tasks={"box", "keypoint"}), shapes(keypoints=False), Storage())
 
 

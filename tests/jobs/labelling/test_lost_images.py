@@ -67,7 +67,7 @@ def test_nodes_lost_with_an_image_stop_the_run_with_its_name(monkeypatch: pytest
     gone = lost_images._Worker(None, known=frozenset({"head", "gone"}), node="gone")
     for _ in range(LOST_NODES - 1):
         alone._ended(gone, 4, RuntimeError())
-    with pytest.raises(LabellingError, match=r"3 nodes .* s3://b/huge\.jpg alone in hand.*same command goes on"):
+    with pytest.raises(LabellingError, match=r"3 nodes .* processed s3://b/huge\.jpg alone.*same command continues"):
         alone._ended(gone, 4, RuntimeError())
 
 
@@ -164,5 +164,5 @@ def test_workers_that_end_before_they_have_an_image_stop_the_run(no_cluster: set
     def die() -> None:
         raise ray.exceptions.ActorDiedError
 
-    with pytest.raises(LabellingError, match="before they have an image in hand"):
+    with pytest.raises(LabellingError, match="before they receive an image"):
         tried(lambda: Actor(set(), prove=die))

@@ -80,5 +80,5 @@ def test_training_does_not_read_from_the_folder_that_it_writes(tmp_path: Path, o
 @pytest.mark.parametrize("output", ["s3://b//", "s3://b/runs//", "s3://b/a//runs", "s3://b/a/../runs"])
 def test_training_writes_below_no_key_that_its_clients_would_name_otherwise(output: str) -> None:
     options = train.TrainOptions(train="t.json", output=output, name="n")
-    with pytest.raises(ConfigError, match=rf"^--output '{output}': no run can be at a key with `//`"):
+    with pytest.raises(ConfigError, match=rf"^--output '{output}': a run cannot be stored under a key with `//`"):
         train.run(options)
