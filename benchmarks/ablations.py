@@ -33,7 +33,7 @@ from masklake.jobs.shapes import generate
 from masklake.model.config import Category, ModelConfig
 from masklake.model.instances import Target
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import Phase, begin
+from masklake.model.phases import Phase, begin_phase
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.results.evaluation import KIND_NAMES, coco_metrics, result_rows
@@ -153,8 +153,8 @@ def learn(model: MaskRCNN, phase: Phase, learning: Drawn, scale: Scale, seed: in
     """The model after one phase, with its preset's recipe."""
     torch.manual_seed(seed)
     random.seed(seed)
-    model = begin(model, phase).train()
-    epochs = scale.rpn_epochs if phase.learn == "rpn" else scale.epochs
+    model = begin_phase(model, phase).train()
+    epochs = scale.rpn_epochs if phase.trains == "rpn" else scale.epochs
     recipe = recipe_of(model.config.preset).model_copy(update={"epochs": epochs})
     optimizer = build_optimizer(model, recipe, 0.0)
     steps = len(learning.truth.images) // recipe.batch_size
@@ -209,7 +209,8 @@ Results = dict[tuple[str, int], dict[str, float]]
 
 def digest(variant: Variant) -> str:
     """Returns a name of what is trained, for the CSV: of a configuration and its phases."""
-    return hashlib.sha256(f"{variant.config.model_dump_json()} {variant.phases}".encode()).hexdigest()[:12]
+    phases = repr(variant.phases).replace("trains=", "learn=")  # as rows of earlier versions have it
+    return hashlib.sha256(f"{variant.config.model_dump_json()} {phases}".encode()).hexdigest()[:12]
 
 
 def code_version() -> str:

@@ -22,13 +22,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from masklake.jobs.cluster.connection import connect, data_context, last_line
+from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
 from masklake.jobs.cluster.waiting import has_place, said_while_waiting
 from masklake.jobs.fields import LabelFields
 from masklake.jobs.labelling import plan as label_plan
 from masklake.jobs.labelling.lost_images import DEATHS, Alone
 from masklake.jobs.labelling.plan import Round, WorkerPlan
-from masklake.jobs.labelling.progress import shown, start_counter
+from masklake.jobs.labelling.progress import progress_bar, start_counter
 from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.weights import read_detector
 from masklake.model.config import PredictOptions
@@ -47,7 +47,7 @@ from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.runs import valid_run_id
 from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.table import Table, open_table
@@ -153,7 +153,7 @@ def _check_capacity(options: LabelOptions, images: int) -> None:
     """Raises ClusterTooSmallError before anything is written if the run does not fit. Ray is started only if there is something
     to do.
     """
-    label_plan.plan_workers(connect(options.address), images, options.workers, options.device)
+    label_plan.plan_workers(connect_ray(options.address), images, options.workers, options.device)
 
 
 def with_precision(options: LabelOptions) -> LabelOptions:
@@ -232,7 +232,7 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     """Labels the images that `files` lack, in ever smaller blocks. An image that ends its workers even alone is `crashed`."""
     plan = run.plan
     missing = run_output.missing(files, plan.images)
-    capacity = connect(run.options.address)
+    capacity = connect_ray(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
     say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
     for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
@@ -267,7 +267,7 @@ def _write_crashed(run: _Run, image_ids: NDArray[np.int64]) -> None:
     reason = f"the worker process ended {DEATHS} times while it processed this image alone"
     for part in run_output.manifest_rows(run.table, run.plan.run_id, image_ids):
         outcomes = [Outcome(**row, status=Status.CRASHED, error=reason) for row in part.to_pylist()]
-        crashed = to_table(outcomes, model_id=run.model_id, label_id=run.label_id, category_names={})
+        crashed = outcome_rows(outcomes, model_id=run.model_id, label_id=run.label_id, category_names={})
         run_output.write_rows(run.table, run.plan.run_id, crashed)
 
 
@@ -315,7 +315,7 @@ def _watched(run: _Run, workers: WorkerPlan, missing: int, max_lost: int) -> Ite
     try:
         with (
             warnings.catch_warnings(),
-            shown(counter, run.plan.images, run.plan.images - missing, watcher.look, run.options.progress),
+            progress_bar(counter, run.plan.images, run.plan.images - missing, watcher.look, run.options.progress),
         ):
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)  # max_task_retries has no other way in
             yield counter

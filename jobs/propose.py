@@ -15,7 +15,7 @@ import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict
 
-from masklake.jobs.cluster.connection import connect, data_context, last_line
+from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
 from masklake.jobs.fields import ProposeFields
 from masklake.jobs.labelling.plan import WorkerPlan, plan_workers
@@ -29,7 +29,7 @@ from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parse, relative_to
+from masklake.pipeline.storage.uri import canonical, parse_uri, relative_to
 from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA
 from masklake.pipeline.training.proposer import Proposer
 
@@ -75,7 +75,7 @@ def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> Propo
     checkpoint, model = read_detector(storage, options.weights)
     if not can_propose(model):
         raise ConfigError(f"{options.weights}: model {model.model_id} gives no proposals; name a two-stage detector")
-    workers = plan_workers(connect(options.address), len(data.images), options.workers, options.device)
+    workers = plan_workers(connect_ray(options.address), len(data.images), options.workers, options.device)
     images = proposals = 0
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -97,7 +97,7 @@ def _check_output(storage: Storage, options: ProposeOptions) -> None:
     output = options.output
     if not output.endswith(".parquet"):
         raise ConfigError(f"cannot write {output}: a file of proposals is named *.parquet")
-    if parse(output).is_local and Path(parse(output).key).is_dir():
+    if parse_uri(output).is_local and Path(parse_uri(output).key).is_dir():
         raise ConfigError(f"cannot write {output}: it is a folder")
     check_not_read(output, {"the COCO file": options.coco, "the file of --weights": options.weights})
     storage.write_bytes(f"{output}.probe", b"")

@@ -21,11 +21,11 @@ from masklake.pipeline.errors import InputNotFoundError, StorageError, TableErro
 from masklake.pipeline.images.decode import decode
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.results.drawing import draw_instances
-from masklake.pipeline.storage.errors import describe as describe_error
+from masklake.pipeline.storage.errors import reason_of
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import below, canonical, parse, real_place
+from masklake.pipeline.storage.uri import below, canonical, parse_uri, real_place
 from masklake.pipeline.storage.walk import is_utf8
-from masklake.pipeline.table.query import connect
+from masklake.pipeline.table.query import connect_duckdb
 from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.stored_values import check_instance
 
@@ -81,7 +81,7 @@ def run(
     """
     form = _check_picture(output)
     check_output(output, table)
-    with connect(storage, table) as connection:
+    with connect_duckdb(storage, table) as connection:
         _check_no_image(connection, storage, output, images)
         image = find_image(connection, uri, images)
     place = place_of(storage, image, images)
@@ -153,7 +153,7 @@ def _check_no_image(connection: duckdb.DuckDBPyConnection, storage: Storage, out
     names = {canonical(output), real_place(output)}
     conditions = {"uri = $name": names}
     if images is not None and storage.is_file(output):
-        pairs = ((name, _below(name, folder)) for name in names for folder in (images, real_place(images)))
+        pairs = ((name, _relative(name, folder)) for name in names for folder in (images, real_place(images)))
         conditions["ends_with(uri, '/' || $name)"] = {below for name, below in pairs if below != name}
     for condition, values in conditions.items():
         for name in filter(is_utf8, values):
@@ -167,7 +167,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str,
     try:
         return connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # a file of the table is gone or damaged
-        raise TableError(f"the table cannot be read ({describe_error(error)}); restore its files, or label again") from error
+        raise TableError(f"the table cannot be read ({reason_of(error)}); restore its files, or label again") from error
 
 
 def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
     for name in dict.fromkeys([uri, canonical(uri)]):
         if found := _rows(connection, f"{columns} WHERE uri = $uri", {"uri": name}):
             return found[0]
-    name = _below(uri, images)
+    name = _relative(uri, images)
     if name == uri:  # one slash in front of a name says nothing; one below a folder is a part of the key
         name = uri.removeprefix("./").removeprefix("/").rstrip("/")
     exact, composed = "ends_with(uri, $ending)", "ends_with(nfc_normalize(uri), nfc_normalize($ending))"
@@ -204,7 +204,7 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
     raise InputNotFoundError(f"{uri}: is not in the table; near names: {', '.join(row['uri'] for row in near)}")
 
 
-def _below(uri: str, images: str | None) -> str:
+def _relative(uri: str, images: str | None) -> str:
     """Returns the path below the folder where the images are now; elsewhere the name unchanged."""
     if images is None:
         return uri
@@ -218,7 +218,7 @@ def _moved(storage: Storage, uri: str, images: str) -> str:
         raise InputNotFoundError(f"{images}: there is no such folder; check --images")
     if storage.is_file(images):
         raise InputNotFoundError(f"{images}: is a file; name a folder with --images")
-    at, scheme = parse(uri), parse(images).scheme
+    at, scheme = parse_uri(uri), parse_uri(images).scheme
     parts = (at.key.removeprefix("/") if at.is_local else f"{at.bucket}/{at.key}").split("/")
     for start in range(len(parts)):
         place = below(images) + "/".join(parts[start:])

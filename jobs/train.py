@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from masklake.jobs.cluster.connection import connect
+from masklake.jobs.cluster.connection import connect_ray
 from masklake.jobs.training.fit import Say, TrainingPlan, fit, set_up_ray_train, workers_get_gpus
 from masklake.jobs.training.initial_model import build_model, check_proposals
 from masklake.jobs.training.messages import to_stderr
@@ -27,7 +27,7 @@ from masklake.pipeline.errors import EmptyInputError
 from masklake.pipeline.results.evaluation import KIND_NAMES, IouType
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parse
+from masklake.pipeline.storage.uri import canonical, parse_uri
 from masklake.pipeline.training.augmentation import SampleSpec
 from masklake.pipeline.training.loader import training_rows
 from masklake.pipeline.training.proposals import read_proposals
@@ -82,7 +82,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     spec = _sample_spec(model.config, options)
     proposals = None if options.proposals is None else read_proposals(storage, options.proposals)
     rows = training_rows(data, image_folder(options.images, options.train), spec, options.keep_empty, proposals)
-    capacity = connect(options.address)
+    capacity = connect_ray(options.address)
     gpu = workers_get_gpus(options, capacity)
     # Only now does the run's name belong to this data, model and options: what was refused leaves nothing behind.
     storage.write_bytes(Storage.join(options.run_uri, RUN_RECORD), json.dumps(record, indent=1).encode())
@@ -98,7 +98,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
 
 def _check_places(options: TrainOptions) -> None:
     """Raises ConfigError for an output with a key that clients name differently, or an input inside the run's folder."""
-    at = parse(options.run_uri)
+    at = parse_uri(options.run_uri)
     if not at.is_local and not is_plain(at.key):
         raise ConfigError(
             f"--output {options.output!r}: a run cannot be stored under a key with `//`, `/./`, `/../` or a control character; "

@@ -91,9 +91,9 @@ class MaskTable:
 
         from masklake.jobs.show import find_image
         from masklake.model.masks.rle import decode
-        from masklake.pipeline.table.query import connect
+        from masklake.pipeline.table.query import connect_duckdb
 
-        with connect(self._storage, self.uri) as connection:
+        with connect_duckdb(self._storage, self.uri) as connection:
             image = find_image(connection, uri)
         size = image.row["height"], image.row["width"]
         rles = [instance["rle"] for instance in image.instances if instance["score"] >= min_score]
@@ -113,10 +113,10 @@ class MaskTable:
         Raises as `masks`, and StorageError if the image is another one by now.
         """
         from masklake.jobs.show import draw, find_image, place_of
-        from masklake.pipeline.table.query import connect
+        from masklake.pipeline.table.query import connect_duckdb
 
         folder = None if images is None else os.fspath(images)
-        with connect(self._storage, self.uri) as connection:
+        with connect_duckdb(self._storage, self.uri) as connection:
             image = find_image(connection, uri, folder)
         return draw(self._storage, image, place_of(self._storage, image, folder), min_score).picture
 

@@ -18,7 +18,7 @@ FeatureKind = Literal["fpn", "c4", "c5", "dc5"]
 PoolKind = Literal["align", "pool", "warp"]
 MaskOutput = Literal["sigmoid", "softmax", "agnostic"]
 RpnBackbone = Literal["shared", "own"]
-Learn = Literal["joint", "rpn", "detector"]
+TrainedPart = Literal["joint", "rpn", "detector"]
 PasteKind = Literal["torchvision", "detectron2"]
 
 Positive = Annotated[int, Field(gt=0)]

@@ -1,4 +1,4 @@
-"""The way to a model: a preset or a configuration, and weights from wherever they are."""
+"""Builds models: from a preset or a configuration, and weights from any source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS, preset
 from masklake.model.weights import detectron2 as detectron2_weights
 from masklake.model.weights import torchvision as torchvision_weights
-from masklake.model.weights.checkpoint import BY_CLASS, check_state, is_ours, load_state, parse, read_bytes
+from masklake.model.weights.checkpoint import BY_CLASS, check_state, is_ours, load_state, parse_checkpoint, read_bytes
 from masklake.model.weights.files import read_state
 from masklake.model.weights.other_networks import backbone_name, other_network, residual_network
 
@@ -34,21 +34,20 @@ def create_model(
     reset_predictors: bool = False,
     weights_name: str | None = None,
 ) -> MaskRCNN:
-    """Build a model, in evaluation mode, on `device`.
+    """Builds a model, in evaluation mode, on `device`.
 
-    preset_or_config: a name in `PRESETS`, or a configuration, which is then followed to the letter.
-    weights: our checkpoint, a torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model zoo,
-    .pth, .safetensors), bare or in a training checkpoint or a wrapper (`model.weights.files`), as path or bytes; or the name of
-    torchvision's weights, which are downloaded. None leaves random weights. A preset's name takes on
-    what the weights' source says: a checkpoint's own configuration where the preset is the same, the eps of torchvision's
-    norms, Detectron2's conventions.
-    categories: of the data, in place of the preset's. reset_predictors: for fine-tuning; where their number differs from the
-    weights', keep the fresh last layers; leave out branches (mask, keypoint) that this model lacks, start new those that the
-    weights lack; and load the rest. Weights of torchvision's classifiers, such as ImageNet's, begin the backbone (section 3.1).
-    weights_name: what messages call weights that come as bytes.
+    preset_or_config: a name in `PRESETS`, or a configuration, which is then used unchanged. weights: our checkpoint, a
+    torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model zoo, .pth, .safetensors), bare or
+    in a training checkpoint or a wrapper (`model.weights.files`), as path or bytes; or the name of torchvision weights, which
+    are downloaded. None: random weights. With the name of a preset, the source of the weights sets the conventions: a
+    checkpoint's own configuration if the preset is the same, the epsilon of torchvision's norms, Detectron2's conventions.
+    categories: of the data, instead of the preset's. reset_predictors: for fine-tuning; if their number differs from that of
+    the weights, keep new last layers; leave out branches (mask, keypoint) that this model lacks, initialise those that the
+    weights lack, and load the rest. Weights of torchvision's classifiers, such as ImageNet's, initialise the backbone (section
+    3.1). weights_name: what messages call weights that come as bytes.
 
-    Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit (a name's before any download), or
-    ConfigError for a device that this machine cannot use.
+    Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit (for a name, before any download),
+    or ConfigError for a device that this machine cannot use.
     """
     device = check_device(device)
     by_name = isinstance(preset_or_config, str)
@@ -75,7 +74,7 @@ def _check_named(weights: str, config: ModelConfig, reset_predictors: bool, name
     """Raises what reading torchvision's weights of that name would, without a download, where they cannot fit the model."""
     with torch.device("meta"):
         model = MaskRCNN(config)
-    state = _renamed(torchvision_weights.outline(weights), config, name)
+    state = _renamed(torchvision_weights.weight_shapes(weights), config, name)
     check_state(model, _completed(model, state, reset_predictors, name), name)
 
 
@@ -92,14 +91,15 @@ def _completed(model: MaskRCNN, state: Mapping[str, Tensor], reset_predictors: b
 
 
 def is_weight_name(weights: str) -> bool:
-    """Whether this is how torchvision names weights, not a path."""
+    """Returns whether this is a name of torchvision weights rather than a path."""
     return _WEIGHT_NAME.fullmatch(weights) is not None
 
 
 def preset_of_weights(weights: str) -> str | None:
-    """The preset of torchvision's weights by name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; None for other strings.
+    """Returns the preset of torchvision weights by name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; None for other
+    strings.
 
-    Raises CheckpointError for the names of weights that are no detector's, or of one without a preset.
+    Raises CheckpointError for names of weights that are not a detector's, or of one without a preset.
     """
     if not is_weight_name(weights):
         return None
@@ -113,9 +113,11 @@ def preset_of_weights(weights: str) -> str | None:
 
 
 def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
-    """Whether weights, given as to `create_model`, are a torchvision classifier's. Raises CheckpointError like that."""
+    """Returns whether weights, given as for `create_model`, are those of a torchvision classifier. Raises CheckpointError like
+    it.
+    """
     if isinstance(weights, str) and is_weight_name(weights):
-        return torchvision_weights.is_classifier(torchvision_weights.outline(weights))
+        return torchvision_weights.is_classifier(torchvision_weights.weight_shapes(weights))
     data = read_bytes(weights)
     if is_ours(data) or detectron2_weights.is_pickle(data):
         return False
@@ -129,7 +131,7 @@ def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[
         return _with_eps(config, eps), _renamed(state, config, name), None
     data = read_bytes(weights)
     if is_ours(data):
-        source, state = parse(data, name)
+        source, state = parse_checkpoint(data, name)
         return source if source.preset == config.preset else config, state, source.preset
     state = read_state(data, name)
     if (other := other_network(state)) is not None:

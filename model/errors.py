@@ -4,7 +4,7 @@
     ├── UnknownPresetError            10   a preset name that does not exist
     ├── CheckpointError               11   weights that are missing, broken or of another model
     ├── ConfigError                   12   options that contradict each other or the model
-    └── pipeline.errors                    inputs, tables, runs and clusters (20 to 42)
+    └── pipeline.errors                    inputs, tables, runs and clusters (20 to 45)
 
 Raise the most specific one, with a message that names the input and says what to do about it. Foreign exceptions are
 translated once, at the edge, with ``raise ... from``. The command line prints the message alone and exits with the code.

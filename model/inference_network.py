@@ -20,7 +20,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
-def prepare(network: nn.Module, precision: Precision) -> nn.Module:
+def for_inference(network: nn.Module, precision: Precision) -> nn.Module:
     """Returns a frozen copy of `network` (any module built from this package's layers), for inference only."""
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     for part in prepared.modules():

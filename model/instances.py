@@ -1,6 +1,6 @@
-"""What the detector finds in one image (`Instances`) and what it learns from (`Target`).
+"""Results and targets of the detector for one image: `Instances` and `Target`.
 
-Shape letters: N detections, G ground-truth instances, K keypoints, H x W the original image's pixels.
+Shape letters: N detections, G ground-truth instances, K keypoints, H x W pixels of the original image.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from masklake.model.masks.bit_masks import BitMasks
 
 @dataclass(frozen=True)
 class Instances:
-    """Detections of one image, best score first, on the host.
+    """Detections in one image, best score first, on the host.
 
-    boxes: float32 (N, 4), xyxy in the original image's pixels. scores: float32 (N,) in 0..1.
-    labels: int64 (N,), the data set's own category ids.
-    rles: N COCO compressed counts (their size is ``size``), or None where no mask was asked for.
-    areas: int64 (N,), mask pixels, or None without masks.
-    keypoints: float32 (N, K, 3) as x, y (original pixels) and score, or None without a keypoint head; rows of categories
-    that have no keypoints are NaN.
+    boxes: float32 (N, 4), xyxy in pixels of the original image. scores: float32 (N,) in 0..1. labels: int64 (N,), category ids
+    of the data set. rles: N COCO compressed counts (of size `size`), or None if no masks were requested. areas: int64 (N,),
+    mask pixels, or None without masks. keypoints: float32 (N, K, 3) as x, y (original pixels) and score, or None without a
+    keypoint head; rows of categories without keypoints are NaN.
     """
 
     size: tuple[int, int]
@@ -42,13 +40,12 @@ class Instances:
 class Target:
     """Ground truth of one training image, without crowd regions.
 
-    boxes: float32 (G, 4), xyxy in the pixels of the image it comes with. labels: int64 (G,), the data set's own category ids.
-    masks: uint8 (G, H, W) of 0 and 1, the same packed (which also says which instances have none: they train everything but
-    the mask branch), or None when the model has no mask head.
-    keypoints: float32 (G, K, 3) as x, y, visibility (0 absent, 1 hidden, 2 visible), or None without a keypoint head; rows
-    of categories without keypoints are zeros, as are those of instances whose keypoints nobody marked.
-    proposals: float32 (P, 4), xyxy in the same pixels: regions for a detector that learns alone (`MaskRCNN.learn`), or None for
-    those of the model's own RPN.
+    boxes: float32 (G, 4), xyxy in pixels of the image. labels: int64 (G,), category ids of the data set. masks: uint8 (G, H, W)
+    of 0 and 1, or `BitMasks` (which also know the instances without a mask: these train everything but the mask branch), or
+    None if the model has no mask head. keypoints: float32 (G, K, 3) as x, y, visibility (0 absent, 1 hidden, 2 visible), or
+    None without a keypoint head; rows of categories or instances without keypoints are zeros. proposals: float32 (P, 4), xyxy
+    in the same pixels: regions for a detector that is trained alone (`MaskRCNN.set_trained_part`), or None to use the model's
+    own RPN.
     """
 
     boxes: torch.Tensor

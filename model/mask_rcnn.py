@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from masklake.model.build import build_network
-from masklake.model.config import Category, Learn, ModelConfig, PredictOptions
+from masklake.model.config import Category, ModelConfig, PredictOptions, TrainedPart
 from masklake.model.devices import arithmetic, resolved, sent
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Precision, Task
@@ -22,11 +22,11 @@ from masklake.model.heads.keypoint import keypoint_loss, keypoint_targets
 from masklake.model.heads.mask import mask_targets
 from masklake.model.identity import model_id
 from masklake.model.inference import Settings, detect, propose, resolve, to_instances
-from masklake.model.inference_network import DTYPES, fingerprint, prepare
+from masklake.model.inference_network import DTYPES, fingerprint, for_inference
 from masklake.model.instances import Instances, Target
 from masklake.model.network import Network
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.sampling import Samples, Truth, sample_regions, truth_on_canvas
+from masklake.model.rois.targets import Samples, Truth, sample_regions, truth_on_canvas
 from masklake.model.sampling import SampleRule
 from masklake.model.transform import Canvas, Size, canvas_size, check_image, filled_up, make_canvas
 from masklake.model.wording import agreeing, counted_of
@@ -35,10 +35,10 @@ DEFAULT_OPTIONS = PredictOptions()
 
 
 class MaskRCNN(nn.Module):
-    """Detects objects, outlines each with a mask and places its keypoints, as far as `config` has the branches.
+    """Detects objects and, if `config` has the branches, segments each with a mask and locates its keypoints.
 
-    `forward` gives the training losses, `predict` the detections; both run the parts in `network`. `learn` says which of the
-    two stages training changes: at first both.
+    `forward` returns the training losses, `predict` the detections; both run the parts in `network`. `set_trained_part` selects
+    which of the two stages is trained; both by default.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,7 +52,7 @@ class MaskRCNN(nn.Module):
         self._has_keypoints = torch.tensor([False, *(bool(category.keypoints) for category in config.categories)])
         self._prepared: dict[Precision, tuple[object, Network]] = {}
         self._trainable = frozenset(name for name, weight in self.network.named_parameters() if weight.requires_grad)
-        self._learning: Learn = "joint"
+        self._trained: TrainedPart = "joint"
         self._fixed: frozenset[str] = frozenset()
 
     @property
@@ -83,20 +83,22 @@ class MaskRCNN(nn.Module):
         """Returns every setting that changes what `predict` finds, by name. Raises ConfigError for a task without a branch."""
         return {"precision": resolved(options.precision, self.device), **vars(resolve(options, self.config))}
 
-    def learn(self, what: Learn, fixed_backbone: bool = False) -> Self:
-        """Choose what `forward` trains from now on; the weights and statistics of all other parts stay as they are, bit by bit.
+    def set_trained_part(self, part: TrainedPart, fixed_backbone: bool = False) -> Self:
+        """Selects the part that `forward` trains from now on; the weights and statistics of all other parts stay identical, bit
+        by bit.
 
-        "joint": both stages, without gradients through the proposals' coordinates (Ren et al. 2015, section 3.2, approximate
-        joint training). "rpn": the proposals' losses alone train the RPN and the backbone below it. "detector": the second
-        stage's losses train the rest, on proposals that the targets bring or that the RPN makes as it is (Mask R-CNN, section
-        3.1). fixed_backbone: no backbone learns (steps 3 and 4 of the 4-step training). Stages of a backbone that the
-        configuration freezes stay frozen in any case. `model.phases` has the paper's orders of these.
+        "joint": both stages, without gradients through the coordinates of proposals (Ren et al. 2015, section 3.2, approximate
+        joint training). "rpn": the RPN and its backbone, by the losses of the proposals alone. "detector": the rest, by the
+        losses of the second stage, on proposals from the targets or from the unchanged RPN (Mask R-CNN, section 3.1).
+
+        fixed_backbone: no backbone is trained (steps 3 and 4 of the 4-step training). Stages that the configuration freezes
+        stay frozen in any case. `model.phases` has the sequences of the paper.
         """
         parts = frozenset(name for name, _ in self.network.named_children())
         first = {"rpn", "rpn_backbone" if self.config.rpn_backbone == "own" else "backbone"}
         second = parts - {"rpn", "rpn_backbone"}
-        learning = {"joint": parts, "rpn": first, "detector": second}[what]
-        self._learning = what
+        learning = {"joint": parts, "rpn": first, "detector": second}[part]
+        self._trained = part
         self._fixed = parts - (learning - {"backbone", "rpn_backbone"} if fixed_backbone else learning)
         for name, weight in self.network.named_parameters():
             weight.requires_grad_(name in self._trainable and name.partition(".")[0] not in self._fixed)
@@ -107,8 +109,8 @@ class MaskRCNN(nn.Module):
         """Returns the losses of section 3 (L_cls + L_box + L_mask, and that of section 5 for keypoints) and of the first stage.
 
         images: uint8 RGB (3, H, W) of any sizes; targets: one per image, in its pixels. Returns scalars by name, those of the
-        trained part (`learn`); their sum is the objective. Raises ConfigError for images and targets that do not fit each other
-        or the model.
+        trained part; their sum is the objective. Raises ConfigError for images and targets that do not fit each other or the
+        model.
         """
         if len(images) != len(targets) or not images:
             raise ConfigError(f"training needs one target an image and at least one image: {len(images)} and {len(targets)}")
@@ -116,11 +118,11 @@ class MaskRCNN(nn.Module):
         canvas = self._canvas(images, random.choice(config.min_sizes))
         truths = truth_on_canvas(targets, canvas, config, self._class_of)
 
-        if self._learning == "rpn":
+        if self._trained == "rpn":
             maps = network.proposal_maps(canvas.pixels)
             return network.rpn.losses(maps, network.rpn.head(maps), canvas.size, [truth.boxes for truth in truths])
         features = network.backbone(canvas.pixels)
-        if self._learning == "detector":
+        if self._trained == "detector":
             return self._detector_losses(features, self._fixed_proposals(features, canvas, truths), truths)
         maps = network.proposal_maps(canvas.pixels, features)
         proposed = network.rpn.head(maps)
@@ -279,8 +281,8 @@ class MaskRCNN(nn.Module):
         In training mode it is prepared every time: torch's fused optimisers change weights without incrementing a version.
         """
         if self.training:
-            return cast(Network, prepare(self.network, precision))
+            return cast(Network, for_inference(self.network, precision))
         state = fingerprint(self.network)
         if precision not in self._prepared or self._prepared[precision][0] != state:
-            self._prepared[precision] = (state, cast(Network, prepare(self.network, precision)))
+            self._prepared[precision] = (state, cast(Network, for_inference(self.network, precision)))
         return self._prepared[precision][1]

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from masklake.model.config import Learn, RpnBackbone
+from masklake.model.config import RpnBackbone, TrainedPart
 from masklake.model.fields import TrainingMode
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.weights.checkpoint import load_state
@@ -23,11 +23,11 @@ from masklake.model.weights.checkpoint import load_state
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase: the arguments of `MaskRCNN.learn`, and the source of the RPN's maps (None: as in the model's
+    """One phase: the arguments of `MaskRCNN.set_trained_part`, and the source of the RPN's maps (None: as in the model's
     configuration).
     """
 
-    learn: Learn
+    trains: TrainedPart
     rpn_backbone: RpnBackbone | None = None
     fixed_backbone: bool = False
 
@@ -57,10 +57,10 @@ PHASES: Mapping[TrainingMode, tuple[Phase, ...]] = MappingProxyType(
 """Phases by mode of training."""
 
 
-def begin(model: MaskRCNN, phase: Phase) -> MaskRCNN:
+def begin_phase(model: MaskRCNN, phase: Phase) -> MaskRCNN:
     """Returns the model set up for a phase: with the right backbones, and training the right part. It may be `model` itself."""
     kind = model.config.rpn_backbone if phase.rpn_backbone is None else phase.rpn_backbone
-    return with_rpn_backbone(model, kind).learn(phase.learn, phase.fixed_backbone)
+    return with_rpn_backbone(model, kind).set_trained_part(phase.trains, phase.fixed_backbone)
 
 
 def with_rpn_backbone(model: MaskRCNN, kind: RpnBackbone) -> MaskRCNN:

@@ -48,7 +48,7 @@ class Capacity:
         return max(0, int(self.cpus) - RESERVED_CPUS)
 
 
-def connect(address: str | None = None) -> Capacity:
+def connect_ray(address: str | None = None) -> Capacity:
     """Connects this process to Ray, if it is not, and returns the capacity of the cluster.
 
     `address` or RAY_ADDRESS names a cluster; without them, one is started in this process and ends with it. Raises

@@ -91,7 +91,7 @@ def start_counter() -> Any:
 
 
 @contextmanager
-def shown(counter: Any, total: int, done: int, watch: Callable[[], None], enabled: bool = True) -> Iterator[None]:
+def progress_bar(counter: Any, total: int, done: int, watch: Callable[[], None], enabled: bool = True) -> Iterator[None]:
     """Context manager that shows a bar of `total` images on stderr, `done` of them earlier, and calls `watch` twice a second.
 
     `watch` is called in a thread of its own and must not raise.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import InputNotFoundError
-from masklake.pipeline.storage.uri import canonical, parse
+from masklake.pipeline.storage.uri import canonical, parse_uri
 
 
 def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:
@@ -16,7 +16,7 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
     table: a table; its folder is its own, since readers of that folder would take the file for a part of the table. sources:
     what the command reads, by description (`the truth`), as in `check_not_read`.
     """
-    at = parse(output)
+    at = parse_uri(output)
     if not at.key or output.endswith("/") or (at.is_local and os.path.isdir(at.key)):
         raise ConfigError(f"{output}: is a folder; name the file to write in it")
     if table is not None and f"{at.uri}/".startswith(f"{canonical(table)}/"):
@@ -40,7 +40,7 @@ def same_place(one: str, other: str) -> bool:
     """Returns whether two names refer to the same object, also through a link if both are local files."""
     if canonical(one) == canonical(other):
         return True
-    places = parse(one), parse(other)
+    places = parse_uri(one), parse_uri(other)
     if not all(at.is_local and os.path.exists(at.key) for at in places):
         return False
     return os.path.samefile(places[0].key, places[1].key)

@@ -147,7 +147,7 @@ def _needs(plan: TrainingPlan) -> str:
 def _describe_epochs(phases: tuple[Phase, ...], recipe: Recipe) -> str:
     if len(phases) == 1:
         return counted(recipe.epochs, "epoch")
-    described = f"{len(phases)} phases ({', '.join(phase.learn for phase in phases)})"
+    described = f"{len(phases)} phases ({', '.join(phase.trains for phase in phases)})"
     return f"{described} of {counted(recipe.epochs, 'epoch')} each, an epoch"
 
 

@@ -119,14 +119,14 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
                 raise ConfigError(f"{config}: {key} is an option of the table [{table}]; write it below that line")
     if missing := [name for name in REQUIRED if values.get(name) is None]:
         raise ConfigError(
-            f"a training run needs {listed([REQUIRED[name] for name in missing])}: give them on the command line, or as "
-            f"{listed(missing)} in the file of --config"
+            f"a training run needs {and_list([REQUIRED[name] for name in missing])}: give them on the command line, or as "
+            f"{and_list(missing)} in the file of --config"
         )
     given = {key: f"--{key.replace('_', '-')}" for key, value in changes.items() if value is not None}
     return validated(TrainOptions, values, config or "the training options", given)
 
 
-def listed(names: Sequence[str]) -> str:
+def and_list(names: Sequence[str]) -> str:
     """Returns `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 

@@ -20,7 +20,7 @@ from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.objects import concat
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse, relative_to
+from masklake.pipeline.storage.uri import parse_uri, relative_to
 from masklake.pipeline.training.recipe import Recipe
 
 FORMAT = 2
@@ -102,7 +102,7 @@ def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> di
     """Returns a COCO file by its content, and its images by names and sizes: both may move, but must not change."""
     names = {relative_to(folder, image.file_name): image.file_name for image in data.images}
     sizes: dict[str, int | None] = {}
-    if not parse(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
+    if not parse_uri(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
         listed = concat(storage.list_objects(folder))
         sizes = dict(zip(listed["uri"].to_pylist(), listed["bytes"].to_pylist(), strict=True))
     asked = storage.stat_many([uri for uri in names if uri not in sizes])  # a name may lead out of the folder

@@ -1,1 +1,1 @@
-"""The branches that look at one region each: box, mask and keypoint (section 3, figure 4)."""
+"""The branches that run on each region: box, mask and keypoint (section 3, figure 4)."""

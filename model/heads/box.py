@@ -1,4 +1,4 @@
-"""The box branch: what a region is, and where exactly (Fast R-CNN; figure 4, right)."""
+"""The box branch: classification and box regression of a region (Fast R-CNN; figure 4, right)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from masklake.model.layers import ConvNorm, Norm
 
 
 class BoxHead(nn.Module):
-    """Hidden layers (convolutions, if any, then fully connected ones or the mean), class logits, a box for each class.
+    """Hidden layers (convolutions, if any, then fully connected ones or the mean), class logits, and a box for each class.
 
-    The two predictors may be of a higher precision than the rest: scores and boxes come straight from them.
+    The two predictors may have a higher precision than the rest, since scores and boxes come directly from them.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BoxHead(nn.Module):
 
     @property
     def predictors(self) -> tuple[nn.Linear, nn.Linear]:
-        """The layers that inference keeps in float32 at any precision."""
+        """Layers that inference keeps in float32 at any precision."""
         return self.cls_score, self.bbox_pred
 
     def losses(

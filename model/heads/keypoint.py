@@ -1,4 +1,4 @@
-"""The keypoint branch: one heat map for each keypoint, a one-hot target over its pixels (section 5)."""
+"""The keypoint branch: one heat map per keypoint, with a one-hot target over its pixels (section 5)."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class KeypointHead(nn.Module):
 
 
 def keypoint_targets(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Where each keypoint lies in its region.
+    """Returns the pixel of each keypoint in the heat map of its region.
 
-    keypoints: float32 (R, K, 3) as x, y, visibility; boxes: float32 (R, 4), both in canvas pixels.
-    Returns pixel int64 (R, K) in 0..side*side, and valid bool (R, K): annotated, and inside the region.
+    keypoints: float32 (R, K, 3) as x, y, visibility; boxes: float32 (R, 4), both in canvas pixels. Returns pixel int64 (R, K)
+    in 0..side*side, and valid bool (R, K): annotated, and inside the region.
     """
     origin, size = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
     place = ((keypoints[..., :2] - origin) * (side / size.clamp(min=1e-6))).floor()
@@ -47,7 +47,7 @@ def keypoint_targets(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tenso
 
 
 def keypoint_loss(logits: Tensor, pixels: Tensor, valid: Tensor) -> Tensor:
-    """Mean cross-entropy over the S*S pixels of each valid keypoint; logits (R, K, S, S), the others (R, K)."""
+    """Returns the mean cross-entropy over the S*S pixels of each valid keypoint. logits (R, K, S, S), the others (R, K)."""
     rows = torch.where(valid)  # once: the host waits for its length
     if not len(rows[0]):
         return logits.sum() * 0  # zero, and still a function of the parameters

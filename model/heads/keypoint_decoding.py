@@ -1,8 +1,8 @@
-"""Keypoints from heat maps (Mask R-CNN, section 3, "Mask R-CNN for Human Pose Estimation").
+"""Decodes keypoints from heat maps (Mask R-CNN, section 3, "Mask R-CNN for Human Pose Estimation").
 
-A keypoint is where its heat map, resized to the person's box by bicubic interpolation, is largest. The maps are never
-resized: between four neighbouring values the interpolation is one cubic patch, a patch stays below its Bezier control
-points, and only the few patches that could hold the maximum are evaluated at the box's pixels.
+A keypoint is at the maximum of its heat map after bicubic resizing to the person's box. The maps are never resized: between
+four neighbouring values the interpolation is one cubic patch, a patch stays below its Bezier control points, and only the few
+patches that could contain the maximum are evaluated at the box's pixels.
 
 Shape letters: N people, n of them, K keypoints, S heat map side, M = n * K maps, c patches.
 """
@@ -39,12 +39,12 @@ Longs = NDArray[np.int64]
 
 @np.errstate(invalid="ignore", over="ignore")  # of maps and boxes that are not finite
 def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "probability"] = "logit") -> Tensor:
-    """The best position of every keypoint after its heat map is resized to its box (bicubic, torchvision's convention).
+    """Returns the best position of every keypoint after resizing its heat map to its box (bicubic, torchvision's convention).
 
     logits: float32 (N, K, S, S). boxes: float32 (N, 4), xyxy in pixels. Returns float32 (N, K, 3) on the host: x and y in
-    the boxes' pixels and the resized map's logit there, or that pixel's probability normalised over the S x S pixels of the
-    map before resizing, so that large and small people compare (Detectron2). Sides below one pixel, or not finite, count
-    as one.
+    pixels of the boxes, and the resized map's logit there, or the probability of that pixel normalised over the S x S pixels of
+    the map before resizing, so that large and small people are comparable (Detectron2). Sides below one pixel, or not finite,
+    count as one.
     """
     people, keypoints, _, _ = logits.shape
     maps, corners = (tensor.numpy() for tensor in to_host(logits.detach().float(), boxes.detach().float()))
@@ -66,7 +66,9 @@ def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "prob
 
 
 def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
-    """Best pixel (n, K, 2) as column, row and its value (n, K) of maps (n, K, S, S) resized to (n, 2) columns, rows."""
+    """Returns the best pixel (n, K, 2) as column, row and its value (n, K) of maps (n, K, S, S) resized to (n, 2) columns,
+    rows.
+    """
     people, keypoints, side, _ = people_maps.shape
     maps, pixels = people_maps.reshape(-1, side, side), np.repeat(people_pixels, keypoints, axis=0)
     flat = maps.reshape(len(maps), -1)
@@ -99,7 +101,7 @@ def _argmax(people_maps: Floats, people_pixels: Longs) -> tuple[Longs, Floats]:
 
 
 def _argmax_resized(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
-    """The same as `_argmax` by resizing the maps to the few pixels of small boxes: two matrix products for each person."""
+    """Same as `_argmax`, by resizing the maps to the few pixels of small boxes: two matrix products per person."""
     people, keypoints, side, _ = maps.shape
     columns, rows = pixels.max(0).tolist()
     along_x, along_y = (_resizing_matrix(pixels[:, axis], n, side) for axis, n in ((0, columns), (1, rows)))
@@ -116,7 +118,7 @@ def _argmax_resized(maps: Floats, pixels: Longs) -> tuple[Longs, Floats]:
 
 
 def _resizing_matrix(pixels: Longs, rows: int, side: int) -> Tensor:
-    """Matrices (n, rows, S) that resize S values to ``pixels`` (n,); rows behind them are meaningless."""
+    """Returns matrices (n, rows, S) that resize S values to `pixels` (n,); rows beyond them are meaningless."""
     source = _source(np.arange(rows), pixels[:, None], side)
     cell = np.floor(source).astype(np.int64)
     near = np.clip(cell[:, :, None] + np.arange(-1, 3), 0, side - 1)
@@ -127,7 +129,7 @@ def _resizing_matrix(pixels: Longs, rows: int, side: int) -> Tensor:
 class _Best:
     """The best pixel of every map so far; among equal values the first in row order wins, as in an argmax.
 
-    ``wanted`` (M,): less cannot be the best.
+    `wanted` (M,): smaller values cannot be the best.
     """
 
     def __init__(self, at: Longs, value: Floats, wanted: Floats, pixels: Longs) -> None:
@@ -135,7 +137,9 @@ class _Best:
         self.number = np.full(len(at), np.iinfo(np.int64).max)
 
     def offer(self, owner: Longs, first: Longs, last: Longs, values: Floats) -> None:
-        """Take up the best of patches: values (c, rows, columns) at the pixels from ``first`` to before ``last`` (c, 2)."""
+        """Considers the best of patches: values (c, rows, columns) at the pixels from `first` up to, not including, `last` (c,
+        2).
+        """
         flat = values.reshape(len(values), -1)
         place = flat.argmax(1)
         value = flat[np.arange(len(flat)), place]
@@ -155,7 +159,9 @@ class _Best:
 
 
 def _pixel_at_peak(maps: Floats, peak: Longs, pixels: Longs) -> tuple[Longs, Floats]:
-    """The pixel nearest to each map's largest value, at ``peak`` (M,): (M, 2) as column, row; and the resized value (M,)."""
+    """Returns the pixel nearest to each map's largest value, at `peak` (M,): (M, 2) as column, row; and the resized value
+    (M,).
+    """
     side = maps.shape[-1]
     row, column = np.divmod(peak, side)
     nearest = np.rint((np.stack((column, row), axis=1) + 0.5) * pixels / side - 0.5).astype(np.int64)
@@ -168,18 +174,18 @@ def _pixel_at_peak(maps: Floats, peak: Longs, pixels: Longs) -> tuple[Longs, Flo
 
 
 def _least_neighbour(wanted: Floats, lowest: Floats, highest: Floats) -> Floats:
-    """What the largest of a patch's four inner values must reach (M,) so that the patch can reach ``wanted`` (M,).
+    """Returns the minimum (M,) for the largest of a patch's four inner values so that the patch can reach `wanted` (M,).
 
-    Along an axis the inner two weights sum to 1 + o at most, for the overshoot o, and the outer two to -o. So of both axes'
-    products those of the four inner values sum to (1 + o)^2, those of the four corners to o^2, and the others, which are
-    negative, to -2 o (1 + o). With the map's extremes for all but the inner values this is solved for their largest.
+    Along an axis the inner two weights sum to at most 1 + o, for the overshoot o, and the outer two to -o. So of both axes'
+    products, those of the four inner values sum to (1 + o)^2, those of the four corners to o^2, and the others, which are
+    negative, to -2 o (1 + o). With the map's extremes for all but the inner values, this is solved for their largest.
     """
     o = _OVERSHOOT
     return (wanted + 2 * o * (1 + o) * lowest - o * o * highest) / (1 + o) ** 2
 
 
 def _patches_beside(values: Longs, maps: Floats) -> tuple[Longs, Longs]:
-    """Patches that have one of these flat positions inside: their map (c,), and cell (c, 2) as column, row in -1..S-1."""
+    """Returns patches that contain one of these flat positions: their map (c,), and cell (c, 2) as column, row in -1..S-1."""
     side = maps.shape[-1]
     owner, place = np.divmod(values, side * side)
     row, column = np.divmod(place, side)
@@ -192,7 +198,9 @@ def _patches_beside(values: Longs, maps: Floats) -> tuple[Longs, Longs]:
 
 
 def _patches_that_reach(wanted: Floats, maps: Floats) -> tuple[Longs, Longs]:
-    """Patches that may reach ``wanted`` (M,), as `_patches_beside`: all are bounded, along the rows and then across them."""
+    """Returns patches that may reach `wanted` (M,), as in `_patches_beside`: all are bounded, along the rows and then across
+    them.
+    """
     marked = []
     for start in range(0, len(maps), MAPS_IN_CACHE):
         some = torch.from_numpy(maps[start : start + MAPS_IN_CACHE])
@@ -209,39 +217,41 @@ def _patches_that_reach(wanted: Floats, maps: Floats) -> tuple[Longs, Longs]:
 
 
 def _cells_of(marked: NDArray[np.bool_], cells: int) -> tuple[Longs, Longs]:
-    """The map (c,) and cell (c, 2) of marked patches (M * cells**2,)."""
+    """Returns the map (c,) and cell (c, 2) of marked patches (M * cells**2,)."""
     owner, place = np.divmod(np.flatnonzero(marked), cells * cells)
     row, column = np.divmod(place, cells)
     return owner, np.stack((column, row), axis=1) - 1
 
 
 def _patches(maps: Floats, owner: Longs, cell: Longs) -> Floats:
-    """The values (4, 4, c) around each cell, rows first, the map's border repeated outside."""
+    """Returns the values (4, 4, c) around each cell, rows first, with the border of the map repeated outside."""
     side = maps.shape[-1]
     columns, rows = (np.clip(cell[:, axis] + np.arange(-1, 3)[:, None], 0, side - 1) for axis in (0, 1))
     return maps.ravel()[((owner * side + rows) * side)[:, None] + columns]
 
 
 def _bounds(patches: Floats) -> Floats:
-    """The largest Bezier control point (c,) of each patch (4, 4, c): the patch lies below it."""
+    """Returns the largest Bezier control point (c,) of each patch (4, 4, c), an upper bound of the patch."""
     control = [_control_points(row) for row in patches]
     return np.max([np.max(_control_points(column), axis=0) for column in zip(*control, strict=True)], axis=0)
 
 
 def _control_points(neighbours: Any) -> tuple[Floats, Floats, Floats, Floats]:
-    """The cubic between p1 and p2 in Bezier form, from its four neighbours p0, p1, p2, p3."""
+    """Returns the cubic between p1 and p2 in Bezier form, from its four neighbours p0, p1, p2, p3."""
     p0, p1, p2, p3 = neighbours
     return p1, p1 + _TANGENT * (p2 - p0), p2 - _TANGENT * (p3 - p1), p2
 
 
 def _pixels_of(cell: Longs, pixels: Longs, side: int) -> tuple[Longs, Longs]:
-    """First and behind-last pixel (c, 2) whose centre lies in each cell (c, 2)."""
+    """Returns the first pixel and the one after the last (c, 2) whose centres lie in each cell (c, 2)."""
     first, last = (np.ceil((cell + offset) * (pixels / side) - 0.5).astype(np.int64) for offset in (0.5, 1.5))
     return np.clip(first, 0, pixels), np.clip(last, 0, pixels)
 
 
 def _split(order: Longs, areas: Longs) -> list[Longs]:
-    """Patches in order of their pixels, cut so that each part stays small even when all are as large as its largest."""
+    """Yields patches sorted by their number of pixels, in parts that stay small even if all patches were as large as the
+    largest.
+    """
     parts, start = [], 0
     while start < len(order):
         sizes = areas[order[start:]] * np.arange(1, len(order) - start + 1)
@@ -264,13 +274,13 @@ def _evaluate(patches: Floats, cell: Longs, first: Longs, last: Longs, pixels: L
 
 
 def _source(pixel: Longs, pixels: Longs, side: int) -> Floats:
-    """Where a pixel's centre lies in the heat map, in float32 as torch has it."""
+    """Returns where a pixel's centre lies in the heat map, in float32 as in torch."""
     scale = np.float32(side) / pixels.astype(np.float32)
     return scale * (pixel.astype(np.float32) + np.float32(0.5)) - np.float32(0.5)
 
 
 def _weights(t: Floats) -> Floats:
-    """Weights (..., 4) of the neighbours p0..p3 at ``t`` in 0..1 between p1 and p2."""
+    """Returns weights (..., 4) of the neighbours p0..p3 at `t` in 0..1 between p1 and p2."""
     u = 1 - t
     near = [((CUBIC + 2) * s - (CUBIC + 3)) * s * s + 1 for s in (t, u)]
     return np.stack((CUBIC * t * u * u, near[0], near[1], CUBIC * u * t * t), axis=-1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The mask branch: a small network on each region that outlines the object (section 3 "Mask Representation", tables 2b, 2e)."""
+"""The mask branch: a small network on each region that segments the object (section 3 "Mask Representation", tables 2b, 2e)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from masklake.model.layers import ConvNorm, Norm, init_relu_conv
 from masklake.model.masks.bit_masks import BitMasks
 
 PIXELS_AT_ONCE = 1 << 25
-"""Of unpacked masks: 128 MB as floats, all masks of an ordinary image."""
+"""Maximum number of unpacked mask pixels: 128 MB as floats, all masks of an ordinary image."""
 
 
 class MaskHead(nn.Module, ABC):
-    """What the kinds of mask heads share: how masks of several classes become one mask, and its loss.
+    """Base class of mask heads: selects one mask out of those of several classes, and computes the loss.
 
-    bins, side: P and m, of a region's and of a mask's side. masks: how many the network puts out for a region; with one per
-    class, mask i is class i (the background's is never used by sigmoids, and the softmax's "outside").
+    bins, side: P and m, the sides of a region and of a mask. channels: number of output masks per region. With one per class,
+    channel i is class i (sigmoids never use that of the background; for the softmax it is "outside").
     """
 
     def __init__(self, bins: int, side: int, classes: int, output: MaskOutput) -> None:
@@ -54,9 +54,9 @@ class MaskHead(nn.Module, ABC):
         return logits[torch.arange(len(labels), device=labels.device), labels] - others  # the odds of a softmax's winner
 
     def loss(self, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """L_mask of the positive regions: mean over their pixels; targets float32 (R, m, m) in 0..1.
+        """Returns L_mask of the positive regions: the mean over their pixels. targets float32 (R, m, m) in 0..1.
 
-        Binary cross-entropy of the own class's mask (section 3); with a softmax the cross-entropy to that class inside the
+        Binary cross-entropy of the mask of the own class (section 3). With a softmax: cross-entropy to that class inside the
         mask and to the background outside (table 2b).
         """
         if not len(regions):  # zero, and still a function of the parameters: every worker must see every gradient
@@ -71,7 +71,8 @@ class MaskHead(nn.Module, ABC):
 class ConvMaskHead(MaskHead):
     """Fully convolutional: 3x3 convolutions, a 2x2 stride 2 deconvolution, and a 1x1 convolution (figure 4, right).
 
-    Its masks have 2P pixels a side; to another m they are resized bilinearly: every pixel keeps its place in the region.
+    Its masks have 2P pixels per side; for another m they are resized bilinearly, so that every pixel keeps its place in the
+    region.
     """
 
     def __init__(
@@ -97,13 +98,13 @@ class ConvMaskHead(MaskHead):
             init_relu_conv(layer)
 
     def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
-        """Of the last layer only what is asked for is computed."""
+        """Computes only the requested channel of the last layer."""
         weight, bias = self._predictor()
         logits = torch.bmm(self._pixels(regions), weight[channels][:, :, None]) + bias[channels][:, None, None]
         return self._as_maps(logits)[:, 0]
 
     def all_channels(self, regions: Tensor) -> Tensor:
-        """The last layer on every pixel."""
+        """Computes the last layer on every pixel."""
         return self._as_maps(functional.linear(self._pixels(regions), *self._predictor()))
 
     def _predictor(self) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ class FullyConnectedMaskHead(MaskHead):
         self.logits = nn.Linear(widths[-1], self.masks * side**2)
 
     def one_channel(self, regions: Tensor, channels: Tensor) -> Tensor:
-        """One of the channels that the last layer puts out."""
+        """Returns one of the output channels of the last layer."""
         return self.all_channels(regions)[torch.arange(len(channels), device=channels.device), channels]
 
     def all_channels(self, regions: Tensor) -> Tensor:
@@ -155,10 +156,10 @@ class FullyConnectedMaskHead(MaskHead):
 
 
 def mask_targets(masks: BitMasks, boxes: Tensor, index: Tensor, side: int) -> Tensor:
-    """The intersection of each region and its ground truth mask, as RoIAlign of the mask (section 3.1).
+    """Returns the intersection of each region and its ground truth mask, as RoIAlign of the mask (section 3.1).
 
-    masks: (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks, on the host.
-    Returns float32 (R, side, side) in 0..1.
+    masks: (G, H, W); boxes: float32 (R, 4) in the masks' own pixels; index: int64 (R,) into masks, on the host. Returns float32
+    (R, side, side) in 0..1.
     """
     used, place = torch.unique(index, return_inverse=True)
     device = boxes.device

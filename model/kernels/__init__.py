@@ -1,1 +1,1 @@
-"""Triton kernels and CPU paths, each beside a slow obvious reference of the same signature."""
+"""Triton kernels and CPU implementations, each beside a slow and obvious reference with the same signature."""

@@ -1,7 +1,7 @@
-"""Where pasted masks change: one operator for the masks of a whole batch, Triton on CUDA and the reference elsewhere.
+"""Finds where pasted masks change: one operator for the masks of a whole batch, Triton on CUDA and the reference elsewhere.
 
-What run-length encodings are made of, so that neither pasted masks nor the small ones have to leave the device. Registered
-with torch as ``torch.ops.masklake.mask_edges``. On a CPU `model.masks.rle` computes the same edges with less work.
+Run-length encodings are made of these changes, so neither pasted masks nor the small ones have to leave the device. Registered
+with torch as `torch.ops.masklake.mask_edges`. On a CPU, `model.masks.rle` computes the same edges with less work.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _OPERATOR = register(_mask_edges, _fake)
 
 
 def choose_path(device: str) -> Path:
-    """Which implementation serves masks on this device; warns once where it is the slow one."""
+    """Returns the implementation for masks on this device; warns once if it is the slow one."""
     if device == "cuda":
         return "triton"
     warn_once(f"no kernel finds the edges of masks on {device}: falling back to the slow reference")

@@ -1,6 +1,6 @@
-"""How our operators are registered with torch: what `torch.library.custom_op` does, without what it costs.
+"""Registers our operators with torch: what `torch.library.custom_op` does, without its cost.
 
-The decorator's operators load torch's compiler when they first run, in every process that labels an image.
+The decorator's operators load torch's compiler at their first call, in every process that labels an image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 NAMESPACE = "masklake"
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-"""The function behind each operator, by the operator's name, for who wants to run it below torch's dispatcher."""
+"""The function of each operator, by the operator's name, for calls below torch's dispatcher."""
 
 
 def register(

@@ -1,7 +1,7 @@
-"""RoIAlign's one dispatch point: Triton on CUDA, an embedding bag on the CPU, and what works for everything else.
+"""Dispatches RoIAlign: Triton on CUDA, an embedding bag on the CPU, and a general implementation for everything else.
 
-The operator is registered with torch (``torch.ops.masklake.roi_align``), so that autograd, torch.compile and export treat
-it as one of their own.
+The operator is registered with torch (`torch.ops.masklake.roi_align`), so that autograd, torch.compile and export treat it as
+one of their own.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ for _operator in (_FORWARD, _BACKWARD):
 
 
 def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
-    """Which implementation pools features of this device and dtype; warns once where it is not the fast one."""
+    """Returns the implementation for features of this device and dtype; warns once if it is not the fast one."""
     if device == "cpu" and dtype in BAG_DTYPES:
         return "bag"
     if device == "cuda" and dtype in TRITON_DTYPES and levels <= TRITON_LEVELS:
@@ -142,7 +142,7 @@ def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
 
 
 def choose_backward_path(path: Path, deterministic: bool) -> Path:
-    """Which implementation differentiates what ``path`` pooled: the bag runs on every device without atomics."""
+    """Returns the implementation for the gradient of what `path` pooled: the bag runs on every device without atomics."""
     return "bag" if deterministic and path == "triton" else path
 
 

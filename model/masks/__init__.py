@@ -1,1 +1,1 @@
-"""Masks in packed forms: COCO run-length encodings, and bits of training masks."""
+"""Masks in compact forms: COCO run-length encodings, and bits for training masks."""

@@ -1,7 +1,7 @@
-"""Masks of training images, eight pixels a byte: 250 masks of 3000 x 3000 pixels are 280 MB, and were 2.2 GB.
+"""Masks of training images with eight pixels per byte: 250 masks of 3000 x 3000 pixels take 280 MB instead of 2.2 GB.
 
-Only the masks of sampled regions are ever unpacked, some at a time (`model.heads.mask.mask_targets`).
-Shape letters: G instances, H x W pixels of their image.
+Only the masks of sampled regions are ever unpacked, a few at a time (`model.heads.mask.mask_targets`). Shape letters: G
+instances, H x W pixels of their image.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from masklake.model.devices import sent
 
 @dataclass(frozen=True)
 class BitMasks:
-    """Masks of one image's instances.
+    """Masks of the instances in one image.
 
-    bits: uint8 (G, W, ceil(H / 8)), a column's pixels from the highest bit of its first byte on: run lengths go down columns,
-    and so does their decoder. height: H, pixels.
-    known: bool (G,), False for an instance whose mask nobody drew: its bits are 0, and no mask is learnt from it.
+    bits: uint8 (G, W, ceil(H / 8)), the pixels of a column from the highest bit of its first byte, because run lengths follow
+    columns, as does their decoder. height: H, pixels. known: bool (G,), False for an instance without an annotated mask: its
+    bits are 0, and no mask is trained on it.
     """
 
     bits: Tensor
@@ -34,7 +34,7 @@ class BitMasks:
         return len(self.bits)
 
     def __getitem__(self, rows: Tensor) -> BitMasks:
-        """Those of `rows`: indices, or bool (G,)."""
+        """Returns the masks of `rows`: indices, or bool (G,)."""
         return BitMasks(self.bits[rows], self.height, self.known[rows])
 
     @property
@@ -43,23 +43,25 @@ class BitMasks:
         return len(self.bits), self.height, self.bits.shape[1]
 
     def to(self, device: torch.device) -> BitMasks:
-        """The same on another device."""
+        """Returns the same masks on another device."""
         return BitMasks(sent(self.bits, device), self.height, sent(self.known, device))
 
     def unpack(self) -> Tensor:
-        """uint8 (G, H, W) of 0 and 1."""
+        """Returns uint8 (G, H, W) of 0 and 1."""
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
         columns = ((self.bits[..., None] >> shifts) & 1).flatten(2)[..., : self.height]
         return columns.transpose(1, 2)
 
     @staticmethod
     def pack(masks: Tensor) -> BitMasks:
-        """Of uint8 or bool (G, H, W): every pixel but 0 is set, every mask is known."""
+        """Packs uint8 or bool (G, H, W): every non-zero pixel is set, every mask is known."""
         return BitMasks.of(masks.detach().cpu().numpy(), (masks.shape[1], masks.shape[2]), len(masks)).to(masks.device)
 
     @staticmethod
     def of(masks: Iterable[NDArray[np.uint8] | None], size: tuple[int, int], count: int) -> BitMasks:
-        """Of `count` masks (H, W) one after another, so that they need not exist together; None for one that is not known."""
+        """Packs `count` masks (H, W) one after another, so that they need not exist at the same time; None for an unknown
+        mask.
+        """
         bits = np.zeros((count, size[1], -(-size[0] // 8)), np.uint8)
         known = np.zeros(count, np.bool_)
         for number, mask in enumerate(masks):

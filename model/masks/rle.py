@@ -78,7 +78,7 @@ def encode_boxed_masks(
 
 
 def on_device(probs: Tensor, convention: str = "torchvision") -> bool:
-    """Whether masks are pasted and cut where they are: there is a kernel for torchvision's convention on CUDA."""
+    """Returns whether masks are pasted and cut on their device: there is a kernel for torchvision's convention on CUDA."""
     return probs.is_cuda and convention == "torchvision"
 
 
@@ -104,21 +104,22 @@ def encode_on_device(
 
 
 def encode(bitmap: NDArray[np.uint8]) -> bytes:
-    """Compressed counts of one mask: (H, W) of zeros and ones (anything non-zero is set)."""
+    """Returns the compressed counts of one mask: (H, W) of zeros and ones (any non-zero value is set)."""
     flat = (np.asarray(bitmap) != 0).ravel(order="F")
     edges = np.flatnonzero(np.diff(flat, prepend=False))
     return pack_counts(*_runs(edges, np.array([len(edges)]), np.array([flat.size])))[0]
 
 
 def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The mask of compressed counts: uint8 (H, W) of 0 and 1. Raises ValueError if they do not fill ``size``."""
+    """Returns the mask of compressed counts: uint8 (H, W) of 0 and 1. Raises ValueError if they do not fill `size`."""
     return decode_columns(counts, size, (0, size[1]))
 
 
 def decode_columns(counts: bytes, size: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.uint8]:
-    """Columns [first, last) of the mask of compressed counts, uint8 (H, last - first), at the cost of these columns alone.
+    """Returns columns [first, last) of the mask of compressed counts, uint8 (H, last - first), at the cost of these columns
+    alone.
 
-    Raises ValueError if the counts do not fill ``size``, or for columns that are not in it.
+    Raises ValueError if the counts do not fill `size`, or for columns outside of it.
     """
     runs = unpack_counts(counts)
     if runs.sum() != size[0] * size[1] or (runs < 0).any():
@@ -153,7 +154,7 @@ def pack_counts(runs: Longs, lengths: Longs) -> list[bytes]:
 
 
 def unpack_counts(counts: bytes) -> Longs:
-    """Run lengths of one COCO string. Raises ValueError where it is cut short or holds other characters."""
+    """Returns the run lengths of one COCO string. Raises ValueError if it is truncated or contains other characters."""
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any() or (len(codes) and codes[-1] & 32):
         raise ValueError("not a COCO run-length string: it holds foreign characters or ends within a number")
@@ -181,7 +182,7 @@ def _validate(probs: Tensor, boxes: Tensor, size: Sequence[int], convention: str
 
 
 @dataclass(frozen=True)
-class _Regions:
+class _PasteRegions:
     """Grown boxes of N masks and what of them lies in the image; every array is (N,), int64 where nothing else is said.
 
     boxes: float32 (N, 4), as they were. x, y: the pixel that the grown box begins in, possibly outside the image. lead_x,
@@ -202,11 +203,11 @@ class _Regions:
     columns: Longs
     rows: Longs
 
-    def part(self, part: slice) -> _Regions:
-        return _Regions(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+    def part(self, part: slice) -> _PasteRegions:
+        return _PasteRegions(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
 
-def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
+def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteRegions:
     """Grow boxes by the mask's padding and truncate them towards zero to whole pixels, both corners inclusive."""
     scale = float(side + 2 * PADDING) / side
     half_w = (boxes[:, 2] - boxes[:, 0]) * 0.5 * scale
@@ -222,10 +223,10 @@ def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
     box_w, box_h = np.maximum(x1 - x0 + 1, 1), np.maximum(y1 - y0 + 1, 1)
     lead = np.zeros(len(x0))
     columns, rows = (right - left) * seen, (bottom - top) * seen
-    return _Regions(boxes.numpy(), x0, y0, lead, lead, box_w, box_h, left, top, columns, rows)
+    return _PasteRegions(boxes.numpy(), x0, y0, lead, lead, box_w, box_h, left, top, columns, rows)
 
 
-def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
+def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteRegions:
     """Grow boxes by the mask's padding; their corners stay where they are, pixels are seen from their centres."""
     corners = boxes.double().numpy()
     extent = corners[:, 2:] - corners[:, :2]
@@ -239,7 +240,7 @@ def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _Regions:
     seen = np.maximum(last - first, 0) * (real & (last > first).all(1))[:, None]
     parts = (origin, begin - origin, np.where(end > begin, end - begin, 1.0), first, seen)
     (x, y), lead, size_of_box, visible, pixels = (part.T for part in parts)
-    return _Regions(boxes.numpy(), x, y, *lead, *size_of_box, *visible, *pixels)
+    return _PasteRegions(boxes.numpy(), x, y, *lead, *size_of_box, *visible, *pixels)
 
 
 def _chunks(columns: Longs) -> Iterator[slice]:
@@ -249,7 +250,7 @@ def _chunks(columns: Longs) -> Iterator[slice]:
     return (slice(start, end) for start, end in itertools.pairwise(bounds))
 
 
-def _edges(masks: Tensor, regions: _Regions, height: int, threshold: float, paste: _Paste) -> tuple[Longs, Longs]:
+def _edges(masks: Tensor, regions: _PasteRegions, height: int, threshold: float, paste: _Paste) -> tuple[Longs, Longs]:
     """Edges (E,) of n masks (n, M, M), sorted within each mask, and how many each mask has (n,)."""
     owner, place = _ragged(regions.columns)
     profiles = _column_profiles(masks, regions, owner, place)
@@ -295,7 +296,7 @@ def _trace(
 
 
 def _exact_edges(
-    masks: Tensor, regions: _Regions, owner: Longs, place: Longs, columns: Longs, threshold: float, paste: _Paste
+    masks: Tensor, regions: _PasteRegions, owner: Longs, place: Longs, columns: Longs, threshold: float, paste: _Paste
 ) -> tuple[Longs, Longs]:
     """The edges of some columns, as in `_trace`, from masks that torch has resized."""
     at, row = [], []
@@ -309,13 +310,13 @@ def _exact_edges(
     return np.concatenate(at), np.concatenate(row)
 
 
-def _whole_columns(mask: Tensor, regions: _Regions, number: int, place: Longs) -> tuple[Tensor, int]:
+def _whole_columns(mask: Tensor, regions: _PasteRegions, number: int, place: Longs) -> tuple[Tensor, int]:
     """All rows of the box at some of its visible columns, resized by torch; the first one is the box's own first."""
     inside = torch.from_numpy(place + (regions.left[number] - regions.x[number]))
     return _resized_columns(mask, int(regions.box_h[number]), int(regions.box_w[number]), inside), 0
 
 
-def _sampled_columns(mask: Tensor, regions: _Regions, number: int, place: Longs) -> tuple[Tensor, int]:
+def _sampled_columns(mask: Tensor, regions: _PasteRegions, number: int, place: Longs) -> tuple[Tensor, int]:
     """The visible rows of the box at some of its visible columns, in Detectron2's float32; and the box's row of the first."""
     x0, y0, x1, y1 = torch.from_numpy(regions.boxes[number])
     top = int(regions.top[number])
@@ -344,7 +345,7 @@ def _resize(mask: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(mask[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
 
-def _column_profiles(masks: Tensor, regions: _Regions, owner: Longs, column: Longs) -> NDArray[np.float32]:
+def _column_profiles(masks: Tensor, regions: _PasteRegions, owner: Longs, column: Longs) -> NDArray[np.float32]:
     """The small masks' rows along every visible image column: (columns, M), interpolated along x like torch does."""
     count, side, _ = masks.shape
     step = _step(side, regions.box_w)[owner]
@@ -373,8 +374,8 @@ class _Paste:
     system's arithmetic may be from `_trace`, in units of two roundings; a pixel nearer than that is left to `columns`.
     """
 
-    regions: Callable[[Tensor, int, tuple[int, int]], _Regions]
-    columns: Callable[[Tensor, _Regions, int, Longs], tuple[Tensor, int]]
+    regions: Callable[[Tensor, int, tuple[int, int]], _PasteRegions]
+    columns: Callable[[Tensor, _PasteRegions, int, Longs], tuple[Tensor, int]]
     is_set: Callable[[Tensor, float], Tensor]
     slack: float
 
@@ -396,7 +397,7 @@ def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs
 
 
 def pack_edges(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:
-    """COCO strings and areas of masks with so many edges each, in images of so many pixels."""
+    """Returns COCO strings and areas of masks, given the numbers of edges of each, and of the pixels of their images."""
     runs, lengths = _runs(edges, counts, pixels)
     owner, place = _ragged(lengths)
     areas = np.bincount(owner, weights=runs * (place % 2), minlength=len(lengths)).astype(np.int64)

@@ -1,1 +1,1 @@
-"""Weights of any origin: MaskLake's checkpoints, torchvision's and Detectron2's files, and the names of models."""
+"""Weights from any source: MaskLake's checkpoints, and files of torchvision and Detectron2."""

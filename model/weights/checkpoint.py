@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with the weights, and the configuration as JSON in its metadata.
 
-Nothing here unpickles: reading an untrusted file runs no code of it.
+Nothing is unpickled: reading an untrusted file executes none of its code.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ FORMAT = "masklake/1"
 LISTED = 20  # of the keys that do not fit, in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
-"""The layers whose shape the categories decide: their number, and their keypoints."""
+"""Layers whose shape depends on the categories: on their number, and on their keypoints."""
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
 def dumps(model: MaskRCNN) -> bytes:
-    """The model as the bytes of a checkpoint file."""
+    """Returns the model as the bytes of a checkpoint file."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     return save_tensors(state, metadata={"format": FORMAT, "config": model.config.model_dump_json()})
 
 
 def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
-    """Write the model to one file, which appears under its name only when it is complete and on the disk.
+    """Writes the model to one file, which appears under its name only when it is complete and on disk.
 
-    Raises CheckpointError where the folder cannot be written.
+    Raises CheckpointError if the folder cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own: two processes may write one checkpoint
@@ -60,21 +60,21 @@ def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
 
 
 def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu", name: str | None = None) -> MaskRCNN:
-    """The model in a file of `save_checkpoint`, or in its bytes, ready to predict. name: what messages call it.
+    """Returns the model of a checkpoint file, or of its bytes, ready to predict. name: what messages call it.
 
-    Raises CheckpointError for a file that is missing, cut off, of another program, or of another architecture, and ConfigError
-    for a device that this machine cannot use.
+    Raises CheckpointError for a file that is missing, truncated, from another program, or of another architecture, and
+    ConfigError for a device that this machine cannot use.
     """
     device = check_device(device)
     name = name or ("checkpoint" if isinstance(source, bytes) else f"checkpoint {source}")
-    config, state = parse(read_bytes(source), name)
+    config, state = parse_checkpoint(read_bytes(source), name)
     model = MaskRCNN(config)
     load_state(model, state, name)
     return model.to(device).eval()
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
-    """The file's content; raises CheckpointError where there is none."""
+    """Returns the content of the file. Raises CheckpointError if there is none."""
     if isinstance(source, bytes):
         return source
     try:
@@ -88,17 +88,17 @@ def read_bytes(source: str | Path | bytes) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether these bytes begin as a safetensors file that MaskLake wrote."""
+    """Returns whether these bytes start like a safetensors file that MaskLake wrote."""
     return metadata(data).get("format") == FORMAT
 
 
 def has_safetensors_header(data: bytes) -> bool:
-    """Whether these bytes begin as safetensors of whatever program: the length of a header, and its first brace."""
+    """Returns whether these bytes start like a safetensors file of any program: the length of a header, and its first brace."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= _HEADER_LIMIT
 
 
-def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights of a checkpoint's bytes; `name` is what messages call it."""
+def parse_checkpoint(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Returns configuration and weights from the bytes of a checkpoint; `name` is what messages call it."""
     header = metadata(data)
     if header.get("format") != FORMAT:
         raise CheckpointError(
@@ -116,7 +116,7 @@ def parse(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def metadata(data: bytes) -> Mapping[str, str]:
-    """The metadata of safetensors bytes: 8 bytes of header length, then the header as JSON. Empty where it is none."""
+    """Returns the metadata of safetensors bytes (8 bytes of header length, then the header as JSON); empty if there is none."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > _HEADER_LIMIT:
         return {}
@@ -129,7 +129,7 @@ def metadata(data: bytes) -> Mapping[str, str]:
 
 
 def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """Another system's weights under our names. Raises CheckpointError where two of its names are one of ours."""
+    """Returns another system's weights under our names. Raises CheckpointError if two of its names become one of ours."""
     theirs: dict[str, str] = {}
     for key in state:
         if (first := theirs.setdefault(our_name(key), key)) != key:
@@ -138,9 +138,9 @@ def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict
 
 
 def load_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Put weights into a model that has exactly these; otherwise raise CheckpointError as `check_state` does.
+    """Loads weights into a network that has exactly these; otherwise raises CheckpointError as in `check_state`.
 
-    Counters of batches, which are no weights, are passed over: frozen norms have none, and old files have none at all.
+    Counters of batches, which are not weights, are ignored: frozen norms have none, nor do old files.
     """
     check_state(model, state, name, recorded)
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
@@ -150,10 +150,10 @@ def load_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded
 
 
 def check_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Raises CheckpointError, naming what does not fit, unless a model has exactly these weights by name and shape.
+    """Raises CheckpointError that names what does not fit, unless a network has exactly these weights by name and shape.
 
-    Either may be on the meta device. recorded: the preset that our own checkpoint of these weights names, which explains best
-    why they do not fit another.
+    Either may be on the meta device. recorded: the preset in our own checkpoint of these weights, which best explains why they
+    do not fit another one.
     """
     own = {key: tensor for key, tensor in model.network.state_dict().items() if not key.endswith(COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
@@ -203,6 +203,6 @@ def _check_classes(config: ModelConfig, own: Mapping[str, Tensor], state: Mappin
 
 
 def listed(keys: Sequence[str]) -> str:
-    """The first `LISTED` of them, and how many more there are."""
+    """Returns the first `LISTED` names, and how many more there are."""
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
     return f"{', '.join(keys[:LISTED])}{more}"

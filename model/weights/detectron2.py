@@ -1,7 +1,7 @@
-"""Detectron2's checkpoints: the model zoo's pickles, their names in ours, and the conventions that go with them.
+"""Detectron2's checkpoints: the pickles of its model zoo, their names as ours, and their numerical conventions.
 
-Understands the ResNet and ResNeXt models of the zoo's Base-RCNN configurations (Faster, Mask and Keypoint R-CNN with FPN, C4
-and dilated C5), at Detectron2's commit 02b5c4e. A pickle is a program: here it is run by stand-ins that make arrays of numbers
+Supports the ResNet and ResNeXt models of the zoo's Base-RCNN configurations (Faster, Mask and Keypoint R-CNN with FPN, C4 and
+dilated C5), at Detectron2's commit 02b5c4e. A pickle is a program: here it is run with stand-ins that create arrays of numbers
 and nothing else, so that no class or function that an untrusted file names is ever called.
 """
 
@@ -86,7 +86,9 @@ _RESNEXT: dict[str, Any] = {"image_std": (57.375, 57.12, 58.395)}
 
 
 def conventions(config: ModelConfig) -> ModelConfig:
-    """`config` with Detectron2's numerical conventions, and the 80 categories of COCO in place of torchvision's 90 ids."""
+    """Returns `config` with Detectron2's numerical conventions, and the 80 categories of COCO instead of torchvision's 90
+    ids.
+    """
     plain = config.backbone.groups == 1
     changes = _ALWAYS | (_MSRA if plain else _RESNEXT)
     if config.features != "fpn":
@@ -102,12 +104,12 @@ def conventions(config: ModelConfig) -> ModelConfig:
 
 
 def is_theirs(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are a Detectron2 detector's names."""
+    """Returns whether these are the names of a Detectron2 detector."""
     return any(key.startswith(_MARKS) for key in state)
 
 
 def our_name(key: str) -> str:
-    """MaskLake's name of a Detectron2 weight; names that are of no known part come back as they are."""
+    """Returns MaskLake's name of a Detectron2 weight; names of unknown parts are returned unchanged."""
     if match := _BLOCK.match(key):
         stage, block, part, norm = match.groups()
         place = "roi_stage" if key.startswith("roi_heads.") else f"backbone.body.stages.{int(stage) - 2}"
@@ -123,9 +125,9 @@ def our_name(key: str) -> str:
 
 
 def rename(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state dict under MaskLake's names and with its order of classes, for the model of `config`.
+    """Returns the state dict under MaskLake's names and with its order of classes, for the model of `config`.
 
-    Detectron2 has the background last, and no boxes or masks of it; here it comes first everywhere, and what it lacks is zero.
+    Detectron2 has the background last, without boxes or masks; here it comes first everywhere, and what it lacks is zero.
     """
     ours = renamed({key: tensor for key, tensor in state.items() if not _IGNORED.match(key)}, our_name)
     changes: dict[str, Callable[[Tensor], Tensor]]
@@ -148,14 +150,14 @@ def _after_zeros(count: int, rows: Tensor) -> Tensor:
 
 
 def is_pickle(data: bytes) -> bool:
-    """Whether these bytes begin as a pickle that is not torch's."""
+    """Returns whether these bytes start like a pickle that is not torch's."""
     return data.startswith(b"\x80") and not data.startswith(_TORCH_MAGIC)
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a model zoo file, `{"model": {name: array}, ...}`; nothing but arrays of numbers is made of it.
+    """Returns the tensors of a model zoo file, `{"model": {name: array}, ...}`; only arrays of numbers are created.
 
-    Raises CheckpointError for anything else, and for files that are cut off or damaged.
+    Raises CheckpointError for anything else, and for files that are truncated or damaged.
     """
     try:
         _check_memo(data)

@@ -1,8 +1,8 @@
-"""Files of other programs' weights: from the bytes of any container to tensors by name, or to the reason why not.
+"""Reads weight files of other programs: from the bytes of any container to tensors by name, or to the reason why not.
 
-Understands `torch.save`d state dicts and training checkpoints, bare or wrapped, safetensors, and the pickles of Detectron2's
-model zoo. Nothing of a file is run: tensors are read as such, and what else lies beside them, such as a run's options, becomes
-an empty stand-in.
+Supports state dicts and training checkpoints of `torch.save`, bare or wrapped, safetensors, and the pickles of Detectron2's
+model zoo. No code in a file is executed: tensors are read as such, and other content, such as a run's options, becomes an empty
+stand-in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NESTED = (
     *("model", "state_dict", "model_state_dict", "model_state", "weights", "network", "net", "module", "params"),
     *("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema"),
 )
-"""Under which of a training checkpoint's keys the weights are; averaged ones serve where there are no others."""
+"""Keys of a training checkpoint under which the weights may be; averaged ones are used if there are no others."""
 _DEPTH = 4  # dictionaries within dictionaries
 
 _TRANSPARENT = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -38,7 +38,7 @@ _FIRST_LAYERS = tuple(
     f"backbone.{layer}.weight" for layer in ("body.conv1", "bottom_up.stem.conv1", "stem.conv1", "body.stem.0")
 )
 CLASSIFIER = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
-"""What the state dict of a residual network that classifies images holds, and no detector's does."""
+"""Names in the state dict of a residual network that classifies images, which no detector has."""
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (
@@ -61,9 +61,10 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 
 
 def read_state(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a file of another program, by its names, without those of wrappers (`module.`, `_orig_mod.`, `model.`).
+    """Returns the tensors of another program's file, by its names, without the prefixes of wrappers (`module.`, `_orig_mod.`,
+    `model.`).
 
-    name: what messages call the file. Raises CheckpointError, which says what the file is, for one without weights.
+    name: what messages call the file. Raises CheckpointError that says what the file is if it has no weights.
     """
     if (what := what_it_is(data)) is not None:
         raise CheckpointError(f"{name} is neither a MaskLake checkpoint nor a state dict of tensors: it is {what}")
@@ -76,7 +77,7 @@ def read_state(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def what_it_is(data: bytes) -> str | None:
-    """What these bytes are, where they are known to be no weights; else None."""
+    """Returns what these bytes are if they are known not to be weights, else None."""
     if not data:
         return "empty"
     for beginning, what in _BEGINNINGS:
@@ -143,7 +144,7 @@ class _StandIn:
         pass
 
 
-class _Table(_StandIn):
+class _PlainDict(_StandIn):
     """What a dictionary of another kind becomes: a plain one."""
 
     def __new__(cls, *_: Any) -> Any:
@@ -154,10 +155,10 @@ _TABLES = ("collections.defaultdict",)
 
 
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a `torch.save`d state dict, or of a training checkpoint that holds one, by name.
+    """Returns the tensors of a state dict written by `torch.save`, or of a training checkpoint that contains one, by name.
 
-    Objects of other classes than torch's are not unpickled: each becomes an empty stand-in, which is named in the message where
-    it is in the weights' place. Raises CheckpointError for a file without a state dict.
+    Objects of classes other than torch's are not unpickled: each becomes an empty stand-in, which the message names if it is in
+    the place of weights. Raises CheckpointError for a file without a state dict.
     """
     refused = f"{name} is neither a MaskLake checkpoint nor a state dict of tensors"
     try:
@@ -185,7 +186,7 @@ def _stand_ins(data: bytes) -> list[tuple[type, str]]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # noqa: BLE001 - of any kind, for a file that is of the older form or damaged: its reader says what it is
         return []
-    return [(type(name, (_Table if name in _TABLES else _StandIn,), {}), name) for name in names]
+    return [(type(name, (_PlainDict if name in _TABLES else _StandIn,), {}), name) for name in names]
 
 
 def _find(content: Any, depth: int = _DEPTH) -> dict[str, Tensor] | None:
@@ -218,11 +219,11 @@ def _inventory(content: Any) -> str:
 
 
 def unwrapped(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state dict of the network itself, without what wrappers put before its names and beside it.
+    """Returns the state dict of the network itself, without what wrappers add before its names and beside it.
 
-    DistributedDataParallel says `module.`, `torch.compile` says `_orig_mod.`, Lightning the attribute's name; an average of
-    weights holds the network beside counts of its own. Averaged weights (`ema`) serve where there are no others. Raises
-    CheckpointError where the names hold several networks otherwise.
+    DistributedDataParallel adds `module.`, `torch.compile` `_orig_mod.`, Lightning the name of the attribute; an average of
+    weights holds the network beside its own counters. Averaged weights (`ema`) are used if there are no others. Raises
+    CheckpointError if the names contain several networks otherwise.
     """
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Networks that are no Mask R-CNN of ours, known by the names of their weights, so that a refusal can say what a file is."""
+"""Recognises other networks by the names of their weights, so that a refusal can say what a file is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NAMES = {
 
 
 def other_network(state: Mapping[str, Tensor]) -> str | None:
-    """What a state dict is of, where its names say that it is no detector that can be converted; else None."""
+    """Returns what a state dict belongs to if its names are not those of a detector that can be converted, else None."""
     detector = any(_DETECTOR.match(key) for key in state)
     for pattern, what in _MARKS:
         if any(pattern.match(key) for key in state) and (not detector or what == _CASCADE):
@@ -51,7 +51,9 @@ def other_network(state: Mapping[str, Tensor]) -> str | None:
 
 
 def residual_network(state: Mapping[str, Tensor]) -> str:
-    """What a classifier's state dict (`conv1.`, `layer1.0.`) is of: `ResNet-50`, `ResNeXt-101 32x8d`, `Wide ResNet-50`."""
+    """Returns the network of a classifier's state dict (`conv1.`, `layer1.0.`): `ResNet-50`, `ResNeXt-101 32x8d`, `Wide
+    ResNet-50`.
+    """
     blocks = [re.match(r"layer([1-4])\.(\d+)\.", key) for key in state]
     found = [(int(match[1]), int(match[2])) for match in blocks if match]
     depths = [1 + max((block for stage, block in found if stage == number), default=-1) for number in (1, 2, 3, 4)]
@@ -62,7 +64,7 @@ def residual_network(state: Mapping[str, Tensor]) -> str:
 
 
 def backbone_name(config: BackboneConfig) -> str:
-    """The same of a configuration's backbone."""
+    """Returns the same for the backbone of a configuration."""
     return _name(config.block == "basic", config.depths, config.groups, config.group_width)
 
 

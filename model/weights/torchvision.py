@@ -1,7 +1,7 @@
-"""torchvision's state dicts: their names in ours, and the conventions that go with them.
+"""torchvision's state dicts: their names as ours, and their numerical conventions.
 
-Understands the ResNet FPN models (Faster, Mask and Keypoint R-CNN, and the V2 variants with batch norm in their heads), the
-key names of torchvision's oldest files, and the ResNet and ResNeXt classifiers, whose weights begin a backbone.
+Supports the ResNet FPN models (Faster, Mask and Keypoint R-CNN, and the V2 variants with batch norm in their heads), the key
+names of torchvision's oldest files, and the ResNet and ResNeXt classifiers, whose weights initialise a backbone.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _KEYPOINT_CONV = re.compile(r"roi_heads\.keypoint_head\.(\d+)\.")  # a Sequentia
 
 
 def our_name(key: str) -> str:
-    """MaskLake's name of a torchvision weight; names that are of no known part come back as they are."""
+    """Returns MaskLake's name of a torchvision weight; names of unknown parts are returned unchanged."""
     if match := _BLOCK.match(key):
         stage, block, part = match.groups()
         return f"backbone.body.stages.{int(stage) - 1}.{block}.{_BLOCK_PARTS[part]}.{key[match.end() :]}"
@@ -83,17 +83,17 @@ def our_name(key: str) -> str:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under MaskLake's names. Raises CheckpointError where one weight comes under two, an old and a new one."""
+    """Returns the state dict under MaskLake's names. Raises CheckpointError if a weight occurs under an old and a new name."""
     return renamed(state, our_name)
 
 
 def is_classifier(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict of torchvision's is a residual network that classifies images, such as ImageNet's."""
+    """Returns whether a state dict of torchvision is a residual network that classifies images, such as ImageNet's."""
     return state.keys() >= set(CLASSIFIER)
 
 
 def rename_classifier(state: Mapping[str, Tensor], c4: bool) -> dict[str, Tensor]:
-    """A classifier's weights as those of a detector's backbone; the fifth stage runs on regions where there is `c4`."""
+    """Returns a classifier's weights as those of a detector's backbone; with `c4`, the fifth stage runs on regions."""
     body = {f"backbone.body.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}
     fifth = "backbone.body.stages.3."
     return {
@@ -103,7 +103,7 @@ def rename_classifier(state: Mapping[str, Tensor], c4: bool) -> dict[str, Tensor
 
 
 def norm_eps_of_file(data: bytes) -> float:
-    """The eps that torchvision's builder gives the frozen norms of this weights file."""
+    """Returns the epsilon that torchvision's builder gives the frozen norms of this weights file."""
     return 0.0 if hashlib.sha256(data).hexdigest().startswith(_ZERO_EPS_FILES) else 1e-5
 
 
@@ -129,8 +129,9 @@ def _named(weight_name: str) -> WeightsEnum:
     return weights
 
 
-def outline(weight_name: str) -> dict[str, Tensor]:
-    """The names and shapes of these weights, as tensors on the meta device: what they are of is known before any download.
+def weight_shapes(weight_name: str) -> dict[str, Tensor]:
+    """Returns names and shapes of these weights, as tensors on the meta device, so that they can be checked before any
+    download.
 
     Raises CheckpointError for a name that `fetch` refuses.
     """
@@ -144,11 +145,12 @@ def outline(weight_name: str) -> dict[str, Tensor]:
 
 
 def fetch(weight_name: str) -> tuple[dict[str, Tensor], float]:
-    """Download weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; with their norm's eps.
+    """Downloads weights by torchvision's own name, such as `MaskRCNN_ResNet50_FPN_Weights.COCO_V1`; returns them with the
+    epsilon of their norms.
 
-    Kept where torch.hub keeps them. What lies there is read like any other file: torchvision itself would unpickle it.
-    Raises CheckpointError where the name does not exist or is of no network that MaskLake can take (before any download), the
-    download fails or the file holds other than tensors.
+    They are cached where torch.hub caches files. A cached file is read like any other: torchvision itself would unpickle it.
+    Raises CheckpointError if the name does not exist or belongs to an unsupported network (before any download), if the
+    download fails, or if the file contains something other than tensors.
     """
     weights = _named(weight_name)
     kept = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(weights.url).path).name)

@@ -26,7 +26,7 @@ from masklake.pipeline.images.decode import DecodeLimits, read_upright
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse, relative_to
+from masklake.pipeline.storage.uri import parse_uri, relative_to
 
 HEAD_BYTES = 8192
 """Bytes read of a remote object: they contain the size of nearly every JPEG and PNG."""
@@ -55,7 +55,7 @@ def usable_images(storage: Storage, dataset: CocoDataset, folder: str, most: flo
     if len(missing) == len(dataset.images) or len(missing) > most * len(dataset.images):
         names = ", ".join(found[number][0] for number in list(missing)[:NAMED]) + (", ..." if len(missing) > NAMED else "")
         others = [f"{name}: {reason}" for number, (name, reason) in found.items() if number not in missing]
-        also = f" {len(others):,} more cannot be used: {named(others)}." if others else ""
+        also = f" {len(others):,} more cannot be used: {first_few(others)}." if others else ""
         absent = counted_of(len(missing), len(dataset.images), "image")
         raise AnnotationError(
             f"{absent} of {dataset.source} {agreeing(len(missing), 'is', 'are')} not in {folder}: {names}. Check the "
@@ -74,12 +74,12 @@ def check_unusable(messages: Sequence[str], images: int, most: float, source: st
     unusable = len(messages) + already
     if messages and (unusable > most * images or unusable >= images):
         raise AnnotationError(
-            f"{counted_of(unusable, images, 'image')} of {source} cannot be used: {named(messages, unusable)}. Mend or remove "
-            f"{agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
+            f"{counted_of(unusable, images, 'image')} of {source} cannot be used: {first_few(messages, unusable)}. "
+            f"Mend or remove {agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
         )
 
 
-def named(messages: Sequence[str], of: int | None = None) -> str:
+def first_few(messages: Sequence[str], of: int | None = None) -> str:
     """Returns the first few messages in one line, and how many of them (or of `of`) are not shown."""
     more = (len(messages) if of is None else of) - len(messages[:NAMED])
     return "; ".join(messages[:NAMED]) + (f"; and {more:,} more" if more else "")
@@ -120,7 +120,7 @@ def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
 @contextmanager
 def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bool]]:
     """Context manager for a local file, or the first bytes of a remote one, and whether that is the whole file."""
-    at = parse(uri)
+    at = parse_uri(uri)
     if at.is_local:
         if not stat.S_ISREG(Path(at.key).stat().st_mode):
             raise InputNotFoundError(f"{uri}: not a regular file")

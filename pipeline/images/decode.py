@@ -90,7 +90,7 @@ def read_header(data: bytes, limits: DecodeLimits) -> Header:
         return Header(Status.TOO_LARGE, error=f"{len(data)} bytes; the limit is {limits.max_bytes}")
     try:
         with _open(data, limits) as image:
-            return _judge(image.size, limits)
+            return _size_status(image.size, limits)
     except Exception as error:  # noqa: BLE001 - a parser fed hostile bytes can raise anything; the row carries the reason
         status, reason = _classify(error, limits)
         return Header(status, error=reason)
@@ -106,7 +106,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
     _allow(limits.max_pixels)
     try:
         with Image.open(file, formats=FORMATS) as image:
-            header = _judge(image.size, limits)
+            header = _size_status(image.size, limits)
             if header.status is not Status.OK or image.format not in ("JPEG", "MPO"):
                 return header
             turned = _orientation(image) >= 5
@@ -147,7 +147,7 @@ def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
 
 def _allow(pixels: int) -> None:
     """Let Pillow open images of so many pixels. Its limit, which is the whole process's, is never lowered: others open images,
-    too, and `_judge` knows ours.
+    too, and `_size_status` knows ours.
     """
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, (pixels + 1) // 2)  # it refuses twice as many
@@ -157,7 +157,7 @@ class _TooLargeInside(Exception):
     """An image is larger than its container's header says, and larger than the limits."""
 
 
-def _judge(size: tuple[int, int], limits: DecodeLimits) -> Header:
+def _size_status(size: tuple[int, int], limits: DecodeLimits) -> Header:
     """Returns the status of an image of this (width, height) in pixels."""
     width, height = size
     if width <= 0 or height <= 0:
@@ -189,7 +189,7 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
     # import costs a process 4.5 s: a worker would have to decode ten thousand images to win that back.
     with _open(data, limits) as image:
         image.load()  # TIFF turns itself upright here, and PNG may state its orientation after the pixels
-        inner = _judge(image.size, limits)  # an image in a container (ICO) may be larger than promised
+        inner = _size_status(image.size, limits)  # an image in a container (ICO) may be larger than promised
         if inner.status is Status.TOO_LARGE:
             raise _TooLargeInside(inner.error)
         return upright_rgb(image)

@@ -20,7 +20,7 @@ from masklake.pipeline.storage.literal_keys import LiteralObject
 from masklake.pipeline.storage.objects import local_etag, unquoted
 from masklake.pipeline.storage.retry import PAUSES_S
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse
+from masklake.pipeline.storage.uri import parse_uri
 
 CONCURRENT_GETS = 32
 """Concurrent requests per call: enough to hide 50 ms of latency at 600 images/s, few enough for the sockets of one node."""
@@ -71,8 +71,8 @@ async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, conc
         async with gate:
             try:
                 with translated(uri):
-                    if parse(uri).is_local:
-                        return await asyncio.to_thread(_read_local, parse(uri).key, max_bytes)
+                    if parse_uri(uri).is_local:
+                        return await asyncio.to_thread(_read_local, parse_uri(uri).key, max_bytes)
                     return await _get(storage, uri, max_bytes)
             except MaskLakeError as error:
                 missing = isinstance(error, InputNotFoundError)

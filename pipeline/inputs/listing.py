@@ -29,7 +29,7 @@ from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.literal_keys import MAX_KEY_BYTES, is_plain
 from masklake.pipeline.storage.objects import OBJECT_SCHEMA
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import below, canonical, parent, parse, relative_to
+from masklake.pipeline.storage.uri import below, canonical, parent, parse_uri, relative_to
 from masklake.pipeline.storage.walk import is_utf8
 
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -60,7 +60,7 @@ class InputSpec(BaseModel, InputFields, frozen=True):
 
     def canonical(self) -> InputSpec:
         """Returns the same input with canonical names; a trailing slash is kept."""
-        uri = parse(self.uri).uri
+        uri = parse_uri(self.uri).uri
         folder = self.uri.endswith("/") and not uri.endswith("/") and not is_glob(uri)
         return self.model_copy(update={"uri": f"{uri}/" if folder else uri})
 
@@ -75,7 +75,7 @@ class InputSpec(BaseModel, InputFields, frozen=True):
         if _WINDOWS.match(self.uri) and not os.path.lexists(self.uri):
             raise ConfigError(f"{self.uri}: is a Windows path, and this system has no drives; give its path here (/mnt/c/...)")
         spec = self.canonical()
-        at = parse(spec.uri)
+        at = parse_uri(spec.uri)
         if is_glob(at.bucket):
             raise ConfigError(f"{spec.uri}: a pattern cannot choose the bucket; name it")
         if at.is_local and spec.uri.endswith("/") and os.path.isfile(at.key):
@@ -114,7 +114,7 @@ def _is_one_object(storage: Storage, uri: str) -> bool:
     """
     if uri.endswith("/") or not storage.is_file(uri):
         return False
-    if parse(uri).is_local or storage.stat(uri).bytes:
+    if parse_uri(uri).is_local or storage.stat(uri).bytes:
         return True
     return next(storage.list_objects(f"{uri}/"), None) is None
 
@@ -133,7 +133,7 @@ def _list_file(storage: Storage, spec: InputSpec, left_out: LeftOut) -> Iterator
     base = parent(spec.uri)
     for rows in read_list(storage, spec.uri, spec.column, left_out):
         named = [(uri, row) for row in rows if (uri := _listed_uri(base, row.name, left_out)) is not None]
-        faults = _unreadable_files([uri for uri, _ in named if parse(uri).is_local])
+        faults = _unreadable_files([uri for uri, _ in named if parse_uri(uri).is_local])
         for uri, row in named:
             if uri in faults:
                 left_out.add(faults[uri], row.name)
@@ -243,7 +243,7 @@ def _unnameable(name: str) -> Reason | None:
 
 def _unreadable(uri: str) -> Reason | None:
     """Returns why no request for this key could ever succeed, or None."""
-    at = parse(uri)
+    at = parse_uri(uri)
     if at.is_local:
         return None
     if at.scheme != "s3":

@@ -28,7 +28,7 @@ from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.wording import counted
 from masklake.pipeline.errors import StorageError
 from masklake.pipeline.inputs.list_header import images_columns, is_headless
-from masklake.pipeline.storage.errors import describe, translated
+from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.objects import LISTING_BATCH, unquoted
 from masklake.pipeline.storage.storage import Storage
@@ -114,11 +114,11 @@ def _list_errors(uri: str, kind: str) -> Iterator[None]:
         with translated(uri):
             yield
     except (pa.ArrowException, csv.Error, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(f"{said} ({describe(error)})") from error
+        raise ConfigError(f"{said} ({reason_of(error)})") from error
     except MaskLakeError as error:
         foreign = (pa.ArrowInvalid, UnicodeDecodeError, gzip.BadGzipFile)
         if isinstance(error, StorageError) and isinstance(error.__cause__, foreign):
-            raise ConfigError(f"{said} ({describe(error.__cause__)})") from error
+            raise ConfigError(f"{said} ({reason_of(error.__cause__)})") from error
         raise
 
 
@@ -312,7 +312,7 @@ def _json(uri: str, number: int, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         if _COCO.search(text) or text.strip() == "{":
             _refuse_coco(uri, error)
-        raise ConfigError(f"{uri}: line {number} is no JSON ({describe(error)})") from error
+        raise ConfigError(f"{uri}: line {number} is no JSON ({reason_of(error)})") from error
 
 
 def _json_column(uri: str, wanted: str | None, value: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from masklake.pipeline.images.fetch import Fetched, fetch
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.labelling.run_output import REPORT_SCHEMA, failed, write_block, written
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.table import Table
 
 FETCH_WINDOW_BYTES = 128 * 2**20
@@ -116,7 +116,7 @@ class Labeller:
         for window in _windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES):
             for outcome in self._label(window):
                 outcomes[outcome.image_id] = outcome
-        return to_table(
+        return outcome_rows(
             [outcomes[source.image_id] for source in sources],
             model_id=self._spec.model_id,
             label_id=self._spec.label_id,
@@ -130,7 +130,7 @@ class Labeller:
         found = fetch(self._spec.storage, [source.uri for source in sources], max_bytes=self._spec.limits.max_bytes)
         jobs: list[_Job] = []
         for source, fetched in zip(sources, found, strict=True):
-            job = _judge(source, fetched, self._spec.limits)
+            job = _job_or_outcome(source, fetched, self._spec.limits)
             if isinstance(job, Outcome):
                 yield from self._finished([job])
             else:
@@ -249,7 +249,7 @@ def _told(answer: Any) -> Any:
         return None
 
 
-def _judge(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:
+def _job_or_outcome(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:
     """Returns a job if the image was fetched and its header is fine, else the row that says why not."""
     if fetched.data is None:
         return source.outcome(fetched)

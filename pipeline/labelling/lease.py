@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Self
 from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
 from masklake.pipeline.storage.conditional import ConditionalObject, RefusedError, bare_tags
-from masklake.pipeline.storage.errors import describe, translated
+from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse
+from masklake.pipeline.storage.uri import parse_uri
 
 if TYPE_CHECKING:  # it exists in obstore's stubs alone
     from obstore import UpdateVersion
@@ -114,7 +114,7 @@ class Lease(ABC):
         expires.
         """
         uri = storage.join(table_uri, "_masklake", run_id, "lease")
-        if parse(uri).is_local:
+        if parse_uri(uri).is_local:
             return FileLease(uri, run_id, ttl_s)
         return ObjectLease(storage, uri, run_id, ttl_s, on_wait or logger.warning)
 
@@ -152,7 +152,7 @@ class FileLease(Lease):
 
     def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
         super().__init__(uri, run_id, ttl_s)
-        self._path = Path(parse(uri).key)
+        self._path = Path(parse_uri(uri).key)
         with translated(uri):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+b")
@@ -199,7 +199,7 @@ class FileLease(Lease):
             with self._file:
                 self._write(b"")
         except OSError as error:  # closed all the same, and whoever comes next goes by the lock, not by the file's content
-            logger.warning("%s: still names this process, which gave the lease back (%s)", self.uri, describe(error))
+            logger.warning("%s: still names this process, which gave the lease back (%s)", self.uri, reason_of(error))
 
 
 class ObjectLease(Lease):

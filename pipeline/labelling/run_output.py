@@ -32,10 +32,10 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline import errors
 from masklake.pipeline.errors import InputNotFoundError, LabellingError, StorageError
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.storage.errors import describe, translated
+from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse
+from masklake.pipeline.storage.uri import parse_uri
 from masklake.pipeline.table.log import DataFile
 from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN
 from masklake.pipeline.table.table import Table
@@ -116,7 +116,7 @@ def _names(storage: Storage, folder: str) -> dict[str, int]:
 def _image_ids(storage: Storage, uri: str) -> NDArray[np.int64]:
     """Returns the image_ids of a data file. A local file is decoded completely: a power cut may leave zeros anywhere in it."""
     filesystem, path = storage.arrow(uri)
-    columns = None if parse(uri).is_local else ["image_id"]
+    columns = None if parse_uri(uri).is_local else ["image_id"]
     with storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
         return _decoded(file, columns)
 
@@ -210,7 +210,7 @@ def written(block: Finished) -> pa.Table:
 def failed(error: Exception) -> pa.Table:
     """Returns REPORT_SCHEMA: the block was not written, because of an error of ours."""
     ours = isinstance(error, MaskLakeError)
-    message = str(error) if ours else f"a block could not be labelled ({describe(error)}); the same command goes on"
+    message = str(error) if ours else f"a block could not be labelled ({reason_of(error)}); the same command goes on"
     return pa.table([[None], [None], [None], [type(error).__name__ if ours else None], [message]], schema=REPORT_SCHEMA)
 
 

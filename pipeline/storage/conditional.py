@@ -19,9 +19,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import StorageError
-from masklake.pipeline.storage.errors import describe, fault, is_known, translated
+from masklake.pipeline.storage.errors import fault, is_known, reason_of, translated
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import parse
+from masklake.pipeline.storage.uri import parse_uri
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore import PutMode, PutResult, UpdateVersion
@@ -135,7 +135,7 @@ def bare_tags(storage: Storage, folder: str) -> bool:
     Checks, once per process and bucket, with an object of its own in `folder`, that the store refuses to create an object that
     exists, replaces one under the right tag and refuses a wrong tag. Raises StorageError that says what the store lacks.
     """
-    at = parse(folder)
+    at = parse_uri(folder)
     place = (storage.options.endpoint_url, at.scheme, at.bucket)
     if place not in _PROVEN:
         uri = storage.join(folder, f"probe-{uuid.uuid4().hex}")
@@ -180,7 +180,7 @@ def _implemented(uri: str) -> Iterator[None]:
         yield
     except BaseError as error:
         if fault(error).status in (400, 405, 501) and not is_known(error):
-            raise _lacks(uri, f"does not implement conditional puts ({describe(error)})") from error
+            raise _lacks(uri, f"does not implement conditional puts ({reason_of(error)})") from error
         raise
 
 

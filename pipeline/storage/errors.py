@@ -109,7 +109,7 @@ class Meaning(NamedTuple):
     def error(self, uri: str, cause: BaseException) -> MaskLakeError:
         """Returns the error for `uri`."""
         reason = str(fault(cause))
-        happened = f"{self.happened}{f' ({reason})' if reason else ''}" if self.happened else describe(cause)
+        happened = f"{self.happened}{f' ({reason})' if reason else ''}" if self.happened else reason_of(cause)
         made = self.kind(f"{uri}: {happened}; {self.remedy}")
         if isinstance(made, StorageError):
             made.may_pass = self.may_pass
@@ -228,7 +228,7 @@ def translate(error: BaseException, uri: str) -> MaskLakeError:
         if number is not None:
             return _translate_local(number, uri)
         if isinstance(error, (OSError, ValueError)):
-            return StorageError(f"{uri}: {describe(error)}; check the file and the disk, or give another path")
+            return StorageError(f"{uri}: {reason_of(error)}; check the file and the disk, or give another path")
     return meaning(error).error(uri, error)
 
 
@@ -310,7 +310,7 @@ def of_the_machine(error: BaseException) -> MaskLakeError | None:
     return None
 
 
-def describe(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Returns one line about an exception of a storage client. It never quotes the answer's body, which may contain an access
     key.
     """

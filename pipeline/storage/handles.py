@@ -26,7 +26,7 @@ from masklake.pipeline.errors import AccessDeniedError
 from masklake.pipeline.storage.errors import translate, translated
 from masklake.pipeline.storage.literal_keys import LiteralObject, is_plain
 from masklake.pipeline.storage.options import StorageOptions
-from masklake.pipeline.storage.uri import Location, parse
+from masklake.pipeline.storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:  # they exist in its stubs alone
     from obstore.store import ClientConfig, RetryConfig
@@ -77,7 +77,7 @@ class Handles:
 
         Raises ConfigError for a key that obstore would take for another one; see `literal_object`.
         """
-        at = parse(uri)
+        at = parse_uri(uri)
         if at.key and not at.is_local and not is_plain(at.key.removesuffix("/")):
             raise ConfigError(f"{uri!r}: holds an empty or a dot segment or a control character; choose another key")
         where = (at.scheme, at.bucket)
@@ -88,7 +88,7 @@ class Handles:
 
     def literal_object(self, uri: str) -> LiteralObject | None:
         """Returns the object of an S3 URI whose key obstore cannot address, or None if obstore can (and for other schemes)."""
-        at = parse(uri)
+        at = parse_uri(uri)
         if at.scheme != "s3" or not at.key or is_plain(at.key):
             return None
         with translated(uri):
@@ -98,7 +98,7 @@ class Handles:
         """Returns a pyarrow file system and the path of `uri` in it (S3: bucket/key). It can be pickled, credentials
         included.
         """
-        at = parse(uri)
+        at = parse_uri(uri)
         where = (at.scheme, at.bucket)
         if where not in self._filesystems:
             with translated(uri):
@@ -107,9 +107,9 @@ class Handles:
 
     def delta_options(self, uri: str | None = None) -> dict[str, str]:
         """Returns `storage_options` for deltalake. They CONTAIN CREDENTIALS: pass them on, never print, log or store them."""
-        if uri is not None and parse(uri).scheme != "s3":
+        if uri is not None and parse_uri(uri).scheme != "s3":
             return {}
-        bucket = parse(uri).bucket if uri is not None else ""
+        bucket = parse_uri(uri).bucket if uri is not None else ""
         options = {
             "AWS_REGION": self.region(bucket),
             "AWS_CONDITIONAL_PUT": "etag",

@@ -20,7 +20,7 @@ def first_missing(storage: Storage, uri: str) -> str:
     return uri
 
 
-def near(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], bool]) -> str | None:
+def similar_folder(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], bool]) -> str | None:
     """Returns an existing folder that `wanted` may have meant, or None. missing: the first part of `wanted` that does not
     exist.
 
@@ -38,7 +38,7 @@ def near(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], 
         return None
 
 
-def within(storage: Storage, uri: str, is_right: Callable[[str], bool]) -> str | None:
+def folder_within(storage: Storage, uri: str, is_right: Callable[[str], bool]) -> str | None:
     """Returns a folder directly below `uri` for which `is_right` holds, or None: for users who gave the folder around it."""
     try:
         places = (storage.join(uri, name) for name in storage.folders(uri))

@@ -20,7 +20,7 @@ from masklake.pipeline.storage.handles import CONCURRENT_HEADS, Handles
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA, ObjectStat, local_etag, unquoted
-from masklake.pipeline.storage.uri import Location, key_prefix, parse
+from masklake.pipeline.storage.uri import Location, key_prefix, parse_uri
 from masklake.pipeline.storage.walk import walk
 
 REPLACEMENT = "\ufffd"
@@ -38,7 +38,7 @@ class Storage(Handles):
             try:
                 yield
             except FOREIGN as error:
-                if parse(uri).scheme == "s3" and is_vague(error):
+                if parse_uri(uri).scheme == "s3" and is_vague(error):
                     self._raise_reason(asked or uri)
                 raise
 
@@ -57,7 +57,7 @@ class Storage(Handles):
 
     def read_bytes(self, uri: str) -> bytes:
         """Returns the bytes of an object. Raises InputNotFoundError, AccessDeniedError or StorageError."""
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             if at.is_local:
                 return Path(at.key).read_bytes()
@@ -68,7 +68,7 @@ class Storage(Handles):
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Writes an object atomically: a reader sees the old or the new bytes, never a part. Parent folders are created."""
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             if at.is_local:
                 local_files.write(Path(at.key), data)
@@ -81,7 +81,7 @@ class Storage(Handles):
 
     def upload(self, path: Path, uri: str) -> None:
         """Copies a local file to `uri`, in parts if it is large. A reader sees all of it or nothing."""
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             if at.is_local:
                 local_files.copy(path, Path(at.key))
@@ -96,13 +96,13 @@ class Storage(Handles):
     def sync(self, uris: Iterable[str]) -> None:
         """Syncs local files that another program wrote to disk. Object stores are durable once they answer."""
         for uri in uris:
-            if parse(uri).is_local:
+            if parse_uri(uri).is_local:
                 with translated(uri):
-                    local_files.sync(Path(parse(uri).key))
+                    local_files.sync(Path(parse_uri(uri).key))
 
     def delete(self, uri: str) -> None:
         """Deletes one object; it is no error if there is none."""
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             if at.is_local:
                 Path(at.key).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class Storage(Handles):
 
     def stat(self, uri: str) -> ObjectStat:
         """Returns version and size of one object. Raises InputNotFoundError if there is none."""
-        at = parse(uri)
+        at = parse_uri(uri)
         with self.reading(uri):
             if at.is_local:
                 found = os.stat(at.key)
@@ -151,7 +151,7 @@ class Storage(Handles):
 
     def exists(self, uri: str) -> bool:
         """Returns whether `uri` is an object, a folder, or a prefix of at least one object."""
-        at = parse(uri)
+        at = parse_uri(uri)
         if at.is_local:
             return os.path.exists(at.key)
         try:
@@ -167,7 +167,7 @@ class Storage(Handles):
 
     def is_file(self, uri: str) -> bool:
         """Returns whether `uri` is one object (not a folder or prefix)."""
-        at = parse(uri)
+        at = parse_uri(uri)
         if at.is_local:
             return os.path.isfile(at.key)
         if not at.key or at.key.endswith("/"):
@@ -185,7 +185,7 @@ class Storage(Handles):
         listed; without it, a folder that cannot be read is an error that names the folder. Raises InputNotFoundError if there
         is no such folder or bucket. An empty prefix yields no batch: object stores have no folders.
         """
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             yield from _list_local(at.key, left_out) if at.is_local else self._list_store(at, left_out)
 
@@ -193,7 +193,7 @@ class Storage(Handles):
         """Returns the names of the folders directly below a folder or prefix, from at most a thousand entries, in no particular
         order.
         """
-        at = parse(uri)
+        at = parse_uri(uri)
         with translated(uri):
             if at.is_local:
                 with os.scandir(at.key) as entries:

@@ -40,7 +40,7 @@ class Location:
         return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
 
 
-def parse(uri: str | os.PathLike[str]) -> Location:
+def parse_uri(uri: str | os.PathLike[str]) -> Location:
     """Splits a URI. Raises ConfigError for a scheme without a client here, or a missing bucket."""
     text = os.fspath(uri)
     if not text:
@@ -77,13 +77,13 @@ def canonical(uri: str | os.PathLike[str]) -> str:
     Keys are literal: `s3://b/a/` becomes `s3://b/a`, but `s3://b/a//` is unchanged. `below` gives the prefix of a folder's
     keys.
     """
-    at = parse(uri)
+    at = parse_uri(uri)
     return at.uri[:-1] if not at.is_local and re.search("[^/]/$", at.key) else at.uri
 
 
 def real_place(uri: str) -> str:
     """Returns the canonical URI with symbolic links in local paths resolved."""
-    at = parse(uri)
+    at = parse_uri(uri)
     return os.path.realpath(at.key) if at.is_local else canonical(uri)
 
 
@@ -93,12 +93,12 @@ def relative_to(base: str, name: str) -> str:
     A relative name may begin with `./` and `../`; every other part of a key is literal.
     """
     if _SCHEME.match(name) or os.path.isabs(name):
-        return parse(name).uri
+        return parse_uri(name).uri
     if not _SCHEME.match(base):
-        return parse(os.path.join(base, name)).uri
+        return parse_uri(os.path.join(base, name)).uri
     while found := re.match(r"(\.\.?)/+", name):
         base, name = parent(base) if found.group(1) == ".." else base, name[found.end() :]
-    return parse(f"{base}{name}" if base.endswith("/") else f"{base}/{name}").uri
+    return parse_uri(f"{base}{name}" if base.endswith("/") else f"{base}/{name}").uri
 
 
 def below(folder: str) -> str:
@@ -109,7 +109,7 @@ def below(folder: str) -> str:
 
 def parent(uri: str) -> str:
     """Returns the folder that contains `uri`, in canonical spelling."""
-    at = parse(uri)
+    at = parse_uri(uri)
     if at.is_local:
         return os.path.dirname(at.key)
     key = canonical(uri)[len(f"{at.scheme}://{at.bucket}/") :]

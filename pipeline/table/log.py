@@ -16,7 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from masklake.pipeline.errors import TableError
-from masklake.pipeline.storage.errors import describe, os_error_number, translate
+from masklake.pipeline.storage.errors import os_error_number, reason_of, translate
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import RUN_COLUMN, TABLE_SCHEMA
 
@@ -77,7 +77,7 @@ class DeltaLog:
         except _CommitConflictError as error:  # ... or creates it at this moment, which "ignore" does not cover
             delta = self.snapshot()
             if delta is None:
-                reason = describe(error.__cause__ or error)
+                reason = reason_of(error.__cause__ or error)
                 raise TableError(f"{self._uri}: the Delta log cannot be created ({reason})") from error
             return delta
         self._sync_log(0)
@@ -117,7 +117,7 @@ class DeltaLog:
                 raise translate(error, self._uri) from error
             if isinstance(error, TableNotFoundError):
                 raise _NoLogYetError from error
-            raise TableError(f"{self._uri}: the Delta log cannot be used ({describe(error)})") from error
+            raise TableError(f"{self._uri}: the Delta log cannot be used ({reason_of(error)})") from error
         except OSError as error:
             raise translate(error, self._uri) from error
 

@@ -63,7 +63,7 @@ or else the newest row.
 
 
 @contextmanager
-def connect(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect_duckdb(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPyConnection]:
     """Context manager for a DuckDB connection with the four views over the table's newest snapshot.
 
     Raises TableError if there is no table or no committed run, or if a newer version wrote it. Queries raise DuckDB's own
@@ -127,7 +127,7 @@ def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, A
 def stream(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[Answer]:
     """Context manager for the result as record batches, valid inside the block. Raises the errors of `query`."""
     errors = partial(_query_errors, storage, table_uri)
-    with connect(storage, table_uri) as connection:
+    with connect_duckdb(storage, table_uri) as connection:
         with errors(connection):
             check_statement(connection, sql)
             relation = connection.sql(sql, params=dict(parameters or {}))

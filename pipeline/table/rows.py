@@ -31,7 +31,7 @@ class Outcome:
     instances: Instances | None = None
 
 
-def to_table(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, category_names: Mapping[int, str]) -> pa.Table:
+def outcome_rows(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, category_names: Mapping[int, str]) -> pa.Table:
     """Returns FILE_SCHEMA rows in the given order, stamped with the current time."""
     found = [outcome.instances for outcome in outcomes]
     now = datetime.now(UTC)

@@ -31,9 +31,9 @@ from masklake.model.wording import counted
 from masklake.pipeline.errors import InputNotFoundError, StorageError, TableError
 from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES
 from masklake.pipeline.storage.literal_keys import is_plain
-from masklake.pipeline.storage.nearby import first_missing, near, within
+from masklake.pipeline.storage.nearby import first_missing, folder_within, similar_folder
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parse
+from masklake.pipeline.storage.uri import canonical, parse_uri
 from masklake.pipeline.table.log import DataFile, DeltaLog
 from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
@@ -52,7 +52,7 @@ def open_table(storage: Storage, uri: str) -> Table:
     table = Table(storage, canonical(uri))
     if re.search(r"%[0-9A-Fa-f]{2}|[\\\n]", table.uri):
         raise ConfigError(f"{table.uri}: Delta keeps no table at a path with %XX, a backslash or a line break; give another")
-    at = parse(table.uri)
+    at = parse_uri(table.uri)
     if not at.is_local and at.key and not is_plain(at.key):
         raise ConfigError(
             f"{table.uri!r}: no table can be at a key with `//`, `/./`, `/../` or a control character; give another"
@@ -171,10 +171,10 @@ class Table:
         if self.schema_version() is not None:
             return f"{self.uri}: holds no committed run yet; label images into it first (masklake label)"
         if storage.exists(self.uri):
-            meant = within(storage, self.uri, lambda uri: is_table(storage, uri))
+            meant = folder_within(storage, self.uri, lambda uri: is_table(storage, uri))
             return f"{self.uri}: is a folder and no table; {f'did you mean {meant}?' if meant else 'check the path'}"
         missing = first_missing(storage, self.uri)
-        meant = near(storage, missing, self.uri, lambda uri: is_table(storage, uri))
+        meant = similar_folder(storage, missing, self.uri, lambda uri: is_table(storage, uri))
         which = "" if missing == self.uri else f" {missing}"
         return f"{self.uri}: the folder{which} does not exist; {f'did you mean {meant}?' if meant else 'check the path'}"
 
@@ -312,4 +312,4 @@ class Table:
 
 def is_table(storage: Storage, uri: str) -> bool:
     """Returns whether `uri` holds a MaskLake table (of any version)."""
-    return not parse(uri).key.endswith(".parquet") and Table(storage, canonical(uri)).schema_version() is not None
+    return not parse_uri(uri).key.endswith(".parquet") and Table(storage, canonical(uri)).schema_version() is not None

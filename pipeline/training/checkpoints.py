@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import begin
+from masklake.model.phases import begin_phase
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.curves import training_curves
@@ -47,7 +47,7 @@ def read_checkpoint(run: TrainingRun, device: torch.device) -> Checkpoint | None
 
 def resume(run: TrainingRun, checkpoint: Checkpoint, device: torch.device) -> State:
     """Returns the state to continue from within a phase, with the saved optimiser."""
-    model = begin(checkpoint.model, run.phase(checkpoint.epoch))
+    model = begin_phase(checkpoint.model, run.phase(checkpoint.epoch))
     optimizer = build_optimizer(model, run.recipe, 0.0)
     content = io.BytesIO(run.storage.read_bytes(Storage.join(checkpoint.folder, OPTIMIZER)))
     optimizer.load_state_dict(torch.load(content, map_location=device, weights_only=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from masklake.model.devices import arithmetic
 from masklake.model.wording import counted
-from masklake.pipeline.coco.image_check import named
+from masklake.pipeline.coco.image_check import first_few
 from masklake.pipeline.errors import TrainingError
 from masklake.pipeline.training.recipe import Recipe, clip, peak_rate, rate_factor, set_rate
 from masklake.pipeline.training.run import TOTAL, State, TrainingRun, Worker
@@ -88,7 +88,7 @@ def _replaced(run: TrainingRun, worker: Worker, state: State, known: set[str], m
     run.images.check(known | replaced)
     if fresh := replaced - state.told:
         unused = counted(len(fresh), "image could not be used and was replaced", "images could not be used and were replaced")
-        worker.say(f"{unused}: {named(sorted(fresh))}")
+        worker.say(f"{unused}: {first_few(sorted(fresh))}")
     state.told |= replaced
     first_met = replaced - known  # once in a run's history: they are replaced in every epoch
     return {"replaced": sorted(first_met)} if first_met else {}
@@ -185,7 +185,7 @@ def _say_step(
         return
     parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
     left = (run.epochs * run.steps_per_epoch - epoch * run.steps_per_epoch - step) * seconds / step
-    phase = f" ({run.phase(epoch).learn})" if len(run.phases) > 1 else ""
+    phase = f" ({run.phase(epoch).trains})" if len(run.phases) > 1 else ""
     line = f"epoch {epoch + 1}/{run.epochs}{phase}, step {step}/{run.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
     images = step * run.recipe.batch_size * worker.count
     worker.say(f"{line}; {images / seconds:.1f} images/s, about {_duration(left)} left")

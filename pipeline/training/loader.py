@@ -24,7 +24,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import relative_to
 from masklake.pipeline.training.augmentation import Sample, SampleSpec, make_sample
 from masklake.pipeline.training.proposals import proposals_of
-from masklake.pipeline.training.samples import Unreachable, to_table
+from masklake.pipeline.training.samples import Unreachable, sample_rows
 
 REPLACEMENTS = 20
 """Number of other images tried in place of an unusable one: if half of all images are bad, one in a million attempts fails."""
@@ -87,7 +87,7 @@ class Loader:
             others = [self._other(epochs[place], rows[place], attempt) for place in bad]
             for place, sample in zip(bad, self._load(others, [epochs[place] for place in bad]), strict=True):
                 samples[place] = sample
-        return to_table(samples, replaced)
+        return sample_rows(samples, replaced)
 
     def _load(self, rows: Sequence[int], epochs: Sequence[int]) -> list[tuple[int, Sample | str]]:
         seeds = [(self.spec.seed, epoch, row) for epoch, row in zip(epochs, rows, strict=True)]

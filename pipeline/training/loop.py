@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import begin
+from masklake.model.phases import begin_phase
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.checkpoints import export, read_checkpoint, resume, write_checkpoint
@@ -39,7 +39,7 @@ def train_run(
     while state.epoch < run.epochs:
         _run_phase(run, worker, state, batches, validation)
         if state.epoch < run.epochs:
-            state = _begin(run, state.epoch, load_checkpoint(dumps(state.model), worker.device), state.history)
+            state = _first_state(run, state.epoch, load_checkpoint(dumps(state.model), worker.device), state.history)
     if worker.rank == 0:
         export(run, state, worker.count)
 
@@ -48,17 +48,17 @@ def restore(run: TrainingRun, worker: Worker, initial: Callable[[], bytes], vali
     """Returns the state of the newest complete checkpoint, or of the initial model, ready for the epoch that follows."""
     checkpoint = read_checkpoint(run, worker.device)
     if checkpoint is None:
-        return _begin(run, 0, load_checkpoint(initial(), worker.device), [])
+        return _first_state(run, 0, load_checkpoint(initial(), worker.device), [])
     score(run, worker, validation, checkpoint.model, checkpoint.history)  # where the last start ended between the two
     if checkpoint.epoch % run.recipe.epochs == 0 and checkpoint.epoch < run.epochs:  # the saved optimiser is the last phase's
-        return _begin(run, checkpoint.epoch, checkpoint.model, checkpoint.history)
+        return _first_state(run, checkpoint.epoch, checkpoint.model, checkpoint.history)
     return resume(run, checkpoint, worker.device)
 
 
-def _begin(run: TrainingRun, epoch: int, model: MaskRCNN, history: list[dict[str, Any]]) -> State:
+def _first_state(run: TrainingRun, epoch: int, model: MaskRCNN, history: list[dict[str, Any]]) -> State:
     """Returns the first state of the phase after `epoch`; new random weights are the same on every worker."""
     _seed(run.spec.seed, epoch, 0)
-    model = begin(model, run.phase(epoch))
+    model = begin_phase(model, run.phase(epoch))
     return State(epoch, model, build_optimizer(model, run.recipe, 0.0), history)
 
 
@@ -71,7 +71,7 @@ def _run_phase(run: TrainingRun, worker: Worker, state: State, batches: Iterator
         _seed(run.spec.seed, state.epoch, worker.rank)
         row = run_epoch(run, worker, state, replica, batches)
         state.epoch += 1
-        state.history.append(row | {"epoch": state.epoch, "learn": phase.learn})
+        state.history.append(row | {"epoch": state.epoch, "learn": phase.trains})
         _save(run, worker, state)
         score(run, worker, validation, state.model, state.history)
 

@@ -42,7 +42,7 @@ class Unreachable(str):
     __slots__ = ()
 
 
-def to_table(samples: Sequence[tuple[int, Sample | str]], replaced: Sequence[list[str]] = ()) -> pa.Table:
+def sample_rows(samples: Sequence[tuple[int, Sample | str]], replaced: Sequence[list[str]] = ()) -> pa.Table:
     """Returns SAMPLE_SCHEMA rows of samples with their row numbers. replaced: for each, the images in whose place it is."""
     rows = [_to_row(row, sample) for row, sample in samples]
     for row, messages in zip(rows, replaced, strict=False):

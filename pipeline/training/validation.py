@@ -18,7 +18,7 @@ from masklake.model.phases import Phase
 from masklake.model.weights.checkpoint import dumps
 from masklake.model.wording import counted
 from masklake.pipeline.coco.dataset import UNUSABLE_IMAGE, CocoDataset, without_images
-from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, named, wrong_size
+from masklake.pipeline.coco.image_check import check_unusable, first_few, listed_and_left_out, wrong_size
 from masklake.pipeline.coco.values import CocoImage
 from masklake.pipeline.errors import StorageError
 from masklake.pipeline.images.decode import DecodeLimits, decode
@@ -88,7 +88,7 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoS
     Scores are the AP of detections or, for an RPN that is trained alone, the recall of its proposals.
     """
     start = time.perf_counter()
-    share = propose_share if phase.learn == "rpn" else predict_share
+    share = propose_share if phase.trains == "rpn" else predict_share
     unusable: dict[int, str] = {}
     found = share(model, validation, storage, worker.rank, worker.count, unusable)
     shares: list[Any] = [(found, unusable)]
@@ -100,7 +100,7 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoS
     answers = [row for rows, _ in shares for row in rows]
     validation, left_out = _scored(validation, {number: why for _, bad in shares for number, why in bad.items()})
     row: dict[str, Any]
-    if phase.learn == "rpn":
+    if phase.trains == "rpn":
         row = {"recall": proposal_recall(validation.truth, answers)}
         headline = row["recall"]
     else:
@@ -112,7 +112,7 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoS
         unused = counted(
             len(left_out), "image could not be used and is not scored", "images could not be used and are not scored"
         )
-        worker.say(f"{unused}: {named(left_out)}")
+        worker.say(f"{unused}: {first_few(left_out)}")
     images = counted(len(validation.truth.images), "image")
     worker.say(f"evaluated on {images} in {time.perf_counter() - start:.0f} s: {describe_scores(headline)}")
     return row
@@ -224,5 +224,5 @@ def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
 
 def best_score(row: Mapping[str, Any]) -> float | None:
     """Returns the score that `--keep best` compares: mask AP if there is any, else box AP; for an RPN alone, its recall."""
-    named = row.get("ap") or row.get("recall") or {}
-    return next((named[name] for name in COMPARED if named.get(name) is not None), None)
+    first_few = row.get("ap") or row.get("recall") or {}
+    return next((first_few[name] for name in COMPARED if first_few.get(name) is not None), None)

@@ -16,7 +16,7 @@ from benchmarks.ablation_tables import ARROW, SHAPES, TABLES, Table, Variant
 from masklake.jobs.shapes import generate
 from masklake.model.config import ModelConfig
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import begin
+from masklake.model.phases import begin_phase
 from masklake.pipeline.training.augmentation import Augmentation
 from masklake.pipeline.training.recipe import build_optimizer, recipe_of
 
@@ -62,7 +62,7 @@ def test_every_variant_learns(variant: Variant, name: str, drawn: dict[int, abla
     model = MaskRCNN(variant.config)
     images, targets = next(drawn[len(variant.config.categories)].batches(0, 2))
     for phase in variant.phases:
-        model = begin(model, phase).train()
+        model = begin_phase(model, phase).train()
         recipe = recipe_of(model.config.preset)
         optimizer = build_optimizer(model, recipe, 1e-3)
         totals = []

@@ -59,7 +59,7 @@ class FakeTrainer:
         self.scored: list[int] = []
         self._write = Storage.write_bytes
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-        patch.setattr(train, "connect", lambda _: Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
+        patch.setattr(train, "connect_ray", lambda _: Capacity(cpus=4, gpus=0, memory=1e9, embedded=True))
         patch.setattr(train, "fit", self._fit)
         patch.setattr(ray, "get", lambda value: value)
         patch.setattr(ray.train, "get_context", lambda: context)

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from masklake.jobs import label
-from masklake.jobs.cluster.connection import connect
+from masklake.jobs.cluster.connection import connect_ray
 from masklake.jobs.label import LabelOptions, LabelReport, describe
 from masklake.jobs.labelling.progress import start_counter
 from masklake.model import load_checkpoint
@@ -47,7 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One embedded Ray for all runs of this file: what a caller of `label.run` in a loop has; with a detector installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(second_detector.install(tmp_path_factory.mktemp("site"))))
-        connect()
+        connect_ray()
         yield
 
 
@@ -95,7 +95,7 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
     assert "22 ok, 2 decode_error" in describe(first)
 
     with monkeypatch.context() as patch:  # nothing new starts no Ray, whatever was asked for
-        patch.setattr(label, "connect", lambda address: pytest.fail("Ray is not needed"))
+        patch.setattr(label, "connect_ray", lambda address: pytest.fail("Ray is not needed"))
         assert label.run(job.model_copy(update={"workers": 4, "device": "cuda", "address": "10.0.0.1:6379"})).run_id is None
     nothing = label.run(job)
     assert (nothing.run_id, nothing.images) == (None, 0)

@@ -106,7 +106,7 @@ def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from masklake.jobs.cluster.connection import connect
+    from masklake.jobs.cluster.connection import connect_ray
     from masklake.jobs.labelling.progress import start_counter
     from masklake.jobs.training.messages import start_board
 
@@ -115,7 +115,7 @@ def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, **node)
-        connect(cluster.address)
+        connect_ray(cluster.address)
         actors = [start() for start in (start_counter, start_board) for _ in range(3)]
         ray.get([actor.__ray_ready__.remote() for actor in actors])
         places = {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}

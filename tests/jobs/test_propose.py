@@ -15,7 +15,7 @@ from tests import second_detector
 
 def test_a_detector_without_proposals_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(second_detector.install(tmp_path)))
-    monkeypatch.setattr(propose, "connect", lambda address: pytest.fail("Ray is not needed"))
+    monkeypatch.setattr(propose, "connect_ray", lambda address: pytest.fail("Ray is not needed"))
     coco = generate(tmp_path / "data", 2, 64, seed=0)
     weights = tmp_path / "second.safetensors"
     weights.write_bytes(second_detector.checkpoint())

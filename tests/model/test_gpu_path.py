@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from masklake.model import boxes
-from masklake.model.config import Learn, ModelConfig, PredictOptions
+from masklake.model.config import ModelConfig, PredictOptions, TrainedPart
 from masklake.model.devices import resolved
 from masklake.model.fields import Precision
 from masklake.model.inference_network import DTYPES
@@ -88,11 +88,16 @@ def assert_same(found: list[Instances], expected: list[Instances], exact_masks: 
 
 
 def step(
-    config: ModelConfig, pictures: list[Tensor], targets: list[Target], device: str, learn: Learn = "joint", fixed: bool = False
+    config: ModelConfig,
+    pictures: list[Tensor],
+    targets: list[Target],
+    device: str,
+    learn: TrainedPart = "joint",
+    fixed: bool = False,
 ) -> tuple[dict[str, float], list[Tensor]]:
     """A whole step of training: losses, and the weights after it."""
     torch.manual_seed(0)
-    model = MaskRCNN(config).to(device).learn(learn, fixed_backbone=fixed).train()
+    model = MaskRCNN(config).to(device).set_trained_part(learn, fixed_backbone=fixed).train()
     optimizer = build_optimizer(model, CLIPPED, 0.01)
     losses = model(pictures, targets)
     torch.stack(list(losses.values())).sum().backward()
@@ -286,7 +291,7 @@ def test_images_without_instances_are_learnt_from_there(picture: Callable[..., T
 
 
 @pytest.mark.parametrize(("learn", "fixed"), [("rpn", False), ("rpn", True), ("detector", True)])
-def test_each_stage_learns_alone_there(learn: Learn, fixed: bool, picture: Callable[..., Tensor]) -> None:
+def test_each_stage_learns_alone_there(learn: TrainedPart, fixed: bool, picture: Callable[..., Tensor]) -> None:
     config = smallest(EVERYTHING)
     assert_trains_alike(config, images(picture)[:1], [presets.target(config)], learn=learn, fixed=fixed)
 

@@ -14,7 +14,7 @@ from masklake.model.create import create_model
 from masklake.model.errors import ConfigError
 from masklake.model.instances import Target
 from masklake.model.mask_rcnn import MaskRCNN
-from masklake.model.phases import PHASES, Phase, begin, with_rpn_backbone
+from masklake.model.phases import PHASES, Phase, begin_phase, with_rpn_backbone
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
 
 LOOSE = PredictOptions(score_threshold=0.0, max_detections=20)  # random weights: report something
@@ -89,7 +89,7 @@ HEADS = {"box_head", "mask_head", "keypoint_head"}
     ],
 )
 def test_only_what_learns_changes(phase: Phase, changes: set[str], names: set[str], model: MaskRCNN, image: Tensor) -> None:
-    model = begin(model, phase)
+    model = begin_phase(model, phase)
     before = copy_of(model)
     assert train(model, image, target()) == names
     assert changed_parts(before, model) == changes
@@ -98,7 +98,7 @@ def test_only_what_learns_changes(phase: Phase, changes: set[str], names: set[st
 def test_the_four_steps_end_in_one_network_on_one_backbone(model: MaskRCNN, image: Tensor) -> None:
     keys, states = set(model.network.state_dict()), []
     for phase in PHASES["four_step"]:
-        model = begin(model, phase)
+        model = begin_phase(model, phase)
         train(model, image, target())
         states.append(copy_of(model))
     rpn, detector, shared, final = states
@@ -126,7 +126,7 @@ def test_a_fixed_part_keeps_its_statistics_and_frozen_stages_stay_frozen(
         changes |= {"anchor_sizes": ((12, 24, 48, 96, 192),), "box_layers": 0}
     model = create_model(ModelConfig.model_validate({**tiny_config.model_dump(), **changes}))
     for phase, changing in zip(PHASES["separate"], ("rpn_backbone", "backbone"), strict=True):
-        model = begin(model, phase)
+        model = begin_phase(model, phase)
         before = copy_of(model)
         train(model, image, target())
         fixed = ({"backbone", "rpn_backbone"} - {changing}).pop()
@@ -136,7 +136,7 @@ def test_a_fixed_part_keeps_its_statistics_and_frozen_stages_stay_frozen(
         assert not any(name.startswith((f"{changing}.body.stem.", f"{changing}.body.stages.0.")) for name in learning)
         assert any(name.startswith(f"{changing}.body.stages.1.") for name in learning)
     assert (features == "c4") == any(name.startswith("roi_stage.") for name in learning)
-    names = set(dict(model.learn("joint").network.named_parameters()))
+    names = set(dict(model.set_trained_part("joint").network.named_parameters()))
     learning = {name for name, weight in model.network.named_parameters() if weight.requires_grad}
     assert names - learning == {name for name in names if ".body.stem." in name or ".body.stages.0." in name}
 
@@ -151,7 +151,7 @@ def test_a_backbone_of_the_rpns_own_starts_as_a_copy(model: MaskRCNN, image: Ten
 
 
 def test_both_networks_travel_in_one_checkpoint(model: MaskRCNN, image: Tensor) -> None:
-    own = begin(model, PHASES["separate"][0])
+    own = begin_phase(model, PHASES["separate"][0])
     train(own, image, target())
     again = load_checkpoint(dumps(own))
     assert again.model_id == own.model_id
@@ -176,7 +176,7 @@ def test_proposals_are_in_the_images_pixels_and_as_many_as_in_training(tiny_conf
 
 
 def test_given_proposals_take_the_place_of_the_rpns(model: MaskRCNN, image: Tensor) -> None:
-    model = begin(model, PHASES["separate"][1]).train()
+    model = begin_phase(model, PHASES["separate"][1]).train()
     [proposals] = model.propose([image])
 
     def losses(given: Tensor | None) -> list[float]:
@@ -193,13 +193,13 @@ def test_an_image_without_objects_trains_a_detector_on_given_proposals(
     proposals: Tensor, model: MaskRCNN, image: Tensor
 ) -> None:
     """The helper checks that every weight gets a gradient: with several workers each waits for all of them."""
-    train(begin(model, Phase("detector")), image, without_objects(proposals))
+    train(begin_phase(model, Phase("detector")), image, without_objects(proposals))
 
 
 def test_proposals_that_cannot_be_are_refused(model: MaskRCNN, image: Tensor) -> None:
-    model.learn("detector").train()
+    model.set_trained_part("detector").train()
     with pytest.raises(ConfigError, match="1 of the 2 targets has proposals"):
         model([image, image], [target(torch.zeros(0, 4)), target()])
     with pytest.raises(ConfigError, match=r"a backbone that learns with it.*rpn_backbone"):
         model([image], [target()])
-    model.learn("detector", fixed_backbone=True)([image], [target()])
+    model.set_trained_part("detector", fixed_backbone=True)([image], [target()])

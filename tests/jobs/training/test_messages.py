@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from masklake.jobs.labelling.progress import shown, start_counter
+from masklake.jobs.labelling.progress import progress_bar, start_counter
 from masklake.jobs.training.messages import Listener, report_failure, reported_failure, start_messages
 from masklake.model.errors import ConfigError
 
@@ -69,6 +69,6 @@ def test_a_lost_counter_stops_the_bar_and_nothing_else() -> None:
     counter = start_counter()
     looked: list[None] = []
     ray.kill(counter)
-    with shown(counter, 3, 0, lambda: looked.append(None), enabled=False):
+    with progress_bar(counter, 3, 0, lambda: looked.append(None), enabled=False):
         counter.add.remote(1, 0)
     assert looked

@@ -12,7 +12,7 @@ from masklake.model.heads.mask import mask_targets
 from masklake.model.instances import Target
 from masklake.model.masks.bit_masks import BitMasks
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.sampling import Truth, sample_regions
+from masklake.model.rois.targets import Truth, sample_regions
 from masklake.model.sampling import SampleRule
 
 

@@ -30,7 +30,7 @@ from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS
 from masklake.model.proposals.anchors import cell_anchors
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.sampling import truth_on_canvas
+from masklake.model.rois.targets import truth_on_canvas
 from masklake.model.transform import Canvas, make_canvas
 from masklake.model.weights.detectron2 import conventions
 

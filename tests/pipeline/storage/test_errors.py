@@ -15,7 +15,7 @@ import pytest
 from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from masklake.pipeline.labelling import run_output
-from masklake.pipeline.storage.errors import describe, fault, of_the_machine, translate
+from masklake.pipeline.storage.errors import fault, of_the_machine, reason_of, translate
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.table import Table
 
@@ -125,7 +125,9 @@ def test_local_trouble_in_any_clients_words(error: Exception, kind: type[MaskLak
 
 
 def test_words_without_an_answer_are_kept_to_one_line() -> None:
-    assert describe(OSError("Generic S3 error\n          \x1b[31m↳\x1b[0m timed out")) == "OSError: Generic S3 error: timed out"
+    assert (
+        reason_of(OSError("Generic S3 error\n          \x1b[31m↳\x1b[0m timed out")) == "OSError: Generic S3 error: timed out"
+    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from masklake.pipeline.errors import TableError
-from masklake.pipeline.storage.nearby import first_missing, near, within
+from masklake.pipeline.storage.nearby import first_missing, folder_within, similar_folder
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.query import query
 from masklake.pipeline.table.table import open_table
@@ -42,8 +42,8 @@ def test_prefixes_of_a_bucket_are_its_folders(s3: Any) -> None:
     storage, wanted = Storage(), s3.uri("ot/lables")
     missing = first_missing(storage, wanted)
     assert missing == s3.uri("ot")
-    assert near(storage, missing, s3.uri("ot/labels"), lambda uri: True) == s3.uri("out/labels")
-    assert within(storage, s3.uri("out"), lambda uri: uri.endswith("labels")) == s3.uri("out/labels")
+    assert similar_folder(storage, missing, s3.uri("ot/labels"), lambda uri: True) == s3.uri("out/labels")
+    assert folder_within(storage, s3.uri("out"), lambda uri: uri.endswith("labels")) == s3.uri("out/labels")
     assert sorted(storage.folders(s3.uri())) == ["", "out"]
 
 

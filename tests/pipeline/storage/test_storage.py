@@ -16,10 +16,10 @@ import pytest
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
-from masklake.pipeline.storage.errors import describe, translate
+from masklake.pipeline.storage.errors import reason_of, translate
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parent, parse, relative_to
+from masklake.pipeline.storage.uri import canonical, parent, parse_uri, relative_to
 from masklake.pipeline.table.table import Table, open_table
 
 ODD_KEYS = [
@@ -274,7 +274,7 @@ def test_uris_have_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "a b%"
     assert canonical("a b%") == str(folder) == canonical(folder.as_uri()) == canonical(f"{tmp_path}/x/../a b%/")
     assert canonical("s3a://bucket/a%20b/") == "s3://bucket/a%20b"
-    assert parse("s3://bucket/a//b").key == "a//b"
+    assert parse_uri("s3://bucket/a//b").key == "a//b"
     assert parent("s3://bucket/a/b") == "s3://bucket/a"
     assert relative_to("s3://bucket/lists", "img/a.jpg") == "s3://bucket/lists/img/a.jpg"
     assert relative_to(str(tmp_path), "img/a.jpg") == f"{tmp_path}/img/a.jpg"
@@ -284,11 +284,11 @@ def test_uris_have_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "file://elsewhere/x"])
 def test_uris_that_name_nothing_are_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=uri.partition("://")[0]):
-        parse(uri)
+        parse_uri(uri)
 
 
 def test_a_reason_is_one_line() -> None:
-    assert describe(ValueError("first\nsecond")) == "ValueError: first"
+    assert reason_of(ValueError("first\nsecond")) == "ValueError: first"
 
 
 @pytest.mark.parametrize("endpoint", ["not-a-url", "localhost:9000", "ftp://host", "http://", "http:// host"])
@@ -314,7 +314,7 @@ def test_local_trouble_has_local_remedies(tmp_path: Path) -> None:
         Storage().write_bytes(str(tmp_path / "file" / "below"), b"")
     assert "endpoint" not in str(raised.value)
     with pytest.raises(ConfigError, match="an empty path"):
-        parse("")
+        parse_uri("")
 
 
 @pytest.mark.parametrize("name", ["new%20tab", "back\\slash", "two\nlines"])

@@ -13,7 +13,7 @@ import pytest
 
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, QueryError, TableError
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.table.query import VIEWS, connect, query, stream, with_exact_values
+from masklake.pipeline.table.query import VIEWS, connect_duckdb, query, stream, with_exact_values
 
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -133,14 +133,14 @@ def _bytes_read(table: str, sql: str) -> int:
         line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
         return int(line.split()[1])
 
-    with connect(Storage(), table) as connection:
+    with connect_duckdb(Storage(), table) as connection:
         before = counter()
         connection.sql(sql).fetchall()
         return counter() - before
 
 
 def test_a_query_sees_one_snapshot(table: str, write_run: Any, make_row: Any) -> None:
-    with connect(Storage(), table) as connection:
+    with connect_duckdb(Storage(), table) as connection:
         write_run(table, "night-3", [make_row(0, "new.jpg")])
         assert connection.sql("SELECT count(*) FROM images").fetchall() == [(6,)]
     assert ask(table, "SELECT count(*) FROM images") == [(7,)]

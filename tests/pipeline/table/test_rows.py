@@ -6,7 +6,7 @@ import numpy as np
 
 from masklake.model import Instances
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.table.rows import Outcome, to_table
+from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.schema import FILE_SCHEMA
 
 NAMES = {1: "person", 7: "cup"}
@@ -29,7 +29,7 @@ def instances(count: int, masks: bool = True, keypoints: bool = True) -> Instanc
 
 def rows(*found: Instances | None) -> list[dict]:
     outcomes = [Outcome(n, f"u{n}", "e", 3, Status.OK, instances=one) for n, one in enumerate(found)]
-    table = to_table(outcomes, model_id="m", label_id="l", category_names=NAMES)
+    table = outcome_rows(outcomes, model_id="m", label_id="l", category_names=NAMES)
     assert table.schema == FILE_SCHEMA
     table.validate(full=True)
     return table.to_pylist()
@@ -57,10 +57,10 @@ def test_without_masks_or_keypoints_the_lists_stay_aligned() -> None:
 
 def test_an_image_without_an_answer_has_empty_lists() -> None:
     outcome = Outcome(5, "u", None, None, Status.MISSING, error="gone")
-    (row,) = to_table([outcome], model_id="m", label_id="l", category_names={}).to_pylist()
+    (row,) = outcome_rows([outcome], model_id="m", label_id="l", category_names={}).to_pylist()
     assert (row["status"], row["error"], row["etag"], row["bytes"]) == ("missing", "gone", None, None)
     assert (row["instances"], row["rles"], row["keypoints"]) == ([], [], [])
 
 
 def test_no_outcomes_give_an_empty_table() -> None:
-    assert to_table([], model_id="m", label_id="l", category_names={}).num_rows == 0
+    assert outcome_rows([], model_id="m", label_id="l", category_names={}).num_rows == 0

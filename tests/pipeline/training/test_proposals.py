@@ -21,7 +21,7 @@ from masklake.pipeline.training.augmentation import Augmentation, SampleSpec, ma
 from masklake.pipeline.training.loader import load_samples, training_rows
 from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA, read_proposals
 from masklake.pipeline.training.proposer import Proposer
-from masklake.pipeline.training.samples import to_table, to_training
+from masklake.pipeline.training.samples import sample_rows, to_training
 
 CAT = Category(id=9, name="cat")
 
@@ -75,10 +75,10 @@ def test_they_travel_to_the_model(tmp_path: Path) -> None:
     for n in range(3):
         Image.new("RGB", (48, 24)).save(tmp_path / f"{n}.png")
     rows = training_rows(dataset(), str(tmp_path), spec(flip=False), proposals=stored())
-    batch = to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage()))
+    batch = sample_rows(load_samples(rows, [(0, 0, n) for n in range(3)], spec(flip=False), Storage()))
     _, targets = to_training(batch, spec())
     assert [target.proposals.tolist() for target in targets] == [[[n, 2, 20, 12]] for n in range(3)]
-    without = to_table(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
+    without = sample_rows(load_samples(rows.drop(["proposals"]), [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert [target.proposals for target in to_training(without, spec())[1]] == [None] * 3
 
 

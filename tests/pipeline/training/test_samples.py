@@ -31,7 +31,7 @@ from masklake.pipeline.images.status import Status
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.augmentation import Augmentation, SampleSpec, choose_window, make_sample
 from masklake.pipeline.training.loader import Loader, load_samples, training_rows
-from masklake.pipeline.training.samples import replaced_in, to_table, to_training
+from masklake.pipeline.training.samples import replaced_in, sample_rows, to_training
 from masklake.pipeline.training.stream import SampleStream, epoch_order
 
 BIRD = Category(id=4, name="bird", keypoints=("beak", "left_wing", "right_wing"), flip_pairs=((1, 2),))
@@ -210,7 +210,7 @@ def test_rows_leave_out_what_teaches_nothing(tmp_path: Path) -> None:
 
 def test_the_batch_is_what_was_drawn(tmp_path: Path) -> None:
     rows = training_rows(dataset_of(tmp_path, 3), str(tmp_path), spec())
-    batch = to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
+    batch = sample_rows(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
     images, targets = to_training(batch, spec())
     for n, (image, target) in enumerate(zip(images, targets, strict=True)):
         assert image.shape == (3, 24, 48)
@@ -225,7 +225,7 @@ def test_the_batch_is_what_was_drawn(tmp_path: Path) -> None:
 
 def test_an_image_without_instances_is_an_empty_target(tmp_path: Path) -> None:
     rows = training_rows(dataset_of(tmp_path, 2, empty=1), str(tmp_path), spec(), keep_empty=True)
-    _, targets = to_training(to_table(load_samples(rows, [(0, 0, 0), (0, 0, 1)], spec(), Storage())), spec())
+    _, targets = to_training(sample_rows(load_samples(rows, [(0, 0, 0), (0, 0, 1)], spec(), Storage())), spec())
     assert targets[0].boxes.shape == (0, 4)
     assert targets[0].masks is not None
     assert targets[0].masks.shape == (0, 24, 48)
@@ -237,7 +237,7 @@ def test_an_instance_without_an_outline_keeps_its_box_and_has_no_mask(outline: A
     """Also one whose outline is thinner than any pixel: the box is cut and moved like every other."""
     rows = [annotation(3, 2, 10, 5), {**annotation(12, 4, 6, 9), "segmentation": outline}]
     own = spec(Augmentation(flip=False, crop=crop))
-    batch = to_table([(0, make_sample(painted(20, 40, rows[:1]), rows, own, (0, 0, 1)))])
+    batch = sample_rows([(0, make_sample(painted(20, 40, rows[:1]), rows, own, (0, 0, 1)))])
     _, [target] = to_training(batch, own)
     assert isinstance(target.masks, BitMasks)
     assert target.labels.tolist() == [9, 9]
@@ -278,7 +278,7 @@ def bad_image(kind: str) -> bytes:
 def test_a_bad_image_is_named_or_left_out(tmp_path: Path, kind: str, message: str) -> None:
     rows = training_rows(dataset_of(tmp_path, 3), str(tmp_path), spec())
     (tmp_path / "1.png").write_bytes(bad_image(kind))
-    batch = to_table(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
+    batch = sample_rows(load_samples(rows, [(0, 0, n) for n in range(3)], spec(), Storage()))
     assert batch["row"].to_pylist() == [0, 1, 2]
     with pytest.raises(AnnotationError, match=rf"1\.png: .*{message}.*--allow-missing"):
         to_training(batch, spec())
