@@ -259,7 +259,7 @@ def test_how_often_the_host_waits(picture: Callable[..., Tensor]) -> None:
             ("boolean index", "model/boxes.py"): 1,
             ("tolist", "model/sampling.py"): 2,  # of anchors and of regions
             ("nonzero", "model/sampling.py"): 2,
-            ("tolist", "model/rois/sampling.py"): 1,
+            ("tolist", "model/rois/targets.py"): 1,
             ("to the host", "model/devices.py"): 1,
             ("nonzero", "model/heads/keypoint.py"): 1,
         }, log.report()
