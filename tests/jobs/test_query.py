@@ -324,8 +324,8 @@ def test_a_key_with_a_slash_too_many_is_no_other_image() -> None:
         show._moved(Listed("s3://new/x.jpg", "s3://new//y.jpg"), "s3://old/x.jpg", "s3://new//")
     with pytest.raises(InputNotFoundError, match="holds no file named"):
         show._moved(Listed("/x.jpg", "/new/y.jpg"), "s3://old/../x.jpg/..", "/new")
-    assert show._below("s3://new//x.jpg", "s3://new//") == "x.jpg"
-    assert show._below("s3://new//x.jpg", "s3://new") == "/x.jpg"
+    assert show._relative("s3://new//x.jpg", "s3://new//") == "x.jpg"
+    assert show._relative("s3://new//x.jpg", "s3://new") == "/x.jpg"
 
 
 def test_show_overwrites_no_image_of_the_table(tmp_path: Path, masklake: Any) -> None:
