@@ -46,7 +46,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarn
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One embedded Ray for all runs of this file: what a caller of `label.run` in a loop has; with a detector installed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(second_detector.install(tmp_path_factory.mktemp("site"))))
+        site = str(second_detector.install(tmp_path_factory.mktemp("site")))
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", site, prepend=os.pathsep)  # of Ray's workers
         connect_ray()
         yield
 
