@@ -67,12 +67,12 @@ def _on_canvas(target: Target, ratio: Tensor, there: Tensor, config: ModelConfig
 def _check(target: Target, config: ModelConfig, class_of: Mapping[int, int]) -> None:
     if unknown := sorted(set(target.labels.tolist()) - class_of.keys()):
         raise ConfigError(
-            f"target labels {unknown[:5]} are no categories of model {config.preset!r}; "
+            f"target labels {unknown[:5]} are not categories of model {config.preset!r}; "
             "create it with categories=... of the data"
         )
     count = len(target.labels)
     if "mask" in config.tasks and (target.masks is None or len(target.masks) != count):
-        raise ConfigError(f"model {config.preset!r} has a mask branch: each target needs masks (G, H, W), one an instance")
+        raise ConfigError(f"model {config.preset!r} has a mask branch: each target needs masks (G, H, W), one per instance")
     shape = (count, config.num_keypoints, 3)
     if "keypoint" in config.tasks and (target.keypoints is None or target.keypoints.shape != shape):
         raise ConfigError(f"model {config.preset!r} has a keypoint branch: each target needs keypoints of shape {shape}")

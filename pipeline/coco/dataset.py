@@ -134,7 +134,7 @@ def check_dropped(dataset: CocoDataset, most: float | None = None) -> None:
         names = "; ".join(name for r in DROPPED_INSTANCES for name in dataset.examples.get(r, ()))
         raise AnnotationError(
             f"{counted_of(left_out, drawn, 'instance')} of {dataset.source} cannot be used: {reasons}. "
-            f"{agreeing(left_out, 'It is', 'The first:')} {names}. Mend the file, or allow more than {100 * most:.3g}% of the "
+            f"{agreeing(left_out, 'It is', 'The first:')} {names}. Fix the file, or allow more than {100 * most:.3g}% of the "
             "instances to be left out with --max-unusable."
         )
 

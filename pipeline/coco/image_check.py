@@ -75,7 +75,7 @@ def check_unusable(messages: Sequence[str], images: int, most: float, source: st
     if messages and (unusable > most * images or unusable >= images):
         raise AnnotationError(
             f"{counted_of(unusable, images, 'image')} of {source} cannot be used: {first_few(messages, unusable)}. "
-            f"Mend or remove {agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
+            f"Fix or remove {agreeing(unusable, 'it', 'them')}{'' if unusable >= images else f', or {remedy(most)}'}."
         )
 
 

@@ -263,7 +263,7 @@ def checked_runs(counts: Any, height: int, width: int) -> NDArray[np.int64]:
     """
     if isinstance(counts, list):
         if not set(map(type, counts)) <= {int}:
-            raise ValueError("counts are no run lengths: a list of whole numbers is needed")
+            raise ValueError("counts are not run lengths: a list of whole numbers is needed")
         if not all(0 <= count <= height * width for count in counts):
             raise ValueError(f"runs do not add up to its {height} x {width} pixels")
         runs = np.array(counts, np.int64)
@@ -271,9 +271,9 @@ def checked_runs(counts: Any, height: int, width: int) -> NDArray[np.int64]:
         try:
             runs = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
         except ValueError as error:
-            raise ValueError(f"counts are no run lengths ({error})") from error
+            raise ValueError(f"counts are not run lengths ({error})") from error
     else:
-        raise ValueError(f"counts are no run lengths, but {quoted(counts)}")
+        raise ValueError(f"counts are not run lengths, but {quoted(counts)}")
     pixels = height * width
     if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
         raise ValueError(f"runs do not add up to its {height} x {width} pixels")

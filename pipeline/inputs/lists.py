@@ -93,7 +93,7 @@ def read_list(storage: Storage, uri: str, column: str | None, left_out: LeftOut)
     kind = list_kind(uri)
     readers = {"parquet": _read_parquet, "csv": _read_csv, "text": _read_text, "json": _read_json}
     if kind is None:
-        raise ConfigError(f"{uri}: is no list of a known kind ({', '.join(_KINDS)})")
+        raise ConfigError(f"{uri}: is not a list of a known kind ({', '.join(_KINDS)})")
     with _list_errors(uri, kind):
         rows = (row for row in readers[kind](storage, uri, column, left_out) if _is_named(row, uri, left_out))
         while batch := list(islice(rows, LISTING_BATCH)):
@@ -312,7 +312,7 @@ def _json(uri: str, number: int, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         if _COCO.search(text) or text.strip() == "{":
             _refuse_coco(uri, error)
-        raise ConfigError(f"{uri}: line {number} is no JSON ({reason_of(error)})") from error
+        raise ConfigError(f"{uri}: line {number} is not JSON ({reason_of(error)})") from error
 
 
 def _json_column(uri: str, wanted: str | None, value: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ class StorageOptions(BaseModel, StorageFields, frozen=True):
         env = os.environ.get
         endpoint = self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None
         if endpoint is not None and not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:]+)(:\d+)?(/\S*)?", endpoint):
-            raise ConfigError(f"the endpoint {endpoint!r} is no URL; write http://HOST:PORT or https://HOST")
+            raise ConfigError(f"the endpoint {endpoint!r} is not a URL; write http://HOST:PORT or https://HOST")
         return self.model_copy(
             update={
                 "endpoint_url": endpoint,

@@ -50,7 +50,7 @@ def _check_boxes(rows: pa.Table, uri: str) -> None:
     if count := int(wrong.sum()):
         name = rows["file_name"][int(np.flatnonzero(wrong)[0])].as_py()
         raise AnnotationError(
-            f"{uri}: {counted_of(count, len(wrong), 'image')} {agreeing(count, 'has', 'have')} proposals that are no boxes of "
+            f"{uri}: {counted_of(count, len(wrong), 'image')} {agreeing(count, 'has', 'have')} proposals that are not boxes of "
             f"four finite numbers{agreeing(count, ': ', ', such as ')}{name}. Run `masklake propose` again."
         )
 

@@ -81,7 +81,7 @@ def to_training(batch: pa.Table, spec: SampleSpec) -> tuple[list[torch.Tensor], 
         if row["unreachable"]:
             raise StorageError(row["error"])
         if row["error"] is not None:
-            raise AnnotationError(f"{row['error']}. Mend or remove it, or leave such images out with --allow-missing.")
+            raise AnnotationError(f"{row['error']}. Fix or remove it, or leave such images out with --allow-missing.")
         height, width, count = row["height"], row["width"], len(row["labels"])
         images.append(torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).reshape(3, height, width))
         keypoints = torch.tensor(row["keypoints"], dtype=torch.float32).reshape(count, spec.keypoints, 3)

@@ -175,7 +175,7 @@ def damage(row: dict[str, Any], what: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "value", "said"),
     [
-        ("rle", b"garbage\xff\x00", "a mask whose counts are no run lengths"),
+        ("rle", b"garbage\xff\x00", "a mask whose counts are not run lengths"),
         ("rle", b"", "a mask whose runs do not add up to its 96 x 96 pixels"),
         ("rle", to_rle([[1, 1, 5, 1, 5, 5]], 48, 48)["counts"], "a mask whose runs do not add up to its 96 x 96 pixels"),
         ("rle", pack_counts(np.array([5, -3, 9214]), np.array([3]))[0], "a mask whose runs do not add up"),

@@ -143,7 +143,7 @@ def test_a_batch_of_different_sizes_trains(model: MaskRCNN) -> None:
 
 def test_targets_that_do_not_fit_are_named(model: MaskRCNN) -> None:
     image, target = drawn(0)
-    with pytest.raises(ConfigError, match=r"\[5\] are no categories"):
+    with pytest.raises(ConfigError, match=r"\[5\] are not categories"):
         model([image], [Target(target.boxes, torch.tensor([3, 5, 20]), target.masks, target.keypoints)])
     with pytest.raises(ConfigError, match="mask branch"):
         model([image], [Target(target.boxes, target.labels, None, target.keypoints)])

@@ -214,7 +214,7 @@ def test_the_same_row_twice_is_one_and_two_rows_of_one_id_are_two() -> None:
         (changed("annotations", 0, segmentation={"size": [8, 12], "counts": [95]}), "do not add up"),
         (changed("annotations", 0, segmentation={"size": [8, 12], "counts": [10**400]}), "do not add up"),
         (changed("annotations", 0, segmentation={"size": [8, 12], "counts": ["96"]}), "a list of whole numbers"),
-        (changed("annotations", 0, segmentation={"size": [8, 12]}), "counts are no run lengths, but None"),
+        (changed("annotations", 0, segmentation={"size": [8, 12]}), "counts are not run lengths, but None"),
         (changed("annotations", 0, segmentation=SQUARE), "is a list of its own within that list"),
         (changed("annotations", 0, segmentation=[["1", "2", "3", "4", "5", "6"]]), "has a polygon with '1' in it; x, y pairs"),
         (changed("annotations", 0, segmentation=[[1, 2, 3, float("nan"), 5, 6]]), "has a polygon with nan in it; x, y pairs"),

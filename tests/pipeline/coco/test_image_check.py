@@ -74,7 +74,7 @@ def test_one_image_reads_as_one(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"^the only image of x\.json is not in \S+: 0\.jpg\. Check the image folder\.$"):
         usable_images(Storage(), data_of(1), str(tmp_path))
     write(tmp_path, _0=b"")
-    with pytest.raises(AnnotationError, match=r"^the only image of x\.json cannot be used: 0\.jpg: .*\. Mend or remove it\.$"):
+    with pytest.raises(AnnotationError, match=r"^the only image of x\.json cannot be used: 0\.jpg: .*\. Fix or remove it\.$"):
         usable_images(Storage(), data_of(1), str(tmp_path))
 
 
@@ -86,7 +86,7 @@ def test_missing_files_do_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
 
 def test_none_that_can_be_used_is_an_error_whatever_may_be_left_out(tmp_path: Path) -> None:
     write(tmp_path, _0=b"x", _1=b"y")
-    with pytest.raises(AnnotationError, match=r"2 of the 2 images .* cannot be used.*Mend or remove them\.$"):
+    with pytest.raises(AnnotationError, match=r"2 of the 2 images .* cannot be used.*Fix or remove them\.$"):
         usable_images(Storage(), data_of(2), str(tmp_path), most=1)
 
 

@@ -366,7 +366,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
     [
         ("coco.json", b'{"images": [{"id": 1}], "annotations": []}', "COCO.*folder of its images"),
         ("pretty.json", b'{\n "info": {},\n "images": []\n}', "COCO.*folder of its images"),
-        ("list.jsonl", b'"a.jpg"\nb.jpg\n', "line 2 is no JSON"),
+        ("list.jsonl", b'"a.jpg"\nb.jpg\n', "line 2 is not JSON"),
         ("list.json", b"[1, 2]", "entry 1 is 1 and no name; write each entry as a string, or as an object"),
         ("nested.json", b'[["a.jpg"]]', r'entry 1 is \["a\.jpg"\] and no name; write each entry'),
         ("number.json", b'[{"n": 1}]', "entry 1 has 1 as 'n' and no name; choose the key of the names with --column"),

@@ -294,10 +294,10 @@ def test_a_reason_is_one_line() -> None:
 @pytest.mark.parametrize("endpoint", ["not-a-url", "localhost:9000", "ftp://host", "http://", "http:// host"])
 def test_an_endpoint_that_is_no_url_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client in Rust would panic over it."""
-    with pytest.raises(ConfigError, match="is no URL"):
+    with pytest.raises(ConfigError, match="is not a URL"):
         Storage(StorageOptions(endpoint_url=endpoint))
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(ConfigError, match="is no URL"):
+    with pytest.raises(ConfigError, match="is not a URL"):
         Storage()
 
 

@@ -114,7 +114,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_boxes_that_are_none_are_refused_by_image(tmp_path: Path, boxes: list[float] | None) -> None:
     rows = [*stored().to_pylist(), {"file_name": "x.png", "width": 48, "height": 24, "boxes": boxes}]
     pq.write_table(pa.Table.from_pylist(rows, schema=PROPOSAL_SCHEMA), tmp_path / "p.parquet")
-    with pytest.raises(AnnotationError, match=r"1 of the 4 images has proposals .* no boxes of four finite numbers: x\.png"):
+    with pytest.raises(AnnotationError, match=r"1 of the 4 images has proposals .* not boxes of four finite numbers: x\.png"):
         read_proposals(Storage(), str(tmp_path / "p.parquet"))
 
 
