@@ -235,7 +235,8 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     capacity = connect_ray(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
     say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
-    for number, step in enumerate(label_plan.rounds(len(missing), workers.workers, run.options.block_rows)):
+    steps = list(label_plan.rounds(len(missing), workers.workers, run.options.block_rows))
+    for number, step in enumerate(steps):
         if number:
             say(label_plan.lost_line(len(missing), step.rows))
         written = _stream(run, workers, step, missing, say)
@@ -243,7 +244,8 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
         missing = run_output.missing(files, plan.images)
         if not len(missing):
             return files
-    say(label_plan.lost_line(len(missing), 1))
+    if steps:
+        say(label_plan.lost_line(len(missing), 1))
     written, crashed = _alone(run, workers, missing, say)
     if crashed:
         one, many = (

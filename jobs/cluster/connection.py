@@ -176,12 +176,17 @@ def cores() -> int:
 def _quiet() -> None:
     """Keeps Ray's messages in its log files; our own report and errors contain what matters."""
     import ray._private.worker
-    import ray.data  # configures the logger when imported
-    from ray._private.log import PlainRayHandler
 
     # The raylet's notices reach the terminal past `log_to_driver=False`, a page for every worker that dies; this switch of
     # Ray's debugger is the only one for them.
     ray._private.worker._worker_logs_enabled = False
+
+
+def quiet_data() -> None:
+    """Keeps Ray Data's messages in its log files. Only for jobs that use it: its import takes a second."""
+    import ray.data  # configures the logger when imported
+    from ray._private.log import PlainRayHandler
+
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, PlainRayHandler):  # not one that the embedding program has added
             handler.setLevel(logging.CRITICAL)
@@ -202,6 +207,7 @@ def data_context() -> Any:
     """Returns a copy of Ray Data's settings for every pipeline here: silent, and without reservations of memory."""
     import ray.data
 
+    quiet_data()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them

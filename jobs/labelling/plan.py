@@ -137,7 +137,12 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
 
     Images that are missing after them are tried one by one (`jobs.labelling.lost_images`). The first round stops if more blocks
     are lost than `LOST_BLOCKS` and a twentieth of all: then the cause is not a few images that kill workers.
+
+    A run of at most `RETRY_ROWS` images has no pass. One by one, they do not wait for Ray Data, which the driver and its worker
+    would have to import.
     """
+    if block_rows is None and images <= RETRY_ROWS:
+        return
     rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
     yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
     if rows > RETRY_ROWS:

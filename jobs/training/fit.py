@@ -12,7 +12,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from masklake.jobs.cluster.connection import Capacity, cores, interruptible, last_line
+from masklake.jobs.cluster.connection import Capacity, cores, interruptible, last_line, quiet_data
 from masklake.jobs.cluster.waiting import said_while_waiting
 from masklake.jobs.training.messages import Listener, reported_failure, start_messages
 from masklake.jobs.training.options import TrainOptions
@@ -58,7 +58,8 @@ def workers_get_gpus(options: TrainOptions, capacity: Capacity) -> bool:
 
 
 def set_up_ray_train(capacity: Capacity) -> None:
-    """Sets the environment variables that Ray Train reads at its start; existing values are kept."""
+    """Keeps Ray Data quiet and sets the environment variables that Ray Train reads at its start; existing values are kept."""
+    quiet_data()
     # How often it looks at its workers; its own 2 s would be felt at the end of every short run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if capacity.embedded:  # nobody takes this machine away with a notice: one process less to start

@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.dataset
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from pydantic import ValidationError
@@ -37,6 +36,9 @@ from masklake.pipeline.storage.uri import canonical, parse_uri
 from masklake.pipeline.table.log import DataFile, DeltaLog
 from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +155,8 @@ class Table:
 
         It is built from the file list of the log, never from a listing of folders, which also hold unfinished files.
         """
+        import pyarrow.dataset  # it imports pandas, which a worker that only writes has no use for
+
         files = self.files()
         if not files:
             raise TableError(self._why_empty())

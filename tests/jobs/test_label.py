@@ -257,7 +257,7 @@ def test_workers_that_cannot_start_stop_the_run_and_blame_no_image(
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(label, "LabellingActor", actor)
     with pytest.raises(LabellingError, match=message):
-        label.run(options(folder, table, tiny_checkpoint, workers=1))
+        label.run(options(folder, table, tiny_checkpoint, workers=1, block_rows=1))
     assert open_table(Storage(), str(table)).files() == []
 
 

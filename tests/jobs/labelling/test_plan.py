@@ -131,13 +131,20 @@ def test_a_second_round_has_smaller_blocks() -> None:
     ]
     assert next(rounds(10**6, workers=8)).rows == 64
     assert next(rounds(10**6, workers=8)).max_lost == 781
-    assert [step.rows for step in rounds(5, workers=2)] == [1]
+    assert [step.rows for step in rounds(9, workers=2)] == [2]
     assert [step.rows for step in rounds(100, workers=2, block_rows=3)] == [3]
+
+
+def test_a_run_of_a_few_images_has_no_pass_of_ray_data() -> None:
+    assert list(rounds(8, workers=2)) == []
+    assert list(rounds(1, workers=1)) == []
+    assert [step.rows for step in rounds(8, workers=2, block_rows=1)] == [1]
+    assert [step.rows for step in rounds(9, workers=1)] == [3]
 
 
 def test_a_short_run_outlives_the_loss_of_a_node() -> None:
     """A node of eight GPUs has sixteen blocks in hand; all of a short run's blocks may be lost in its first round."""
-    for images in (1, 20, 500, 4000):
+    for images in (33, 500, 4000):
         step = next(rounds(images, workers=8))
         assert step.max_lost >= min(64, -(-images // step.rows))
 
