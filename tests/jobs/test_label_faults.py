@@ -108,7 +108,7 @@ def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
 
     from masklake.jobs.cluster.connection import connect_ray
     from masklake.jobs.labelling.progress import start_counter
-    from masklake.jobs.training.messages import start_board
+    from masklake.jobs.training.messages import start_messages
 
     node = {"object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **node})
@@ -116,7 +116,7 @@ def test_the_counter_and_the_board_are_on_the_drivers_node() -> None:
         for _ in range(2):
             cluster.add_node(num_cpus=1, **node)
         connect_ray(cluster.address)
-        actors = [start() for start in (start_counter, start_board) for _ in range(3)]
+        actors = [start() for start in (start_counter, start_messages) for _ in range(3)]
         ray.get([actor.__ray_ready__.remote() for actor in actors])
         places = {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
         assert places == {ray.get_runtime_context().get_node_id()}
