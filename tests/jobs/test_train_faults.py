@@ -82,4 +82,4 @@ def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: py
     assert Path(report.curves).stat().st_size
     assert Path(report.checkpoint).stat().st_size
     after = lines[next(number for number, line in enumerate(lines) if line.startswith("the workers are up")) + 1 :]
-    assert not [line for line in after if "step" in line], "the messages was lost before the first step"
+    assert not [line for line in after if "step" in line], "the messages were lost before the first step"
