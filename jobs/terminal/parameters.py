@@ -59,7 +59,7 @@ def takes(fields: type, own_defaults: bool = True) -> Callable[[Callable[..., No
             command(collected(shared, given), **{p.declared.name: given[p.declared.name] for p in own})
 
         declared = [parameter.declared for parameter in sorted([*shared, *own], key=_place)]
-        called.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+        called.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]  # what typer reads
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in declared}
         return called
 
@@ -144,6 +144,7 @@ def _parameter(
         shown = option.default
     elif isinstance(default, tuple):
         default = list(default)
+    # The type is known when this runs, which mypy cannot follow.
     annotation = Annotated[kind if default is not None else kind | None, _described(option, path[-1], kind, shown)]  # type: ignore[valid-type]
     declared = inspect.Parameter(path[-1], inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     return Parameter(path, option, declared, names)
