@@ -418,9 +418,14 @@ def gpu_tests(bench: Bench) -> Iterator[Row]:
         ini.flush()
         options = ["-q", "-rfE", "-c", ini.name, f"--rootdir={ROOT}", "--import-mode=importlib", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *options, *bench.scale.tests]
-        environment = {**subprocess_environment(), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=bench.scale.tests_s, check=False
+            command,
+            cwd=ROOT,
+            env=subprocess_environment(),
+            capture_output=True,
+            text=True,
+            timeout=bench.scale.tests_s,
+            check=False,
         )
     lines = done.stdout.splitlines()
     yield {"exit_code": done.returncode, "summary": lines[-1] if lines else done.stderr[-300:]}
@@ -428,13 +433,14 @@ def gpu_tests(bench: Bench) -> Iterator[Row]:
         if line.startswith(("FAILED", "ERROR")):
             yield {"failure": line[:300]}
     if done.returncode not in (0, 5):
-        tail = "\n".join(lines[-60:])
+        tail = "\n".join(lines[-200:])
         raise RuntimeError(f"the tests failed:\n{tail}\n{done.stderr[-1000:]}")
 
 
 def subprocess_environment() -> dict[str, str]:
-    """This process's, without the interpreter: on a GPU kernels are compiled."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """This process's with the checkout on its path, without the interpreter: on a GPU kernels are compiled."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))}
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
