@@ -12,7 +12,7 @@ import pytest
 import typer.main
 import yaml
 
-from masklake.jobs.cli import app
+from masklake.jobs.commands import app
 from masklake.jobs.terminal.signals import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,12 +1,14 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: with clean-up, a line, and 128 + the signal's number as exit code.
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: with clean-up, a line, and 128 + the signal's number as exit code. A second
+Ctrl-C ends it at once.
 
-The signal is passed to whatever handles Ctrl-C at that moment: Python, Ray Train, or the code that starts Ray. If the process
-does not end, because native code does not return or waits for a lost cluster, a thread ends it after GRACE_S, and sooner if
-Ray's own processes are gone. The signal reaches that thread through a socket, whatever the main thread is doing.
+SIGTERM and SIGHUP are passed to whatever handles Ctrl-C at that moment: this module, Ray Train, or the code that starts Ray. If
+the process does not end, because native code does not return or waits for a lost cluster, a thread ends it after GRACE_S, and
+sooner if Ray's own processes are gone. The signal reaches that thread through a socket, whatever the main thread is doing.
 """
 
 from __future__ import annotations
 
+import atexit
 import glob
 import os
 import signal
@@ -43,7 +45,8 @@ class Stopping:
         self._line = line
         self._number: int | None = None
         self._interrupted = False
-        self._said = threading.Lock()
+        self._saying = threading.RLock()  # a signal's handler may interrupt the main thread while that holds it
+        self._said = False
         self._stderr = os.dup(2)  # descriptor 2 itself is held back while Ray starts
 
     @property
@@ -66,28 +69,42 @@ class Stopping:
         for number in ENDING:
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+        atexit.register(_ignore)  # registered first, so called last, after Ray's own
 
     def say(self) -> int:
         """Writes the line, unless it was written already; returns the exit code. From now on Ctrl-C ends the process at
         once.
         """
+        self._interrupted = True
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, lambda *_: os._exit(self.exit_code))
             for number in ENDING if self.requested else ():
                 signal.signal(number, signal.SIG_IGN)  # Python's end would give a second one its default effect
-        if self._said.acquire(blocking=False):
-            by = f"stopped by {signal.Signals(self._number).name}" if self._number else "interrupted"
-            sys.stderr.flush()
-            os.write(self._stderr, self._line(by).encode())
+            if callable(signal.getsignal(signal.SIGINT)):
+                signal.signal(signal.SIGINT, self._interrupt)  # Ray Train's may be there still
+        with self._saying:
+            if not self._said:
+                by = f"stopped by {signal.Signals(self._number).name}" if self._number else "interrupted"
+                sys.stderr.flush()
+                os.write(self._stderr, self._line(by).encode())
+                self._said = True
         return self.exit_code
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handles Ctrl-C. A second one may come anywhere in the clean-up after the first, where an exception could get lost."""
+        if self._interrupted:
+            os._exit(self.say())
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._number = self._number or number
         if self._interrupted:  # it came again: the first one is at work, and its time is limited
             return
         self._interrupted = True
-        self._number = self._number or number
         interrupt = signal.getsignal(signal.SIGINT)
-        if not callable(interrupt):  # a shell's background job ignores Ctrl-C, not this
+        if not callable(interrupt) or interrupt == self._interrupt:  # a shell's background job ignores Ctrl-C, not this
             raise KeyboardInterrupt
         interrupt(signal.SIGINT, frame)
 
@@ -100,6 +117,12 @@ class Stopping:
                     self.say()
                 _wait()
                 os._exit(self.say())
+
+
+def _ignore() -> None:
+    """Ignores the signals: from here on Python would give them their default effect, which changes the exit code."""
+    for number in (signal.SIGINT, *ENDING):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait() -> None:

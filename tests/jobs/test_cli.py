@@ -15,7 +15,8 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from masklake.jobs.cli import app, main, print_json
+from masklake.jobs.cli import main
+from masklake.jobs.commands import app, print_json
 from masklake.jobs.terminal.stop_lines import AFTER_A_STOP, command_of, stopped_line
 
 COMMANDS = set(get_command(app).commands)  # type: ignore[attr-defined]
@@ -66,7 +67,7 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
 
 
 INTERRUPTED_INSIDE = """
-from masklake.jobs import cli
+from masklake.jobs import cli, commands
 from masklake.model.errors import MaskLakeError
 
 class Interrupts:
@@ -76,19 +77,19 @@ class Interrupts:
 class Lost(MaskLakeError):
     exit_code = 77
 
-@cli.app.command("label")
+@commands.app.command("label")
 def wrapped():
     class Made:
         attribute = Interrupts()
 
-@cli.app.command("query")
+@commands.app.command("query")
 def cleaned_up():
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Lost("while it cleaned up")
 
-@cli.app.command()
+@commands.app.command()
 def another_reason():
     try:
         raise KeyboardInterrupt
@@ -125,13 +126,13 @@ def test_an_interrupt_that_an_error_replaces_is_that_error() -> None:
 
 
 STRAY = """
-from masklake.jobs import cli
+from masklake.jobs import cli, commands
 
-@cli.app.command("query")
+@commands.app.command("query")
 def named():
     open({path!r})
 
-@cli.app.command("show")
+@commands.app.command("show")
 def nameless():
     raise ConnectionResetError(104, "Connection reset by peer")
 

@@ -13,7 +13,7 @@ import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from typer.testing import CliRunner
 
-from masklake.jobs.cli import app
+from masklake.jobs.commands import app
 from masklake.jobs.convert import read_categories
 from masklake.model import create_model, load_checkpoint
 from masklake.model.errors import CheckpointError, ConfigError

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from masklake.jobs import evaluate
-from masklake.jobs.cli import app
+from masklake.jobs.commands import app
 from masklake.jobs.shapes import generate
 from masklake.model.errors import ConfigError
 from masklake.model.masks.rle import pack_counts

@@ -18,7 +18,8 @@ from PIL import Image
 from typer.main import get_command
 
 from masklake.jobs import show
-from masklake.jobs.cli import app, main
+from masklake.jobs.cli import main
+from masklake.jobs.commands import app
 from masklake.jobs.query import show as show_answer
 from masklake.jobs.terminal.answers import Format, format_of
 from masklake.model.errors import ConfigError

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from masklake.jobs.cli import app
+from masklake.jobs.commands import app
 from masklake.jobs.label import LabelOptions
 from masklake.jobs.propose import ProposeOptions
 from masklake.jobs.terminal.help import examples, paragraphs

@@ -24,18 +24,18 @@ def heard() -> Iterator[None]:
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
-from masklake.jobs import cli
+from masklake.jobs import cli, commands
 from masklake.jobs.terminal import signals as stopping
 
 def ready():
     print("ready", flush=True)
 
-@cli.app.command("label")
+@commands.app.command("label")
 def waits():
     ready()
     time.sleep(60)
 
-@cli.app.command("train")
+@commands.app.command("train")
 def swallows():
     stopping.GRACE_S = 0.2
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # as while Ray starts
@@ -46,7 +46,7 @@ def swallows():
         except KeyboardInterrupt:
             pass
 
-@cli.app.command("show")
+@commands.app.command("show")
 def fails_while_it_cleans_up():
     try:
         ready()
@@ -54,14 +54,14 @@ def fails_while_it_cleans_up():
     finally:
         raise OSError("the cluster went away with the same signal")
 
-@cli.app.command("query")
+@commands.app.command("query")
 def computes():
     from masklake.pipeline.table.duckdb_connection import connected
     with connected() as connection:
         ready()
         connection.execute("SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range % 7 = 3").fetchall()
 
-@cli.app.command("evaluate")
+@commands.app.command("evaluate")
 def loses_its_ray():
     stopping.GRACE_S = 600
     raylet = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -72,7 +72,7 @@ def loses_its_ray():
         except KeyboardInterrupt:
             raylet.kill()
 
-@cli.app.command("demo")
+@commands.app.command("demo")
 def ends_well():
     try:
         ready()
@@ -84,10 +84,44 @@ cli.main()
 """
 
 
-def stopped(command: str, number: int, times: int = 1, ignored: int | None = None) -> tuple[int, str, str]:
+STILL_IMPORTING = """
+import sys, time
+from masklake.jobs import cli
+
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            print("ready", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow)
+cli.main()
+"""
+
+CLEANS_UP_SLOWLY = """
+import time
+from masklake.jobs import cli, commands
+
+@commands.app.command("train")
+def cleans_up():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("ready", flush=True)
+        time.sleep(60)
+
+cli.main()
+"""
+
+
+def stopped(
+    command: str, number: int, times: int = 1, ignored: int | None = None, program: str = PROGRAM
+) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that gets a signal as soon as it is at work."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, command],
+        [sys.executable, "-c", program, command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -122,6 +156,59 @@ def test_a_signal_that_comes_again_changes_nothing() -> None:
     assert stopped("label", signal.SIGTERM, times=3)[::2] == (
         143,
         "masklake: stopped by SIGTERM. The same command goes on where this one stopped.\n",
+    )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "by"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_signals_are_handled_before_the_commands_are_imported(number: int, code: int, by: str, times: int) -> None:
+    assert stopped("train", number, times, program=STILL_IMPORTING)[::2] == (
+        code,
+        f"masklake: {by}. The same command goes on after the last complete epoch.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "by"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
+)
+def test_ctrl_c_after_a_signal_ends_the_clean_up(first: int, code: int, by: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLEANS_UP_SLOWLY, "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for number in (first, signal.SIGINT):
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+    _, err = process.communicate(timeout=10)  # less than GRACE_S
+    assert (process.returncode, err) == (
+        code,
+        f"masklake: {by}. The same command goes on after the last complete epoch.\n",
+    )
+
+
+def test_ctrl_c_while_python_ends_changes_nothing() -> None:
+    end = """
+import threading, time
+from masklake.jobs import cli, commands
+
+class Slow:
+    def __del__(self):  # called after the handlers of exits
+        print("ready", flush=True)
+        time.sleep(0.5)
+
+@commands.app.command("label")
+def interrupted():
+    builtins.slow = Slow()
+    raise KeyboardInterrupt
+
+import builtins
+cli.main()
+"""
+    assert stopped("label", signal.SIGINT, program=end)[::2] == (
+        130,
+        "masklake: interrupted. The same command goes on where this one stopped.\n",
     )
 
 

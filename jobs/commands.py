@@ -1,0 +1,268 @@
+"""The commands of `masklake`. Each only parses, calls its module and prints; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from masklake.jobs.fields import (
+    ConvertFields,
+    DemoFields,
+    EvaluateFields,
+    LabelFields,
+    ProposeFields,
+    QueryFields,
+    ShowFields,
+    TrainFields,
+)
+from masklake.jobs.terminal.help import Command, Commands, examples, paragraphs
+from masklake.jobs.terminal.parameters import Values, takes
+from masklake.model.errors import ConfigError
+from masklake.model.fields import Option
+from masklake.model.wording import counted
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from masklake.pipeline.storage.storage import Storage
+
+app = typer.Typer(
+    name="masklake",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, Option("Print the result as a JSON object on stdout.", panel="Output", name="json")]
+
+
+def command(fields: type, *lines: str, own_defaults: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose parameters are those of `fields` (`takes`). lines: examples, for its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        declared = takes(fields, own_defaults)(function)
+        return app.command(cls=Command, help=paragraphs(function.__doc__ or ""), epilog=examples(*lines))(declared)
+
+    return register
+
+
+def print_json(report: BaseModel) -> None:
+    """Print a report as one JSON document on stdout, for scripts. NaN and infinity, which JSON lacks, become null."""
+    sys.stdout.write(report.model_dump_json(indent=2) + "\n")
+
+
+def show_version(wanted: bool) -> None:
+    """Print the installed version and stop, when asked to."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"masklake {version('masklake')}")
+        raise typer.Exit
+
+
+def opened(values: Values) -> Storage:
+    """Storage with the options among the values, which are taken out of them."""
+    from masklake.pipeline.storage.options import StorageOptions
+    from masklake.pipeline.storage.storage import Storage
+
+    return Storage(StorageOptions(**values.pop("storage", {})))
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train Mask R-CNN on Ray, label a bucket of images, query the table."""
+
+
+# -- the commands, in the order of the work ----------------------------------------------------------------------------
+
+
+@command(DemoFields, "masklake demo", "masklake demo --train-images 100 --epochs 3 --output /tmp/demo")
+def demo(values: Values, as_json: AsJson = False) -> None:
+    """Try the whole product on drawn shapes: train, label, evaluate, query.
+
+    The same command continues where an interrupted demo stopped.
+    """
+    from masklake.jobs import demo as command
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        report = command.run(**values, say=lambda line: typer.echo(line, err=as_json))
+    if as_json:
+        print_json(report)
+
+
+@command(
+    TrainFields,
+    "masklake train train.json --val val.json -o runs --name first",
+    "masklake train --config run.toml --epochs 24 --workers 4",
+    own_defaults=False,
+)
+def train(
+    values: Values,
+    config: Annotated[
+        str | None,
+        Option("TOML file with options (docs/training.md). Options on the command line take precedence.", panel="Input"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a detector on COCO data, and write a checkpoint, its AP and its loss curves.
+
+    The same command continues after the last complete epoch. It reports the results if the run is complete.
+    """
+    from masklake.jobs import train as command
+    from masklake.jobs.training.options import read_options
+
+    options = read_options(config, values)
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
+        report = command.run(options)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(command.describe(report))
+
+
+@command(
+    ConvertFields,
+    "masklake convert coco.pth coco.safetensors --preset maskrcnn_resnet50_fpn",
+    "masklake convert a.pth a.safetensors --preset tiny --categories names.txt",
+)
+def convert(values: Values, as_json: AsJson = False) -> None:
+    """Convert weights of torchvision or Detectron2 into a MaskLake checkpoint."""
+    from masklake.jobs import convert as command
+
+    storage = opened(values)
+    report = command.run(**values, storage=storage)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(
+            f"{report.checkpoint}: {report.model_id}, {report.parameters / 1e6:.1f} million parameters, "
+            f"{counted(report.categories, 'category')}, norm epsilon {report.norm_eps:g}"
+        )
+
+
+@command(
+    ProposeFields,
+    "masklake propose train.json --weights rpn.safetensors -o proposals.parquet",
+    "masklake propose s3://b/a.json --weights a.safetensors -o s3://b/a.parquet",
+)
+def propose(values: Values, as_json: AsJson = False) -> None:
+    """Store the proposals of an RPN for the images of a COCO file.
+
+    `masklake train --learn detector --proposals FILE` trains a detector on them.
+    """
+    from masklake.jobs import propose as command
+
+    options = command.ProposeOptions(**values)
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
+        report = command.run(options, say=lambda line: typer.echo(line, err=True))
+    if as_json:
+        print_json(report)
+    else:
+        proposals, of_images = counted(report.proposals, "proposal"), counted(report.images, "image")
+        typer.echo(f"{report.output}: {proposals} of {of_images} by {report.model_id}")
+
+
+@command(
+    LabelFields,
+    "masklake label photos labels --weights runs/first/model.safetensors",
+    "masklake label 's3://b/photos/**/*.jpg' s3://b/labels --weights m.safetensors",
+)
+def label(
+    values: Values,
+    max_failed: Annotated[float, Option("Maximum share of failed images for exit code 0.", ge=0, le=1, panel="Run")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Label images into a table. Each new or changed image is labelled once.
+
+    The same command continues after an interruption. Exit code 41 means that more images failed than --max-failed allows; the
+    table holds all of them, with their errors.
+    """
+    from masklake.jobs import label as command
+    from masklake.jobs.labelling.plan import check_failures
+    from masklake.jobs.labelling.progress import written_above
+
+    options = command.options(**values)
+    with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
+        report = command.run(options, say=written_above)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(command.describe(report))
+    check_failures(report.statuses, max_failed)
+
+
+@command(
+    QueryFields,
+    'masklake query labels "SELECT status, count(*) FROM images GROUP BY status"',
+    'masklake query labels "FROM detections WHERE score >= 0.5" -o likely.csv',
+)
+def query(
+    values: Values,
+    as_json: Annotated[
+        bool, Option("Print the result as JSON, or with --output a summary of it.", panel="Output", name="json")
+    ] = False,
+) -> None:
+    """Query a table in SQL, offline and read-only.
+
+    Instances are stored from score 0.05 on; `WHERE score >= 0.5` keeps the likely ones. `SHOW TABLES`, `DESCRIBE images` and
+    `SUMMARIZE images` show what there is. Only a table on a terminal is truncated: files and pipes get every row in full.
+    """
+    from masklake.jobs import query as command
+    from masklake.jobs.terminal.answers import Format
+
+    storage, form, output = opened(values), values.get("form"), values.get("output")
+    chosen = None if form is None else Format(form)
+    if output is None or output == "-":
+        if as_json and chosen not in (None, Format.JSON):
+            raise ConfigError(f"--json and --format {form} contradict each other; leave one out")
+        shown_as = Format.JSON if as_json else chosen or Format.TABLE
+        command.show(storage, values["table"], command.read_sql(values["sql"]), shown_as)
+        return
+    report = command.run(storage, values["table"], command.read_sql(values["sql"]), output, chosen)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(f"{report.output}: {counted(report.rows, 'row')}")
+
+
+@command(
+    ShowFields,
+    "masklake show labels sub/a.jpg -o a.png",
+    "masklake show s3://bucket/labels a.jpg -o a.png --images photos --min-score 0",
+)
+def show(values: Values, as_json: AsJson = False) -> None:
+    """Draw the current instances of an image."""
+    from masklake.jobs import show as command
+
+    storage = opened(values)
+    report = command.run(storage, **values)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(command.describe(report))
+
+
+@command(
+    EvaluateFields,
+    "masklake evaluate labels --truth val.json",
+    "masklake evaluate labels --truth val.json --max-dets 10 --max-dets 100",
+)
+def evaluate(values: Values, as_json: AsJson = False) -> None:
+    """Evaluate the labels of a table: COCO AP of boxes, masks and keypoints, and mean IoU of the foreground."""
+    from masklake.jobs import evaluate as command
+
+    storage = opened(values)
+    report = command.run(storage, **values)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(command.describe(report))
