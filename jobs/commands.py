@@ -221,7 +221,7 @@ def query(
 
     storage, form, output = opened(values), values.get("form"), values.get("output")
     chosen = None if form is None else Format(form)
-    if output is None or output == "-":
+    if output is None or output in command.STDOUT:
         if as_json and chosen not in (None, Format.JSON):
             raise ConfigError(f"--json and --format {form} contradict each other; leave one out")
         shown_as = Format.JSON if as_json else chosen or Format.TABLE

@@ -15,6 +15,8 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.query import stream
 
 STDIN = "-"
+STDOUT = ("-", "/dev/stdout")
+"""Outputs that are not files: the result goes to stdout, and no report follows it."""
 
 
 class QueryReport(BaseModel):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import InputNotFoundError
-from masklake.pipeline.storage.uri import canonical, parse_uri
+from masklake.pipeline.storage.uri import below, canonical, parse_uri, real_place
 
 
 def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:
@@ -19,11 +19,15 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
     at = parse_uri(output)
     if not at.key or output.endswith("/") or (at.is_local and os.path.isdir(at.key)):
         raise ConfigError(f"{output}: is a folder; name the file to write in it")
-    if table is not None and f"{at.uri}/".startswith(f"{canonical(table)}/"):
+    if table is not None and (_is_in(at.uri, canonical(table)) or _is_in(real_place(output), real_place(table))):
         raise ConfigError(f"{output}: lies in the table's own folder; write to another place")
     if at.is_local and not os.path.isdir(os.path.dirname(at.key)):
         raise InputNotFoundError(f"{output}: there is no folder {os.path.dirname(at.key)}; make it, or check the path")
     check_not_read(output, sources or {})
+
+
+def _is_in(place: str, folder: str) -> bool:
+    return f"{place}/".startswith(below(folder))
 
 
 def check_not_read(output: str, sources: Mapping[str, str | None]) -> None:

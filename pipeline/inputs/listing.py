@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from masklake.model.plain_text import is_text
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.inputs.fields import InputFields
 from masklake.pipeline.inputs.lists import Named, list_kind, read_list
-from masklake.pipeline.inputs.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES
+from masklake.pipeline.inputs.suffixes import IMAGE_REGEX, IMAGE_SUFFIXES, OTHER_SUFFIXES, UNREAD_REGEX
 from masklake.pipeline.storage.handles import CONCURRENT_HEADS
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.literal_keys import MAX_KEY_BYTES, is_plain
@@ -47,7 +48,8 @@ folders in which macOS, Windows, Synology and QNAP keep thumbnails and waste."""
 def nothing_found(storage: Storage, uri: str) -> str:
     """Returns the message for an input without any image; where the path is right, it does not suggest to check the path."""
     if is_glob(uri) and not storage.exists(uri):
-        return "matches no image; check the pattern"
+        braces = "; braces are literal, so give a folder or a list instead" if "{" in uri else ""
+        return f"matches no image; check the pattern{braces}"
     if list_kind(uri) is not None and not uri.endswith("/") and storage.is_file(uri):
         return "is a list that names no image; write one a row"
     return "holds no image; check the path"
@@ -67,8 +69,8 @@ class InputSpec(BaseModel, InputFields, frozen=True):
     def resolved(self, storage: Storage) -> InputSpec:
         """Returns the canonical input without a trailing slash that has no meaning, so that a folder has one spelling.
 
-        Raises ConfigError for a pattern in the bucket or a name that cannot be stored, InputNotFoundError for a local file with
-        a trailing slash.
+        Raises ConfigError for a pattern in the bucket, one that ends in a slash, or a name that cannot be stored,
+        InputNotFoundError for a local file with a trailing slash.
         """
         if not is_utf8(self.uri):
             raise ConfigError(f"{os.fsencode(self.uri)!r}: is not UTF-8, as a table needs it; rename it, or link to it")
@@ -78,6 +80,10 @@ class InputSpec(BaseModel, InputFields, frozen=True):
         at = parse_uri(spec.uri)
         if is_glob(at.bucket):
             raise ConfigError(f"{spec.uri}: a pattern cannot choose the bucket; name it")
+        if is_glob(spec.uri) and self.uri.endswith("/") and not storage.exists(spec.uri):
+            raise ConfigError(
+                f"{self.uri}: a pattern matches files, and no file ends in a slash; write {self.uri}* or {self.uri}**"
+            )
         if at.is_local and spec.uri.endswith("/") and os.path.isfile(at.key):
             raise InputNotFoundError(f"{spec.uri}: is a file where a folder is needed; leave out its last slash")
         plain = at.key if at.is_local else canonical(spec.uri)
@@ -158,25 +164,27 @@ def list_images(storage: Storage, uri: str, left_out: LeftOut) -> Iterator[pa.Re
     """Yields the images below a folder or prefix, by suffix (any case), except hidden files and those of other systems."""
     base = below(uri)
     for batch in storage.list_objects(uri, left_out):
-        batch = _chosen(
-            batch, pc.match_substring_regex(batch["uri"], IMAGE_REGEX, ignore_case=True), left_out, Reason.OTHER_FILES
-        )
+        images = pc.match_substring_regex(batch["uri"], IMAGE_REGEX, ignore_case=True)
+        unread = pc.match_substring_regex(batch["uri"], UNREAD_REGEX, ignore_case=True)
+        batch = _chosen(batch, pc.or_(images, unread), base, left_out, Reason.OTHER_FILES)
         batch = _without_hidden(batch, base, left_out)
+        images = pc.match_substring_regex(batch["uri"], IMAGE_REGEX, ignore_case=True)
+        batch = _chosen(batch, images, base, left_out, Reason.OTHER_FORMATS)
         if batch.num_rows:
             yield batch
 
 
 def _without_hidden(batch: pa.RecordBatch, base: str, left_out: LeftOut) -> pa.RecordBatch:
     names = pc.utf8_slice_codeunits(batch["uri"], start=len(base))
-    return _chosen(batch, pc.invert(pc.match_substring_regex(names, _HIDDEN)), left_out, Reason.OTHER_SYSTEMS)
+    return _chosen(batch, pc.invert(pc.match_substring_regex(names, _HIDDEN)), base, left_out, Reason.OTHER_SYSTEMS)
 
 
-def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, left_out: LeftOut, reason: Reason) -> pa.RecordBatch:
-    """The rows of the mask; the others are counted, and the first of them named by its file name."""
+def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, base: str, left_out: LeftOut, reason: Reason) -> pa.RecordBatch:
+    """The rows of the mask; the others are counted, and the first of them named by its path below `base`."""
     chosen = batch.filter(mask)
     if chosen.num_rows < batch.num_rows:
         first = batch["uri"][pc.index(mask, False).as_py()].as_py()
-        left_out.add(reason, first.rpartition("/")[2], batch.num_rows - chosen.num_rows)
+        left_out.add(reason, first[len(base) :], batch.num_rows - chosen.num_rows)
     return chosen
 
 
@@ -189,16 +197,42 @@ def fixed_folder(pattern: str) -> str:
 def _list_glob(storage: Storage, pattern: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
     base = fixed_folder(pattern)
     names_hidden = re.search(r"(^|/)\.[^/]", pattern[len(base) :])  # as in a shell, * finds what is hidden only when told to
-    regex = glob_regex(pattern)
-    for batch in storage.list_objects(canonical(base), left_out):
-        try:
-            batch = batch.filter(pc.match_substring_regex(batch["uri"], regex))
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"{pattern}: not a pattern that can be matched ({error}); check its brackets") from error
+    regex = _checked_regex(pattern)
+    matching = left_out.filtered(partial(_could_match, pattern))
+    for batch in storage.list_objects(canonical(base), matching, partial(reaches, pattern)):
+        batch = batch.filter(pc.match_substring_regex(batch["uri"], regex))
         if not names_hidden:
             batch = _without_hidden(batch, base, left_out)
         if batch.num_rows:
             yield batch
+
+
+def reaches(pattern: str, folder: str) -> bool:
+    """Returns whether a pattern can match names below `folder`: with `**` anywhere, else if its first parts match the
+    folder.
+    """
+    parts, depth = pattern.split("/"), folder.count("/") + 1
+    return "**" in pattern or (depth < len(parts) and re.match(glob_regex("/".join(parts[:depth])), folder) is not None)
+
+
+def _could_match(pattern: str, reason: Reason, name: str) -> bool:
+    """Returns whether what a listing left out belongs to the pattern. name: a local path, or a key of the pattern's bucket."""
+    at = parse_uri(pattern)
+    uri = name if at.is_local else f"{at.scheme}://{at.bucket}/{name}"
+    if reason in (Reason.UNREADABLE_FOLDERS, Reason.LINKED_FOLDERS):
+        return reaches(pattern, uri)
+    return re.match(glob_regex(pattern), uri) is not None
+
+
+def _checked_regex(pattern: str) -> str:
+    """Returns the pattern's expression. Raises ConfigError if RE2, which matches names, or Python (folders) refuses it."""
+    regex = glob_regex(pattern)
+    try:
+        re.compile(regex)
+        pc.match_substring_regex(pa.array([""]), regex)
+    except (re.error, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{pattern}: not a pattern that can be matched ({error}); check its brackets") from error
+    return regex
 
 
 def glob_regex(pattern: str) -> str:

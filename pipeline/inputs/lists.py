@@ -330,6 +330,10 @@ def _refuse_coco(uri: str, error: Exception | None) -> NoReturn:
 
 def _json_row(uri: str, number: int, column: str, value: Mapping[str, Any]) -> Named:
     name = value.get(column)
+    if isinstance(name, list):
+        raise ConfigError(
+            f"{uri}: entry {number} has a list as {column!r}; write the names as an array of their own, or a name a line"
+        )
     if name is not None and not isinstance(name, str):
         raise ConfigError(
             f"{uri}: entry {number} has {_short(name)} as {column!r} and no name; choose the key of the names with --column"

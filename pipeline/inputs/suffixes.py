@@ -18,10 +18,18 @@ OTHER_SUFFIXES = (
 """Suffixes that the decoder reads too, but the listing of a folder skips: icons, textures, animations, and ambiguous
 suffixes.
 """
+
+UNREAD_SUFFIXES = (
+    ".heic", ".heif", ".heics", ".heifs", ".hif", ".jxl", ".jxr", ".wdp", ".hdp", ".dng", ".cr2", ".cr3", ".crw", ".nef",
+    ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".iiq", ".3fr", ".exr", ".hdr", ".dcm",
+    ".svg", ".svgz", ".eps", ".ai", ".emf", ".wmf",
+)
+"""Suffixes of images that the decoder does not read: phones' HEIC, cameras' raw files, drawings."""
 # fmt: on
 
 IMAGE_REGEX = f"({'|'.join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)})$"
-"""Valid in RE2 and Python; to be matched without regard to case."""
+UNREAD_REGEX = f"({'|'.join(re.escape(suffix) for suffix in UNREAD_SUFFIXES)})$"
+"""Both are valid in RE2 and Python; to be matched without regard to case."""
 
 _ADDRESS_OR_IMAGE = re.compile(f"^[a-z][a-z0-9+.-]*://|{IMAGE_REGEX}", re.IGNORECASE)
 

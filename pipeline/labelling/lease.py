@@ -287,9 +287,17 @@ class ObjectLease(Lease):
             try:
                 self._version = self._object.replace(self._holder.to_json(), self._version)
             except RefusedError as error:
-                self._reason = f"{self._named(error)} took it over" if error.found else "its object was removed"
+                self._reason = self._why_refused(error)
             else:
                 self._renewed, self._trouble = started, None
+
+    def _why_refused(self, refused: RefusedError) -> str:
+        if refused.found is None:
+            return "its object was removed"
+        holder = self._named(refused)
+        if isinstance(holder, Holder) and holder.token == self._holder.token:
+            return "the store refused to replace it under its own entity tag (If-Match)"
+        return f"{holder} took it over"
 
     def check(self) -> None:
         """Raises LeaseLostError if a renewal was refused, or none succeeded within the lease's lifetime."""

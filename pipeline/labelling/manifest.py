@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import EmptyInputError
 from masklake.pipeline.images.status import FINAL_STATUSES, Status
-from masklake.pipeline.inputs.listing import InputSpec, fixed_folder, glob_regex, is_glob, list_inputs, nothing_found
+from masklake.pipeline.inputs.listing import InputSpec, fixed_folder, is_glob, list_inputs, nothing_found, reaches
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA
@@ -123,16 +122,8 @@ def check_apart(source: str, table: str) -> None:
         raise ConfigError(f"{table}: is the input's own folder; {remedy}")
     if inside.startswith(below(place)):
         raise ConfigError(f"{source}: is inside the table {table}; {remedy}")
-    if place.startswith(below(inside)) and (not pattern or _reaches(source, canonical(table))):
+    if place.startswith(below(inside)) and (not pattern or reaches(source, canonical(table))):
         raise ConfigError(f"{table}: is inside the input {source}; {remedy}")
-
-
-def _reaches(pattern: str, folder: str) -> bool:
-    """Returns whether a pattern can match names below `folder`: with `**` anywhere, else if its first parts match the
-    folder.
-    """
-    parts, depth = pattern.split("/"), folder.count("/") + 1
-    return "**" in pattern or (depth < len(parts) and re.match(glob_regex("/".join(parts[:depth])), folder) is not None)
 
 
 def _check_tick(table: Table, tick: str, label_id: str, spec: InputSpec) -> None:

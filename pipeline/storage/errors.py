@@ -67,10 +67,10 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 _ANSI = re.compile(r"\x1b\[\d+m")
-_XML_CODE = re.compile(r"<Code>\s*(\w+)")
+_XML_CODE = re.compile(r"<Code>\s*([\w.]+)")  # KMS.DisabledException
 _HTTP_STATUS = re.compile(r"(?:status code|HTTP status)\W*(\d{3})")
 _ARROW_CODE = re.compile(r"AWS Error (?:\[code (\d+)\]|([A-Z_]+))")
-_ARROW_UNKNOWN = re.compile(r"Unable to parse ExceptionName: (\w+)")
+_ARROW_UNKNOWN = re.compile(r"Unable to parse ExceptionName: ([\w.]+)")
 _ARROW_NUMBERS = {"136": "InvalidObjectState"}  # pyarrow has no name for this member of the SDK's list
 _ARROW_VAGUE = {"UNKNOWN", "INTERNAL_FAILURE", "NETWORK_CONNECTION"}  # not the store's answer, or not all of it
 
@@ -162,8 +162,19 @@ _DENIED = Meaning(
     "access denied",
     "check that the AWS_* credentials or the profile are the right ones and have not expired, and the policy",
 )
+_KEY = Meaning(
+    AccessDeniedError,
+    "the key that encrypts the bucket cannot be used",
+    "ask whoever administers the key (KMS), then start the same command again",
+)
+_ACCOUNT = Meaning(
+    AccessDeniedError,
+    "the store has suspended the account",
+    "ask whoever administers the account, then start the same command again",
+)
 _REDIRECTED = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 _SPACE = ("QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientCapacity")
+_SUSPENDED = ("AccountProblem", "AllAccessDisabled", "NotSignedUp", "UserSuspended", "InvalidPayer")
 _PATIENCE = ("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "TooManyRequests", "Busy")
 
 _MEANINGS: dict[str, Meaning] = {
@@ -177,6 +188,7 @@ _MEANINGS: dict[str, Meaning] = {
     **dict.fromkeys(("NoSuchBucket", "InvalidBucketName"), _NO_BUCKET),
     **dict.fromkeys(("NoSuchKey", "ResourceNotFound"), _NOT_FOUND),
     **dict.fromkeys(_SPACE, _FULL),
+    **dict.fromkeys(_SUSPENDED, _ACCOUNT),
     **dict.fromkeys(_PATIENCE, _BUSY),
     **dict.fromkeys(("NotImplemented", "MethodNotAllowed"), _LACKS),
 }
@@ -193,13 +205,17 @@ _LOGIN_FAILED = re.compile(
 
 _UNKNOWN = Meaning(StorageError, "", "check the endpoint (--endpoint or AWS_ENDPOINT_URL), the region and the network")
 _UNREACHABLE = _UNKNOWN._replace(may_pass=True)
+_REFUSED = _UNKNOWN._replace(remedy="the documentation of the store says what this code means")
 
 
 def meaning(error: BaseException) -> Meaning:
     """Returns the meaning of `error`; if it holds no known answer, that the store cannot be reached."""
     found = fault(error)
-    if found.code is not None and (known := _MEANINGS.get(found.code.removesuffix("Exception"))):
+    code = found.code and found.code.removesuffix("Exception")
+    if code is not None and (known := _MEANINGS.get(code.removeprefix("KMS."))):
         return known
+    if code is not None and code.startswith("KMS."):
+        return _KEY
     if found.status in _BY_STATUS:
         return _BY_STATUS[found.status]
     if found.status is not None and (found.status >= 500 or found.status == 429):
@@ -210,12 +226,14 @@ def meaning(error: BaseException) -> Meaning:
         return _DENIED
     if _LOGIN_FAILED.search(str(error)):
         return _NO_LOGIN
+    if found.status is not None and code is not None:
+        return _REFUSED
     return _UNKNOWN if found.status is not None or isinstance(error, ValueError) else _UNREACHABLE
 
 
 def is_known(error: BaseException) -> bool:
     """Returns whether the store gave a reason that has a remedy of its own."""
-    return meaning(error) not in (_LACKS, _UNKNOWN, _UNREACHABLE)
+    return meaning(error) not in (_LACKS, _UNKNOWN, _UNREACHABLE, _REFUSED)
 
 
 _DENIALS = (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError)

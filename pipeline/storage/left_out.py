@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from masklake.model.wording import counted
@@ -15,6 +15,7 @@ class Reason(StrEnum):
     """Why an entry is not an image of the input."""
 
     OTHER_FILES = "other_files"
+    OTHER_FORMATS = "other_formats"
     OTHER_SYSTEMS = "other_systems"
     UNREADABLE_FOLDERS = "unreadable_folders"
     UNREADABLE_FILES = "unreadable_files"
@@ -34,6 +35,7 @@ class Reason(StrEnum):
 
 _WORDS = {
     Reason.OTHER_FILES: ("without an image's suffix", "without an image's suffix"),
+    Reason.OTHER_FORMATS: ("image of a format that is not read", "images of formats that are not read"),
     Reason.OTHER_SYSTEMS: ("hidden or of other systems", "hidden or of other systems"),
     Reason.UNREADABLE_FOLDERS: ("unreadable folder", "unreadable folders"),
     Reason.UNREADABLE_FILES: ("unreadable file", "unreadable files"),
@@ -65,6 +67,10 @@ class LeftOut:
             self._counts[reason] += count
             self._first.setdefault(reason, name)
 
+    def filtered(self, belongs: Callable[[Reason, str], bool]) -> LeftOut:
+        """Returns a view that counts here, but only what `belongs`."""
+        return _Filtered(self, belongs)
+
     def counts(self) -> dict[str, int]:
         """Returns the counts by reason; reasons that did not occur are absent."""
         return {reason.value: count for reason, count in self._counts.items()}
@@ -87,6 +93,17 @@ class LeftOut:
             for reason, count in self._counts.items()
         ]
         return f"left out: {', '.join(parts)}" if parts else ""
+
+
+class _Filtered(LeftOut):
+    def __init__(self, whole: LeftOut, belongs: Callable[[Reason, str], bool]) -> None:
+        super().__init__()
+        self._whole = whole
+        self._belongs = belongs
+
+    def add(self, reason: Reason, name: str, count: int = 1) -> None:
+        if self._belongs(reason, name):
+            self._whole.add(reason, name, count)
 
 
 def _shown(name: str) -> str:

@@ -18,6 +18,8 @@ from typing import BinaryIO
 def write(path: Path, data: bytes) -> None:
     """Writes a file atomically: a reader sees the old or the new bytes, never a part. Parent folders are created. Raises
     OSError.
+
+    The file of a link is replaced, not the link. A pipe or a device (`/dev/stdout`, `/dev/null`) is written to, as it is.
     """
     with _replacing(path) as file:
         file.write(data)
@@ -31,6 +33,12 @@ def copy(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as device:  # replaced by a file, it would be gone: root may replace even /dev/null
+            yield device
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     make_folder(path.parent)
     temporary = path.with_name(f".masklake-{uuid.uuid4().hex}")
     try:

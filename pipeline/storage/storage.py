@@ -21,7 +21,7 @@ from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA, ObjectStat, local_etag, unquoted
 from masklake.pipeline.storage.uri import Location, key_prefix, parse_uri
-from masklake.pipeline.storage.walk import walk
+from masklake.pipeline.storage.walk import Enters, walk
 
 REPLACEMENT = "\ufffd"
 
@@ -178,16 +178,19 @@ class Storage(Handles):
             return False
         return True
 
-    def list_objects(self, uri: str, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
+    def list_objects(
+        self, uri: str, left_out: LeftOut | None = None, enters: Enters = lambda folder: True
+    ) -> Iterator[pa.RecordBatch]:
         """Yields everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no particular order.
 
         Results are streamed: a bucket with millions of objects takes the memory of one batch. left_out: counts what cannot be
-        listed; without it, a folder that cannot be read is an error that names the folder. Raises InputNotFoundError if there
-        is no such folder or bucket. An empty prefix yields no batch: object stores have no folders.
+        listed; without it, a folder that cannot be read is an error that names the folder. enters: returns whether to list a
+        local folder below it. Raises InputNotFoundError if there is no such folder or bucket. An empty prefix yields no batch:
+        object stores have no folders.
         """
         at = parse_uri(uri)
         with translated(uri):
-            yield from _list_local(at.key, left_out) if at.is_local else self._list_store(at, left_out)
+            yield from _list_local(at.key, left_out, enters) if at.is_local else self._list_store(at, left_out)
 
     def folders(self, uri: str) -> list[str]:
         """Returns the names of the folders directly below a folder or prefix, from at most a thousand entries, in no particular
@@ -257,12 +260,12 @@ class Storage(Handles):
         return "/".join([base.removesuffix("/"), *(part.strip("/") for part in parts)])
 
 
-def _list_local(folder: str, left_out: LeftOut | None) -> Iterator[pa.RecordBatch]:
+def _list_local(folder: str, left_out: LeftOut | None, enters: Enters) -> Iterator[pa.RecordBatch]:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(folder)
-    found = walk(folder, left_out)
+    found = walk(folder, left_out, enters)
     try:
         while rows := list(itertools.islice(found, LISTING_BATCH)):
             stats = [status for _, status in rows]

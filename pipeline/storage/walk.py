@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 
+Enters = Callable[[str], bool]
 
-def walk(folder: str, left_out: LeftOut | None) -> Iterator[tuple[str, os.stat_result]]:
+
+def walk(folder: str, left_out: LeftOut | None, enters: Enters = lambda folder: True) -> Iterator[tuple[str, os.stat_result]]:
     """Yields (path, stat) of every regular file below `folder`, by name. Raises OSError if the folder itself cannot be read.
+
+    enters: returns whether to list a folder below it.
 
     Links to files are followed, links to folders are not (they may loop). left_out: counts whatever cannot be listed. Without
     it, a folder or file that cannot be read raises its OSError, for callers that must see everything. Files removed meanwhile,
@@ -28,7 +32,7 @@ def walk(folder: str, left_out: LeftOut | None) -> Iterator[tuple[str, os.stat_r
                 raise
             left_out.add(_folder_reason(error), current)
             continue
-        pending += [entry.path for entry in reversed(found) if _is_folder(entry)]
+        pending += [entry.path for entry in reversed(found) if _is_folder(entry) and enters(entry.path)]
         for entry in found:
             if not _is_folder(entry) and (status := _file_stat(entry, left_out)) is not None:
                 yield entry.path, status

@@ -182,15 +182,23 @@ def test_sql_comes_from_stdin(tmp_path: Path, masklake: Any, monkeypatch: pytest
         ("{0}", 12, "is a folder"),
         ("{0}/new/", 12, "is a folder"),
         ("{0}/table/a.csv", 12, "in the table's own folder"),
+        ("{0}/link.csv", 12, "in the table's own folder"),
         ("{0}/a.xlsx", 12, ".parquet"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_query_runs(
     tmp_path: Path, masklake: Any, output: str, code: int, said: str
 ) -> None:
+    (tmp_path / "link.csv").symlink_to("table/a.csv")
     found, out, err = masklake("query", label(str(tmp_path), ["x.jpg"]), "SELECT bad", "-o", output.format(tmp_path))
     assert (found, out) == (code, "")
     assert said in err
+
+
+@pytest.mark.parametrize("output", ["-", "/dev/stdout"])
+def test_an_answer_to_stdout_is_followed_by_no_report(tmp_path: Path, masklake: Any, output: str) -> None:
+    table = label(str(tmp_path), ["x.jpg"])
+    assert masklake("query", table, "SELECT 1 AS n", "-o", output, "--format", "csv")[:2] == (0, "n\r\n1\r\n")
 
 
 def test_an_answer_that_fails_leaves_the_file_as_it_was(tmp_path: Path, masklake: Any) -> None:

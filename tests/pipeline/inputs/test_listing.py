@@ -20,7 +20,7 @@ from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.images.decode import FORMATS
 from masklake.pipeline.inputs.listing import InputSpec, glob_regex, list_inputs, nothing_found
-from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES, OTHER_SUFFIXES, UNREAD_SUFFIXES
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.storage import Storage
 from tests.pipeline.inputs.files import IMAGES, NAMES, fill
@@ -171,6 +171,44 @@ def test_files_of_other_systems_are_left_out(place: str) -> None:
     assert left_out.counts() == {"other_systems": 6}
 
 
+def test_what_is_left_out_is_named_by_its_path_below_the_folder(place: str) -> None:
+    fill(place, ["a.jpg", ".thumbnails/b.jpg", "notes/c.txt", "phone/d.HEIC", "phone/e.dng"])
+    _, left_out = read(place)
+    assert str(left_out) == (
+        "left out: 1 without an image's suffix (notes/c.txt), 1 hidden or of other systems (.thumbnails/b.jpg), "
+        "2 images of formats that are not read (phone/d.HEIC)"
+    )
+
+
+def test_a_pattern_misses_nothing_but_what_it_could_match(tmp_path: Path) -> None:
+    fill(str(tmp_path), ["a.jpg", "b.png", "sub/c.jpg", "sub/deep/d.jpg"])
+    for link in ("gone.jpg", "gone.txt", "sub/gone.jpg", "sub/deep/gone.jpg"):
+        (tmp_path / link).symlink_to("/nowhere")
+    (tmp_path / "sub/all").symlink_to(tmp_path)
+    found, left_out = read(f"{tmp_path}/*.jpg")
+    assert (found, str(left_out)) == ([f"{tmp_path}/a.jpg"], f"left out: 1 link that leads nowhere ({tmp_path}/gone.jpg)")
+    found, left_out = read(f"{tmp_path}/*/*/*.jpg")
+    assert (found, left_out.counts()) == ([f"{tmp_path}/sub/deep/d.jpg"], {"broken_links": 1, "linked_folders": 1})
+    found, left_out = read(f"{tmp_path}/**/*.jpg")
+    assert (len(found), left_out.counts()) == (3, {"broken_links": 3, "linked_folders": 1})
+
+
+def test_a_pattern_lists_no_folder_that_it_cannot_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(str(tmp_path), ["a/x.jpg", "b/x.jpg", "a/sub/x.jpg"])
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr("masklake.pipeline.storage.walk.os.scandir", lambda folder: seen.append(folder) or scandir(folder))
+    assert read(f"{tmp_path}/a*/*.jpg")[0] == [f"{tmp_path}/a/x.jpg"]
+    assert seen == [str(tmp_path), f"{tmp_path}/a"]
+
+
+def test_a_pattern_that_ends_in_a_slash_or_has_braces_is_told(place: str) -> None:
+    fill(place, ["a/x.jpg"])
+    with pytest.raises(ConfigError, match=r"no file ends in a slash; write .*/\*/\* or .*/\*/\*\*"):
+        read(f"{place}/*/")
+    assert "braces are literal" in nothing_found(Storage(), f"{place}/*.{{jpg,png}}")
+
+
 def test_what_is_hidden_can_be_asked_for(tmp_path: Path) -> None:
     fill(str(tmp_path / ".cache/.photos"), ["a.jpg", ".b.jpg"])
     assert read(str(tmp_path / ".cache/.photos"))[0] == [f"{tmp_path}/.cache/.photos/a.jpg"]
@@ -184,6 +222,7 @@ def test_every_suffix_that_the_decoder_reads_is_an_image_or_named_as_none() -> N
     read_by_pillow = {suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
     assert read_by_pillow <= {*IMAGE_SUFFIXES, *OTHER_SUFFIXES}
     assert not set(IMAGE_SUFFIXES) & set(OTHER_SUFFIXES)
+    assert not {*IMAGE_SUFFIXES, *OTHER_SUFFIXES} & set(UNREAD_SUFFIXES)
     beyond_pillow = {".jif", ".jfi", ".pjpeg", ".pjp"}  # JPEG files of other names
     assert {*IMAGE_SUFFIXES, *OTHER_SUFFIXES} - read_by_pillow == beyond_pillow
 
@@ -369,6 +408,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("list.jsonl", b'"a.jpg"\nb.jpg\n', "line 2 is not JSON"),
         ("list.json", b"[1, 2]", "entry 1 is 1 and no name; write each entry as a string, or as an object"),
         ("nested.json", b'[["a.jpg"]]', r'entry 1 is \["a\.jpg"\] and no name; write each entry'),
+        ("many.json", b'{"images": ["a.jpg", "b.jpg"]}', "entry 1 has a list as 'images'; write the names as an array"),
         ("number.json", b'[{"n": 1}]', "entry 1 has 1 as 'n' and no name; choose the key of the names with --column"),
         ("key.json", b'[{"file": "a.jpg", "n": 1}]', r"several columns.*--column: file, n"),
         ("ragged.csv", b"uri,label\na.jpg,1\nb, c.jpg,2\n", "line 3 has 3 fields and the first has 2.*quotes"),

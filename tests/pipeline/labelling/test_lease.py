@@ -150,6 +150,14 @@ def test_a_driver_whose_lease_was_taken_over_stops(s3: Any, elsewhere: Any) -> N
 
 
 @pytest.mark.slow
+def test_a_store_that_begins_to_refuse_the_right_tag_is_not_taken_for_another_driver(s3: Any, s3_proxy: Any) -> None:
+    with Lease.acquire(Storage(), s3.uri("table"), "night-1") as lease:
+        s3_proxy.conditions = "ceph"
+        with pytest.raises(LeaseLostError, match=r"refused to replace it under its own entity tag"):
+            lease.confirm()
+
+
+@pytest.mark.slow
 def test_a_driver_that_could_not_renew_in_time_stops(s3: Any, s3_proxy: Any) -> None:
     with Lease.acquire(Storage(), s3.uri("table"), "night-1", ttl_s=0.6) as lease:
         refused = s3_proxy.answer(403, "ExpiredToken", "PUT", "/lease")

@@ -67,7 +67,9 @@ def by_botocore(status: int, code: str) -> Exception:
         (501, "NotImplemented", StorageError, r"does not implement .*docs/labelling"),
         (503, "SlowDown", StorageError, r"overloaded or out of order.*when it has recovered"),
         (500, "InternalError", StorageError, r"overloaded or out of order"),
-        (400, "InvalidArgument", StorageError, r"400 Bad Request InvalidArgument; check the endpoint"),
+        (400, "KMS.DisabledException", AccessDeniedError, r"key that encrypts .*KMS"),
+        (403, "AccountProblem", AccessDeniedError, r"suspended the account"),
+        (400, "InvalidArgument", StorageError, r"400 Bad Request InvalidArgument; the documentation of the store"),
     ],
 )
 def test_one_answer_has_one_meaning(client: Any, status: int, code: str, kind: type[MaskLakeError], said: str) -> None:

@@ -82,3 +82,34 @@ def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pyte
             Storage().write_bytes(str(tmp_path / name), b"")
     Storage().write_bytes(str(tmp_path / "a/b/object"), b"")
     assert (tmp_path / "a/b").is_dir()
+
+
+@pytest.mark.parametrize("write", [local_files.write, lambda path, data: Storage().upload(source_of(path, data), str(path))])
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path, write: Any) -> None:
+    """Replaced by a file, root's /dev/null would be gone for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write(pipe, b"content")
+        assert os.read(reader, 100) == b"content"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def source_of(path: Path, data: bytes) -> Path:
+    source = path.with_name("source")
+    source.write_bytes(data)
+    return source
+
+
+def test_the_file_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    link = tmp_path / "latest.csv"
+    for target in ("runs/there.csv", "runs/not-yet.csv"):
+        (tmp_path / "runs/there.csv").write_bytes(b"old")
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        local_files.write(link, b"new")
+        assert (link.is_symlink(), (tmp_path / target).read_bytes()) == (True, b"new")
