@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_sections import FULL, SECTIONS, SMALL, Bench, Row, Scale, Section
+from benchmarks.gpu_sections import FULL, ROOT, SECTIONS, SMALL, Bench, Row, Scale, Section
 from benchmarks.record import REPORTS, RESULTS, environment, table
 
 BUDGET_S = 340.0
@@ -55,7 +55,7 @@ def run_here(section: Section, bench: Bench, limit_s: float) -> Iterator[Event]:
         for row in section.measure(bench):
             yield Event("row", row)
     except Exception:  # noqa: BLE001  # whatever it is, it is reported as this section's result and the next one runs
-        yield Event("failed", traceback.format_exc())
+        yield Event("failed", traceback.format_exc().replace(f"{ROOT}/", ""))
     else:
         yield Event("ok")
 

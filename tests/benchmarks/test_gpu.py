@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -178,6 +179,8 @@ def test_a_gpu_that_finds_nonsense_fails_the_section(monkeypatch: pytest.MonkeyP
     assert gpu_sections.fault({"comparison": "tiny: bf16", **thin}) == ["tiny: bf16: the masks' mean IoU is 0.8"]
     assert gpu_sections.fault({"comparison": "tiny: fp32", **nothing}) == ["tiny: fp32: nothing was found"]
     assert gpu_sections.fault({"comparison": "the last one short", **thin}) == ["the last one short: 0 of 1 images are equal"]
+    with_peer = gpu_sections.fault({"comparison": "tiny: bf16", **thin}, {"comparison": "tiny: torchvision", **thin})
+    assert with_peer == [], "random weights: torchvision's autocast is as far off"
     rows = [{"comparison": "tiny: fp32", **half}, {"comparison": "tiny: fp32", **row}]
     monkeypatch.setattr(gpu_sections, "_comparisons", lambda bench: iter(rows))
     section = gpu_sections.correctness(None)  # type: ignore[arg-type]
@@ -214,3 +217,22 @@ def draw() -> Callable[[Path], None]:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path, format="JPEG")
 
     return save
+
+
+def test_what_a_command_said_before_its_time_was_over_is_kept() -> None:
+    program = "import sys, time; print('one PASSED'); print('late', file=sys.stderr); sys.stdout.flush(); time.sleep(60)"
+    code, output, errors = gpu_sections.run_within([sys.executable, "-c", program], 3.0)
+    assert (code, output, errors) == ("out of time", "one PASSED\n", "late\n")
+    assert gpu_sections.run_within([sys.executable, "-c", "print(1)"], 60.0) == (0, "1\n", "")
+
+
+def test_a_failure_names_no_path_of_the_machine(bench: Bench) -> None:
+    (failure,) = [
+        event for event in gpu.run_here(Section("one", "one", breaks_here, 1.0), bench, 1.0) if event.kind == "failed"
+    ]
+    assert str(gpu.ROOT) not in failure.value
+    assert "benchmarks/gpu_sections.py" in failure.value
+
+
+def breaks_here(bench: Bench) -> Iterator[Row]:
+    yield {"value": gpu_sections.fault({})}
