@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from masklake.model.devices import constant
-from masklake.model.torchvision_ops import batched_nms, box_iou, nms
+from masklake.model.kernels.suppression import survivors
+from masklake.model.torchvision_ops import batched_nms, box_iou
 
 __all__ = [
     "BoxCoder",
@@ -100,7 +101,7 @@ def suppress(
     wanted = torch.ones_like(images, dtype=torch.bool) if wanted is None else wanted
     most = len(boxes) if most is None else most
     if boxes.is_cuda:
-        return _suppress_at_once(boxes, scores, groups, images, iou, wanted, most)
+        return _suppress_by_group(boxes, scores, groups, images, iou, wanted, most)
     rows = torch.where(wanted)[0]
     keep = rows[_suppress_image_by_image(boxes[rows], scores[rows], groups[rows], images[rows], iou)]
     return keep[top_per_image(images[keep], most)]
@@ -122,23 +123,27 @@ def _suppress_image_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, imag
     return torch.cat(kept)
 
 
-def _suppress_at_once(
+def _suppress_by_group(
     boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float, wanted: Tensor, most: int
 ) -> Tensor:
-    """One launch for all images: groups are moved apart in float64, whose 53 bits keep every float32 coordinate exact.
+    """One launch for all groups of all images (`model.kernels.suppression`); the host waits once, for the number of boxes.
 
-    Unwanted boxes stay in the table, last in their image, where they suppress nothing: to leave them out, the host would have
-    to wait for their number.
+    Unwanted boxes stay in the table, where they suppress nothing: to leave them out, the host would have to wait for their
+    number, too.
     """
     if not len(boxes):
         return images
-    boxes = torch.where(wanted[:, None], boxes, 0.0)
-    scores = torch.where(wanted, scores, -torch.inf)
-    shift = boxes.max().double() + 1
-    apart = boxes.double() + ((images * (groups.max() + 1) + groups) * shift)[:, None]
-    keep = nms(apart, scores.double(), iou)
-    keep = keep[images[keep].argsort(stable=True)]
-    return keep[wanted[keep] & top_per_image(images[keep], most)]
+    by_score = scores.argsort(descending=True, stable=True)
+    keys = images * (groups.max() + 1) + groups
+    order = by_score[keys[by_score].argsort(stable=True)]  # the groups one after another, best first within each
+    keys = keys[order]
+    kept = torch.empty_like(wanted)
+    kept[order] = survivors(boxes[order], wanted[order], torch.searchsorted(keys, keys, right=True), iou)
+    order = by_score[images[by_score].argsort(stable=True)]  # the images one after another, best first within each
+    kept = kept[order]
+    so_far = kept.cumsum(dim=0)
+    before = (so_far - kept.long())[torch.searchsorted(images, images)]
+    return order[kept & (so_far - before <= most)]
 
 
 def top_per_image(images: Tensor, count: int) -> Tensor:

@@ -6,13 +6,14 @@ Everything on the device uses one table of detections for the whole batch, and a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from masklake.model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
 from masklake.model.config import ModelConfig, PasteKind, PredictOptions
@@ -25,6 +26,9 @@ from masklake.model.masks.rle import encode_boxed_masks, encode_on_device, on_de
 from masklake.model.network import Network
 from masklake.model.proposals.rpn import Regions
 from masklake.model.transform import Canvas, Size
+
+PROPOSALS_AT_ONCE, DETECTIONS_AT_ONCE = 1000, 100
+"""Maximum number of regions that a head runs on together on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,49 @@ def detect(network: Network, canvas: Canvas, config: ModelConfig, settings: Sett
     """Returns the detections for pixels: runs both stages, then the branches on the detections that remain."""
     features = network.backbone(canvas.pixels)
     proposals = propose(network, canvas, features)
-    logits, deltas = network.box_head(network.box_input(features, proposals))
+    logits, deltas = classify(network, features, proposals, min(config.rpn_post_nms_test, PROPOSALS_AT_ONCE))
     found = select(logits, deltas, proposals, canvas.sizes, config, settings)
-    regions = Regions(found.boxes, found.images)
-    masks = _masks(network, features, regions, found.classes) if "mask" in settings.tasks else None
-    keypoints = _keypoints(network, features, regions, found.classes, config) if "keypoint" in settings.tasks else None
+    regions, at_once = Regions(found.boxes, found.images), min(settings.max_detections, DETECTIONS_AT_ONCE)
+    masks = segment(network, features, regions, found.classes, at_once) if "mask" in settings.tasks else None
+    keypoints = None
+    if "keypoint" in settings.tasks:
+        keypoints = _keypoints(network, features, regions, found.classes, config, at_once)
     return Detections(found.boxes, found.scores, found.classes, found.images, masks, keypoints)
+
+
+def classify(network: Network, features: Sequence[Tensor], proposals: Regions, at_once: int) -> tuple[Tensor, Tensor]:
+    """Runs the box branch on proposals, `at_once` together: returns class logits (R, classes) and deltas (R, classes, 4)."""
+    parts = [network.box_head(network.box_input(features, block)) for block in _blocks(proposals, at_once)]
+    logits, deltas = (torch.cat(values)[: len(proposals.boxes)] for values in zip(*parts, strict=True))
+    return logits, deltas
+
+
+def segment(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, at_once: int) -> Tensor:
+    """Runs the mask branch on regions of `classes`, int64 (N,): returns the probabilities of their own class, float32 (N, m,
+    m).
+    """
+    logits: list[Tensor] = []
+    for block in _blocks(regions, at_once):
+        start = at_once * len(logits)
+        own = classes[start : start + len(block.boxes)]
+        own = functional.pad(own, (0, len(block.boxes) - len(own)))  # blank regions: the mask of any class
+        logits.append(network.mask_head(network.mask_input(features, block), own))
+    return torch.cat(logits)[: len(classes)].float().sigmoid()
+
+
+def _blocks(regions: Regions, count: int) -> Iterator[Regions]:
+    """Yields what a head runs on together: on a GPU `count` regions each time, the last ones filled up with blank regions.
+
+    A GPU's library chooses its algorithms by the number of regions, and the last bits of a detection would depend on how many
+    others its batch has. On a CPU, where images run one by one, all regions together.
+    """
+    if not regions.boxes.is_cuda:
+        yield regions
+        return
+    blank = -len(regions.boxes) % count
+    boxes, images = functional.pad(regions.boxes, (0, 0, 0, blank)), functional.pad(regions.images, (0, blank))
+    for start in range(0, max(len(boxes), 1), count):
+        yield Regions(boxes[start : start + count], images[start : start + count])
 
 
 def select(
@@ -121,19 +162,17 @@ def select(
     return Detections(boxes[keep], chosen[keep], label[keep], images[keep])
 
 
-def _masks(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor) -> Tensor:
-    """Returns the probabilities of each detection's own class, float32 (N, m, m)."""
-    return network.mask_head(network.mask_input(features, regions), classes).float().sigmoid()
-
-
-def _keypoints(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, config: ModelConfig) -> Tensor:
+def _keypoints(
+    network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, config: ModelConfig, at_once: int
+) -> Tensor:
     """Returns float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
     counts = network.keypoint_counts[classes]
     keypoints = regions.boxes.new_full((len(classes), config.num_keypoints, 3), torch.nan)
     chosen = torch.where(counts > 0)[0]
     if len(chosen):
         some = Regions(regions.boxes[chosen], regions.images[chosen])
-        logits = network.keypoint_head(network.keypoint_input(features, some))
+        parts = [network.keypoint_head(network.keypoint_input(features, block)) for block in _blocks(some, at_once)]
+        logits = torch.cat(parts)[: len(chosen)]
         keypoints[chosen] = sent(decode_heatmaps(logits, some.boxes, config.keypoint_score), keypoints.device)
     beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
     return keypoints.masked_fill(beyond[:, :, None], torch.nan)

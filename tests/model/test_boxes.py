@@ -114,7 +114,7 @@ def test_a_gpu_keeps_what_the_cpu_keeps(most: int) -> None:
         wanted_there = wanted.to("cuda")
         log.clear()
         kept = suppress(*arguments, 0.5, wanted_there, most)
-        assert len(list(log.syncs.elements())) == 2, log.report()
+        assert len(list(log.syncs.elements())) == 1, log.report()
     assert kept.tolist() == expected.tolist()
     assert wanted[expected].all()
 

@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from masklake.model import boxes
 from masklake.model.config import ModelConfig, PredictOptions, TrainedPart
 from masklake.model.devices import resolved
 from masklake.model.fields import Precision
+from masklake.model.heads.box import BoxHead
+from masklake.model.heads.keypoint import KeypointHead
+from masklake.model.heads.mask import ConvMaskHead
 from masklake.model.inference_network import DTYPES
 from masklake.model.instances import Instances, Target
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS
+from masklake.model.transform import _to_device
 from masklake.pipeline.training.recipe import PAPER, build_optimizer, clip
 from tests.pretend_cuda import Log, pretend_cuda
 
@@ -60,7 +64,7 @@ def _one_suppression(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def exactly(found: Tensor, scores: Tensor, groups: Tensor, numbers: Tensor, iou: float) -> Tensor:
         every = torch.ones_like(numbers, dtype=torch.bool)
-        return boxes._suppress_at_once(found, scores, groups, numbers, iou, every, len(found))
+        return boxes._suppress_by_group(found, scores, groups, numbers, iou, every, len(found))
 
     monkeypatch.setattr(boxes, "_suppress_image_by_image", exactly)
 
@@ -255,7 +259,6 @@ def test_how_often_the_host_waits(picture: Callable[..., Tensor]) -> None:
             log.clear()
             torch.stack(list(model(pictures, targets).values())).sum().backward()
         assert waits(log) == {
-            ("nms", "model/torchvision_ops.py"): 1,
             ("boolean index", "model/boxes.py"): 1,
             ("tolist", "model/sampling.py"): 2,  # of anchors and of regions
             ("nonzero", "model/sampling.py"): 2,
@@ -268,7 +271,6 @@ def test_how_often_the_host_waits(picture: Callable[..., Tensor]) -> None:
             log.clear()
             model.predict(pictures, PredictOptions(score_threshold=0.0, max_detections=12, batch_size=2))
         assert waits(log) == {
-            ("nms", "model/torchvision_ops.py"): 2,  # of proposals and of detections
             ("boolean index", "model/boxes.py"): 2,
             ("nonzero", "model/inference.py"): 2,  # scores above the threshold, classes with keypoints
             ("to the host", "model/devices.py"): 1,
@@ -370,3 +372,50 @@ def test_auto_is_bf16_where_the_card_has_it(bf16: bool, expected: torch.dtype) -
     with pretend_cuda(bf16=bf16):
         assert DTYPES[resolved("auto", torch.device("cuda"))] == expected
         assert resolved("auto", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("maskrcnn_resnet50_fpn", [("BoxHead", 13), ("ConvMaskHead", 12)]),
+        ("keypointrcnn_resnet50_fpn", [("BoxHead", 13), ("KeypointHead", 12)]),
+    ],
+)
+def test_heads_always_get_as_many_regions(
+    preset: str, sizes: list[tuple[str, int]], picture: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's algorithm, and so the last bits, depend on that number: not on how many the batch has."""
+    monkeypatch.setattr("masklake.model.inference.PROPOSALS_AT_ONCE", 13)
+    config, given = smallest(preset), Counter[tuple[str, int]]()
+    config = config.model_copy(update={"categories": tuple(c for c in config.categories if c.keypoints) or config.categories})
+    expected = find(config, images(picture), "cpu")
+
+    def count(part: nn.Module, inputs: Any) -> None:
+        given[type(part).__name__, len(inputs[0])] += 1
+
+    for head in (BoxHead, ConvMaskHead, KeypointHead):
+
+        def make(self: Any, *args: Any, made: Any = head.__init__, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            self.register_forward_pre_hook(count)
+
+        monkeypatch.setattr(head, "__init__", make)
+    with pretend_cuda():
+        for batch in (1, 2):
+            assert_same(find(config, images(picture), "cuda", batch_size=batch), expected)
+    assert sorted(given) == sizes, "one size for each head, whatever the batch"
+    assert given["BoxHead", 13] > 4, "more than one block"
+
+
+def test_images_travel_as_decoders_store_them(picture: Callable[..., Tensor]) -> None:
+    """Pixel by pixel or plane by plane, and shapes that could be either; in one pinned copy."""
+    by_plane = [picture(5, 7, 1), picture(3, 3, 2), picture(3, 1, 3)]
+    by_pixel = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in by_plane]
+    sent = [*by_plane, *by_pixel, picture(9, 9, 4)[:, 2:6, 1:8], picture(8, 6, 5).transpose(1, 2)]
+    with pretend_cuda() as log:
+        there = _to_device(sent, torch.device("cuda"))
+        assert [(what, at.split(":")[0]) for what, at in log.copies] == [("to the device, pinned", "model/transform.py")]
+        assert not log.syncs
+        for image, original in zip(there, sent, strict=True):
+            assert image.is_cuda
+            assert torch.equal(image.cpu(), original)

@@ -34,4 +34,5 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import masklake.model.kernels.mask_rle_triton
-        import masklake.model.kernels.roi_align_triton  # noqa: F401
+        import masklake.model.kernels.roi_align_triton
+        import masklake.model.kernels.suppression_triton  # noqa: F401

@@ -67,6 +67,7 @@ def test_labels_and_gradients_of_the_kernels_are_the_cpus(picture: Callable[...,
     assert losses_there == pytest.approx(losses, rel=1e-3)
     for one, other in zip(gradients_there, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
-    # Boxes and masks; counting the edges of masks, then writing them. In training also the masks' targets.
-    assert predicting == {"_forward_kernel": 2, "_walk_kernel": 2}
-    assert training == {"_forward_kernel": 3, "_backward_kernel": 2}
+    # Boxes and masks; counting the edges of masks, then writing them; proposals and detections. In training also the masks'
+    # targets, and no detections.
+    assert predicting == {"_forward_kernel": 2, "_walk_kernel": 2, "_survivors_kernel": 2}
+    assert training == {"_forward_kernel": 3, "_backward_kernel": 2, "_survivors_kernel": 1}
