@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import ClusterUnusableError
@@ -27,9 +27,17 @@ ON_A_NODE = "Run the command on one of the cluster's nodes, or hand it over with
 PLACES = "RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
-def check_cluster(address: str) -> str:
-    """Returns the IP address of this host's node. Raises ConfigError or ClusterUnusableError if `ray.init(address)` could not
-    succeed.
+class Place(NamedTuple):
+    """Where this process joins a cluster: host:port of the head, IP address and folder of the logs of this host's node."""
+
+    address: str
+    node_ip: str
+    logs: str
+
+
+def check_cluster(address: str) -> Place:
+    """Returns the head's address and this host's node. Raises ConfigError or ClusterUnusableError if `ray.init(address)` could
+    not succeed.
 
     address: host:port, or "auto". Ray itself uses any node whose process it sees, which may belong to another network; the
     cluster would then know the driver by an address that nobody can reach.
@@ -50,7 +58,8 @@ def check_cluster(address: str) -> str:
     deadline = time.monotonic() + START_S
     while True:
         if here := [node for node in _living_nodes(found, client) if _is_here(node)]:
-            return str(next((node for node in here if _is_own(node.node_manager_address)), here[0]).node_manager_address)
+            node = next((node for node in here if _is_own(node.node_manager_address)), here[0])
+            return Place(found, str(node.node_manager_address), f"{node.session_dir}/logs")
         if time.monotonic() >= deadline:
             raise ClusterUnusableError(f"this host has no node of the Ray cluster at {found}, and Ray needs one. {ON_A_NODE}")
         time.sleep(0.5)

@@ -11,11 +11,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from masklake.jobs.cluster.checks import check_cluster
-from masklake.jobs.cluster.watch import watch_cluster
+from masklake.jobs.cluster.checks import Place, check_cluster
+from masklake.jobs.cluster.watch import watch_cluster, watched_head
+from masklake.jobs.terminal.last_words import said_at_a_sudden_end
 from masklake.jobs.terminal.signals import OWN_RAY
 from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import ClusterTooSmallError, ClusterUnusableError
@@ -77,10 +79,12 @@ def _start(address: str) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cores())))  # it warns of 8 processes on 2 cores
     try:
         # ... apart from a line that says that the variable was read.
-        with _sigterm_kept(), _interrupt_held_back(), _stderr_held_back():
-            if address != "local":
-                own["_node_ip_address"] = check_cluster(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        with _sigterm_kept(), _interrupt_held_back(), _stderr_held_back() as held:
+            place = None if address == "local" else check_cluster(address)
+            with _end_noticed(place, held):
+                if place is not None:
+                    own["_node_ip_address"] = place.node_ip
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         cause = last_line(error.__cause__ or error)
         raise ClusterUnusableError(f"the Ray cluster at {address} cannot be joined: {cause}") from error
@@ -149,23 +153,51 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, ours)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What is written to file descriptor 2: the file that it goes to, and a descriptor of where it went before."""
+
+    path: str
+    terminal: int
+
+
 @contextmanager
-def _stderr_held_back() -> Iterator[None]:
-    """Captures what is written to file descriptor 2, and prints it only if the block fails with an error that is not ours."""
+def _stderr_held_back() -> Iterator[Held]:
+    """Captures what is written to file descriptor 2 in a file, and prints it only if the block fails with an error that is not
+    ours. If the process ends within the block, the file stays.
+    """
     sys.stderr.flush()
+    file, path = tempfile.mkstemp(prefix="masklake-ray-", suffix=".log")
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, MaskLakeError):
-                held.seek(0)
-                os.write(terminal, held.read())
-            raise
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
+    os.dup2(file, 2)
+    try:
+        yield Held(path, terminal)
+    except BaseException as error:
+        if not isinstance(error, MaskLakeError):
+            os.write(terminal, Path(path).read_bytes())
+        raise
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(file)
+        os.unlink(path)
+
+
+@contextmanager
+def _end_noticed(place: Place | None, held: Held) -> Iterator[None]:
+    """Context manager: if Ray's core ends the process within the block, there is a line that says so. place: of the cluster;
+    None for a Ray of our own.
+    """
+    import ray._common.utils
+
+    doing = "started Ray on this machine" if place is None else f"joined the Ray cluster at {place.address}"
+    logs = place.logs if place else os.path.join(ray._common.utils.get_default_ray_temp_dir(), "session_latest", "logs")
+    line = (
+        f"masklake: error: this process was ended, by Ray's core or from outside, while it {doing}. Nothing is lost; start the "
+        f"same command again. What Ray's core wrote: {held.path}. Ray's own logs: {logs}"
+    )
+    with said_at_a_sudden_end(line, held.terminal), watched_head(place, held.terminal):
+        yield
 
 
 def cores() -> int:

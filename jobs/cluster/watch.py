@@ -6,9 +6,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from masklake.jobs.cluster.checks import reaches
+from masklake.jobs.cluster.checks import Place, reaches
+from masklake.jobs.terminal.last_words import withdraw
 from masklake.pipeline.errors import ClusterLostError
 
 POLL_S = 5.0
@@ -23,6 +26,30 @@ def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
     if not node_alive:
         return f"the Ray cluster at {address} has lost this host's node"
     return None
+
+
+@contextmanager
+def watched_head(place: Place | None, terminal: int) -> Iterator[None]:
+    """Context manager for joining a cluster (None: nothing is joined): watches the head in a thread. terminal: descriptor for
+    the line.
+    """
+    joined = threading.Event()
+    if place is not None:
+        threading.Thread(target=_watch_head, args=(place, terminal, joined), name="head", daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
+
+
+def _watch_head(place: Place, terminal: int, joined: threading.Event) -> None:
+    heard = time.monotonic()
+    while not joined.wait(POLL_S):
+        if reaches(place.address):
+            heard = time.monotonic()
+        reason = verdict(place.address, time.monotonic() - heard, node_alive=True)
+        if reason and not joined.is_set():
+            _end(reason, place.logs, terminal)
 
 
 def watch_cluster() -> None:
@@ -73,9 +100,13 @@ def _knows(client: Any, node: Any) -> bool:
         return True
 
 
-def _end(reason: str, logs: str) -> None:
-    """Ends the process. An exception would not do: any call into Ray may wait for the head until the core ends the process."""
+def _end(reason: str, logs: str, terminal: int = 2) -> None:
+    """Ends the process, with a line on the descriptor `terminal`.
+
+    An exception would not do: any call into Ray may wait for the head until the core ends the process.
+    """
     line = f"masklake: error: {reason}. What was finished is kept; start the same command again. Ray's own logs: {logs}\n"
+    withdraw()
     sys.stderr.flush()
-    os.write(2, line.encode())
+    os.write(terminal, line.encode())
     os._exit(ClusterLostError.exit_code)

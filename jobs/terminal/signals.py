@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from masklake.jobs.terminal.last_words import is_waiting, withdraw
+
 GRACE_S = 12.0
 """Seconds from the signal until the end is forced: with the time that the end itself takes, less than 15 s. Kubernetes kills
 after 30 s.
@@ -83,6 +85,7 @@ class Stopping:
                 signal.signal(number, signal.SIG_IGN)  # Python's end would give a second one its default effect
             if callable(signal.getsignal(signal.SIGINT)):
                 signal.signal(signal.SIGINT, self._interrupt)  # Ray Train's may be there still
+        withdraw()
         with self._saying:
             if not self._said:
                 by = f"stopped by {signal.Signals(self._number).name}" if self._number else "interrupted"
@@ -138,7 +141,7 @@ def _wait() -> None:
 
 
 def _children() -> dict[int, str]:
-    """States of the processes that this one has started, by pid, as Linux names them (`Z`: it has ended)."""
+    """States of Ray's processes that this one has started, by pid, as Linux names them (`Z`: it has ended)."""
     found = {}
     for path in glob.glob("/proc/[0-9]*/stat"):
         try:
@@ -146,6 +149,6 @@ def _children() -> dict[int, str]:
         except OSError:  # it has just ended
             continue
         pid, (state, parent) = int(text.split()[0]), text.rpartition(") ")[2].split()[:2]
-        if int(parent) == os.getpid():
+        if int(parent) == os.getpid() and not is_waiting(pid):
             found[pid] = state
     return found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import pytest
 
 from masklake.jobs.cluster import watch as cluster_watch
-from masklake.jobs.cluster.checks import reaches
-from masklake.jobs.cluster.watch import PATIENCE_S, verdict
+from masklake.jobs.cluster.checks import Place, reaches
+from masklake.jobs.cluster.watch import PATIENCE_S, verdict, watched_head
 
 
 def test_a_cluster_is_lost_with_its_head_or_this_hosts_node() -> None:
@@ -48,6 +50,23 @@ def test_the_watch_ends_with_the_connection(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cluster_watch, "_end", lambda *_: pytest.fail("it ended a process that has left the cluster"))
     cluster_watch._watch(client, object(), "logs")
     assert client.asked == 3
+
+
+def test_the_head_is_watched_from_before_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    place, ended = Place("h:1", "127.0.0.1", "logs"), threading.Event()
+    said: list[tuple[str, str, int]] = []
+
+    def end(*arguments: Any) -> None:
+        said.append(arguments)
+        ended.set()
+
+    monkeypatch.setattr(cluster_watch, "POLL_S", 0.01)
+    monkeypatch.setattr(cluster_watch, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(cluster_watch, "_end", end)
+    monkeypatch.setattr(cluster_watch, "reaches", lambda address: address != "h:1")
+    with watched_head(place, 7):
+        assert ended.wait(30)
+    assert said[0] == ("the head of the Ray cluster at h:1 has been gone for 0 s", "logs", 7)
 
 
 def test_the_end_is_a_line_with_the_logs_and_its_own_code() -> None:
