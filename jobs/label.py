@@ -257,7 +257,7 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     files = _finished(run, [*files, *written])
     if absent := len(run_output.missing(files, plan.images)):
         neither = counted(absent, "image is", "images are")
-        raise LabellingError(f"{neither} neither labelled nor `crashed`; the same command goes on where it stopped")
+        raise LabellingError(f"{neither} neither labelled nor `crashed`; run the same command again to continue")
     return files
 
 
@@ -326,7 +326,7 @@ def _watched(run: _Run, workers: WorkerPlan, missing: int, max_lost: int) -> Ite
             raise watcher.reason from None
         raise
     except ray.exceptions.RayError as error:
-        raise LabellingError(f"labelling stopped: {last_line(error)}; the same command goes on where it stopped") from error
+        raise LabellingError(f"labelling stopped: {last_line(error)}; run the same command again to continue") from error
     finally:
         ray.kill(counter)
 
@@ -423,12 +423,12 @@ class _Watcher:
         if label_plan.cannot_start(starts, self._workers):
             raise LabellingError(
                 f"{starts} workers in a row ended while they loaded the model: their machine may lack memory, or the model's "
-                "libraries do not work there (Ray's log files say more); nothing is lost, the same command goes on"
+                "libraries do not work there (Ray's log files say more); nothing is lost, run the same command again"
             )
         if lost > self._max_lost:
             raise LabellingError(
                 f"workers died twice with each of {lost:,} blocks, too many to be caused by bad images: their machine may lack "
-                "memory (Ray's log files say more); nothing is lost, the same command goes on"
+                "memory (Ray's log files say more); nothing is lost, run the same command again"
             )
 
 

@@ -15,10 +15,10 @@ from masklake.jobs.cluster.connection import connect_ray
 from masklake.jobs.training.fit import Say, TrainingPlan, fit, set_up_ray_train, workers_get_gpus
 from masklake.jobs.training.initial_model import build_model, check_proposals
 from masklake.jobs.training.messages import to_stderr
-from masklake.jobs.training.options import TrainOptions, validated
+from masklake.jobs.training.options import TrainOptions
 from masklake.jobs.training.record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
 from masklake.model.config import ModelConfig
-from masklake.model.errors import ConfigError
+from masklake.model.errors import ConfigError, validated
 from masklake.model.wording import counted
 from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, image_folder
 from masklake.pipeline.coco.image_check import usable_images
@@ -90,7 +90,7 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     storage.delete(Storage.join(options.run_uri, METRICS))
     set_up_ray_train(capacity)
     if done:
-        say(f"run '{options.name}' goes on after epoch {done} of {epochs}")
+        say(f"run '{options.name}' continues after epoch {done} of {epochs}")
     plan = TrainingPlan(options, recipe, spec, rows, model, validation, gpu, capacity.embedded, done, data)
     fit(plan, storage, say)
     return _report(storage, options, done)

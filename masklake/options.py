@@ -6,16 +6,12 @@ Each type has the fields of one options model, which holds the defaults and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from pydantic import BaseModel, ValidationError
-
-from masklake.model.errors import ConfigError, faults
+from masklake.model.errors import validated
 
 if TYPE_CHECKING:
     from masklake.pipeline.storage.storage import Storage
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class StorageKeywords(TypedDict, total=False):
@@ -62,14 +58,6 @@ class AugmentationKeywords(TypedDict, total=False):
     flip_vertical: bool
     crop: int | None
     scale: tuple[float, float]
-
-
-def validated(kind: type[T], values: dict[str, Any], what: str) -> T:
-    """The values as `kind`. Raises ConfigError, which begins with `what` and names every wrong field."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{what}: {faults(error, kind.model_fields)}") from error
 
 
 def storage_of(keywords: StorageKeywords) -> Storage:

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from masklake.model.config import PredictOptions
-from masklake.model.errors import ConfigError
+from masklake.model.errors import ConfigError, validated
 from masklake.model.fields import AnyPrecision, Task
-from masklake.options import StorageKeywords, storage_of, validated
+from masklake.options import StorageKeywords, storage_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,9 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from masklake.model.errors import validated
 from masklake.model.fields import AnyPrecision, Device, Task, TrainingMode
-from masklake.options import AugmentationKeywords, RecipeKeywords, StorageKeywords, validated
+from masklake.options import AugmentationKeywords, RecipeKeywords, StorageKeywords
 
 if TYPE_CHECKING:
     from masklake.jobs.label import LabelReport

@@ -13,12 +13,14 @@ translated once, at the edge, with ``raise ... from``. The command line prints t
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:  # the command line prints an error without loading pydantic
     from collections.abc import Collection, Mapping
 
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
+
+T = TypeVar("T", bound="BaseModel")
 
 
 class MaskLakeError(Exception):
@@ -43,6 +45,21 @@ class ConfigError(MaskLakeError):
     """Options that contradict each other, or that this model does not support."""
 
     exit_code = 12
+
+
+def validated(kind: type[T], values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> T:
+    """Returns the values as `kind`. Raises ConfigError, which names every wrong field.
+
+    source: where the values come from, in messages; given: the command line's options by field, of which it is clear.
+    """
+    from pydantic import ValidationError
+
+    given = given or {}
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        elsewhere = any(".".join(map(str, fault["loc"])) not in given for fault in error.errors())
+        raise ConfigError(f"{f'{source}: ' if elsewhere else ''}{faults(error, kind.model_fields, given)}") from error
 
 
 def faults(error: ValidationError, known: Collection[str] = (), spelled: Mapping[str, str] | None = None) -> str:

@@ -32,7 +32,7 @@ def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> st
     parts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {agreeing(int(total[kind]), kind)}" for kind in kinds)
     return (
         f"waiting for the cluster for {waited_s:.0f} s: {needs}; free now: {parts or 'nothing'}. "
-        "The run goes on by itself as soon as there is room for it"
+        "The run continues by itself as soon as there is room for it"
     )
 
 

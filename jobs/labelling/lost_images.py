@@ -132,7 +132,9 @@ class Alone:
             self._ended(worker, image, error)
             return
         except ray.exceptions.RayError as error:
-            raise LabellingError(f"a worker cannot label: {last_line(error)}; the same command goes on") from error
+            raise LabellingError(
+                f"a worker cannot label: {last_line(error)}; run the same command again to continue"
+            ) from error
         self._failed_starts = 0
         if image is None:
             self._idle.append(replace(worker, node=answer))

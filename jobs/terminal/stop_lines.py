@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-GOES_ON = "The same command goes on where this one stopped."
+CONTINUE = "Run the same command again to continue."
 NOTHING_WRITTEN = "Nothing was written."
 
 AFTER_A_STOP: Mapping[str, str] = {
     "convert": NOTHING_WRITTEN,
-    "demo": GOES_ON,
+    "demo": CONTINUE,
     "evaluate": NOTHING_WRITTEN,
-    "label": GOES_ON,
+    "label": CONTINUE,
     "propose": f"{NOTHING_WRITTEN} The same command starts from the beginning.",
     "query": "The table is as it was, and no file was written.",
     "show": NOTHING_WRITTEN,
-    "train": "The same command goes on after the last complete epoch.",
+    "train": "Run the same command again to continue after the last complete epoch.",
 }
 """Lines by command; every command has one (a test compares them with the commands)."""
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from masklake.jobs.training.options import TrainOptions, validated
+from masklake.jobs.training.options import TrainOptions
 from masklake.model.config import ModelConfig
 from masklake.model.create import create_model, holds_classifier
-from masklake.model.errors import ConfigError
+from masklake.model.errors import ConfigError, validated
 from masklake.model.fields import Task
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import with_rpn_backbone

@@ -6,13 +6,13 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from masklake.jobs.fields import TrainFields
 from masklake.model.config import ModelConfig
-from masklake.model.errors import ConfigError, faults
+from masklake.model.errors import ConfigError, validated
 from masklake.model.phases import PHASES, Phase
 from masklake.pipeline.coco.image_check import unusable_share
 from masklake.pipeline.errors import InputNotFoundError
@@ -38,8 +38,6 @@ REQUIRED: Mapping[str, str] = {
     "name": "--name (the run's name)",
 }
 """Options without a default, as the command line calls them."""
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class TrainOptions(BaseModel, TrainFields, frozen=True):
@@ -129,16 +127,3 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
 def and_list(names: Sequence[str]) -> str:
     """Returns `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def validated(kind: type[T], values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> T:
-    """Returns the values as `kind`. Raises ConfigError.
-
-    source: where the values come from, in messages; given: the command line's options by field.
-    """
-    given = given or {}
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        elsewhere = any(".".join(map(str, fault["loc"])) not in given for fault in error.errors())
-        raise ConfigError(f"{f'{source}: ' if elsewhere else ''}{faults(error, kind.model_fields, given)}") from error

@@ -210,7 +210,9 @@ def written(block: Finished) -> pa.Table:
 def failed(error: Exception) -> pa.Table:
     """Returns REPORT_SCHEMA: the block was not written, because of an error of ours."""
     ours = isinstance(error, MaskLakeError)
-    message = str(error) if ours else f"a block could not be labelled ({reason_of(error)}); the same command goes on"
+    message = (
+        str(error) if ours else f"a block could not be labelled ({reason_of(error)}); run the same command again to continue"
+    )
     return pa.table([[None], [None], [None], [type(error).__name__ if ours else None], [message]], schema=REPORT_SCHEMA)
 
 

@@ -103,7 +103,7 @@ cli.main()
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("label", "The same command goes on where this one stopped."),
+        ("label", "Run the same command again to continue."),
         ("query", "The table is as it was, and no file was written."),
     ],
 )

@@ -55,7 +55,7 @@ def test_killed_refused_and_interrupted_every_image_is_there_once(
     second.wait_until(lambda: written_blocks(table) > survived)
     code, err = second.stop(signal.SIGINT)
     assert code == 130, err
-    assert "masklake: interrupted. The same command goes on where this one stopped.\n" in err
+    assert "masklake: interrupted. Run the same command again to continue.\n" in err
 
     third = start(*command)
     code, out, err = third.finish()

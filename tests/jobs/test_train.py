@@ -269,7 +269,7 @@ def test_two_workers_train_score_and_resume(data: Path, tmp_path: Path) -> None:
 
     longer = run(small_run(data, str(tmp_path), **values, recipe={"epochs": 2}), lines.append)
     assert (longer.epochs, longer.resumed_from) == (2, 1)
-    assert any("goes on after epoch 1 of 2" in line for line in lines)
+    assert any("continues after epoch 1 of 2" in line for line in lines)
     assert not any(line.startswith("epoch 1/") for line in lines)
     history = json.loads(Path(longer.metrics).read_text())["history"]
     assert [row["epoch"] for row in history] == [1, 2]

@@ -45,10 +45,10 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
     second.wait_until(lambda: last_epoch() >= survived + 2)  # the second line is out, the first is shown
     code, err = second.stop(signal.SIGINT)
     assert code == 130, err
-    assert f"goes on after epoch {survived} of 500" in err
+    assert f"continues after epoch {survived} of 500" in err
     assert f"epoch {survived + 1}/500, step " in err
     assert f"epoch {survived}/500, step " not in err
-    assert err.endswith("masklake: interrupted. The same command goes on after the last complete epoch.\n")
+    assert err.endswith("masklake: interrupted. Run the same command again to continue after the last complete epoch.\n")
     assert "Traceback" not in err
 
 

@@ -125,7 +125,7 @@ def test_a_separate_training_ends_in_one_checkpoint_of_both_networks_also_after_
     (folder / "latest.json").write_text(json.dumps({"epoch": 1, "checkpoint": "checkpoint_0001"}))
     (folder / "metrics.json").unlink()
     again = run(options, lines.append)
-    assert any("goes on after epoch 1 of 2" in line for line in lines), lines
+    assert any("continues after epoch 1 of 2" in line for line in lines), lines
     assert any(line.startswith("epoch 2/2 (detector), step 2/2") for line in lines), lines
     assert again.model_id == report.model_id, "as if nothing had happened"
 

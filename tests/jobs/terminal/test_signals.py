@@ -139,10 +139,15 @@ def stopped(
 @pytest.mark.parametrize(
     ("command", "number", "code", "line"),
     [
-        ("label", signal.SIGTERM, 143, "stopped by SIGTERM. The same command goes on where this one stopped."),
-        ("label", signal.SIGHUP, 129, "stopped by SIGHUP. The same command goes on where this one stopped."),
-        ("label", signal.SIGINT, 130, "interrupted. The same command goes on where this one stopped."),
-        ("train", signal.SIGTERM, 143, "stopped by SIGTERM. The same command goes on after the last complete epoch."),
+        ("label", signal.SIGTERM, 143, "stopped by SIGTERM. Run the same command again to continue."),
+        ("label", signal.SIGHUP, 129, "stopped by SIGHUP. Run the same command again to continue."),
+        ("label", signal.SIGINT, 130, "interrupted. Run the same command again to continue."),
+        (
+            "train",
+            signal.SIGTERM,
+            143,
+            "stopped by SIGTERM. Run the same command again to continue after the last complete epoch.",
+        ),
         ("show", signal.SIGTERM, 143, "stopped by SIGTERM. Nothing was written."),
         ("query", signal.SIGTERM, 143, "stopped by SIGTERM. The table is as it was, and no file was written."),
     ],
@@ -155,7 +160,7 @@ def test_a_signal_ends_in_its_line_and_its_code(command: str, number: int, code:
 def test_a_signal_that_comes_again_changes_nothing() -> None:
     assert stopped("label", signal.SIGTERM, times=3)[::2] == (
         143,
-        "masklake: stopped by SIGTERM. The same command goes on where this one stopped.\n",
+        "masklake: stopped by SIGTERM. Run the same command again to continue.\n",
     )
 
 
@@ -166,7 +171,7 @@ def test_a_signal_that_comes_again_changes_nothing() -> None:
 def test_signals_are_handled_before_the_commands_are_imported(number: int, code: int, by: str, times: int) -> None:
     assert stopped("train", number, times, program=STILL_IMPORTING)[::2] == (
         code,
-        f"masklake: {by}. The same command goes on after the last complete epoch.\n",
+        f"masklake: {by}. Run the same command again to continue after the last complete epoch.\n",
     )
 
 
@@ -184,7 +189,7 @@ def test_ctrl_c_after_a_signal_ends_the_clean_up(first: int, code: int, by: str)
     _, err = process.communicate(timeout=10)  # less than GRACE_S
     assert (process.returncode, err) == (
         code,
-        f"masklake: {by}. The same command goes on after the last complete epoch.\n",
+        f"masklake: {by}. Run the same command again to continue after the last complete epoch.\n",
     )
 
 
@@ -208,7 +213,7 @@ cli.main()
 """
     assert stopped("label", signal.SIGINT, program=end)[::2] == (
         130,
-        "masklake: interrupted. The same command goes on where this one stopped.\n",
+        "masklake: interrupted. Run the same command again to continue.\n",
     )
 
 
