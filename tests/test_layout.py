@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,3 +178,27 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout
     assert "label" in done.stdout
+
+
+def programs(path: Path) -> list[ast.ImportFrom]:
+    """The project's imports in programs that a test holds as text, and starts in a process of its own."""
+    texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+    lines = (line.strip(" ;") for text in texts if isinstance(text, str) for line in text.split("\n"))
+    begun = (part for line in lines for part in re.findall(r"from masklake[\w.]* import [\w, ]+", line))
+    return [node for part in begun for node in ast.parse(part.rstrip(" ,")).body if isinstance(node, ast.ImportFrom)]
+
+
+def test_programs_within_tests_import_what_there_is() -> None:
+    """Linters and mypy do not see them, and some run only with `make test-faults`."""
+    checked = 0
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in programs(path):
+            target = ROOT / str(node.module).removeprefix("masklake.").replace(".", "/")
+            if node.module == "masklake" or str(node.module).split(".")[1] not in TOPS:
+                continue
+            file = target / "__init__.py" if target.is_dir() else target.with_suffix(".py")
+            for name in (alias.name for alias in node.names):
+                known = re.search(rf"\b{name}\b", file.read_text()) or (target / name).exists()
+                assert known or (target / f"{name}.py").exists(), f"{path.relative_to(ROOT)}: {node.module} has no {name}"
+                checked += 1
+    assert checked > 20

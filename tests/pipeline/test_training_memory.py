@@ -14,7 +14,7 @@ import torch
 from masklake.model import create_model
 from masklake.model.config import Category
 from masklake.pipeline.training.augmentation import Augmentation, SampleSpec, make_sample
-from masklake.pipeline.training.samples import to_table, to_training
+from masklake.pipeline.training.samples import sample_rows, to_training
 
 side, count = 3000, 250
 random = np.random.default_rng(0)
@@ -28,7 +28,7 @@ for _ in range(count):
 cell = Category(id=1, name="cell")
 spec = SampleSpec((cell,), masks=True, keypoints=0, augmentation=Augmentation(flip=False), seed=0)
 image = torch.zeros(3, side, side, dtype=torch.uint8)
-images, targets = to_training(to_table([(0, make_sample(image, rows, spec, (0, 0, 0)))]), spec)
+images, targets = to_training(sample_rows([(0, make_sample(image, rows, spec, (0, 0, 0)))]), spec)
 losses = create_model("tiny", categories=[cell]).train()(images, targets)
 sum(losses.values()).backward()
 assert len(targets[0].labels) == count
