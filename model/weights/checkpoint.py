@@ -174,8 +174,14 @@ def check_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorde
         _check_classes(model.config, own, state, name)
     if found:
         origin = f"a MaskLake checkpoint of preset {recorded!r} (use --preset {recorded}), " if another else ""
+        lost = not another and model.config.keypoint and "keypoint" not in model.config.tasks
+        remedy = (
+            "; its categories have keypoints: give `masklake convert --categories` a COCO JSON file that names them"
+            if lost and any(key.startswith("keypoint_head.") for key in state)
+            else ""
+        )
         raise CheckpointError(
-            f"{name} is {origin}of another architecture than model {model.config.preset!r}: {'; '.join(found)}"
+            f"{name} is {origin}of another architecture than model {model.config.preset!r}: {'; '.join(found)}{remedy}"
         )
 
 

@@ -196,7 +196,18 @@ def _find(content: Any, depth: int = _DEPTH) -> dict[str, Tensor] | None:
     state = {key: value for key, value in content.items() if not str(key).endswith("_extra_state")}
     if state and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         return state
-    return next((found for key in NESTED if (found := _find(content.get(key), depth - 1)) is not None), None)
+    known = next((found for key in NESTED if (found := _find(content.get(key), depth - 1)) is not None), None)
+    return known if known is not None else _only_network(content, depth)
+
+
+def _only_network(content: Mapping[Any, Any], depth: int) -> dict[str, Tensor] | None:
+    """The one state dict under a key that is not known; None if there are several, as of a teacher and a student.
+
+    The names of a network's weights have dots, those of an optimiser's state have none.
+    """
+    found = [_find(value, depth - 1) for value in content.values()]
+    networks = [state for state in found if state is not None and any("." in name for name in state)]
+    return networks[0] if len(networks) == 1 else None
 
 
 def _pickled(content: Any, depth: int = _DEPTH) -> Iterable[str]:

@@ -148,6 +148,7 @@ _ARCHIVED = Meaning(
 )
 _WRONG_REGION = Meaning(StorageError, "the bucket is in another region", "set AWS_REGION to the bucket's region")
 _NO_BUCKET = Meaning(InputNotFoundError, "no such bucket", "check its name, the endpoint and the region")
+_NO_NAME = Meaning(InputNotFoundError, "no bucket can have this name", "check it")
 _NOT_FOUND = Meaning(InputNotFoundError, "not found", "check the path")
 _FULL = Meaning(StorageError, "the store is full, or a quota is used up", "free some space and start the same command again")
 _BUSY = Meaning(
@@ -210,6 +211,8 @@ _REFUSED = _UNKNOWN._replace(remedy="the documentation of the store says what th
 
 def meaning(error: BaseException) -> Meaning:
     """Returns the meaning of `error`; if it holds no known answer, that the store cannot be reached."""
+    if isinstance(error, botocore.exceptions.ParamValidationError) and "bucket name" in str(error):
+        return _NO_NAME
     found = fault(error)
     code = found.code and found.code.removesuffix("Exception")
     if code is not None and (known := _MEANINGS.get(code.removeprefix("KMS."))):

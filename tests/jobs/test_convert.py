@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from masklake.jobs.commands import app
 from masklake.jobs.convert import read_categories
 from masklake.model import create_model, load_checkpoint
+from masklake.model.config import Category
 from masklake.model.errors import CheckpointError, ConfigError
 from masklake.model.weights.torchvision import rename
 from masklake.pipeline.storage.storage import Storage
@@ -147,6 +148,16 @@ def test_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
     with pytest.raises(ConfigError, match=r"--categories \S*classes\.txt names 'cat' more than once"):
         read_categories(Storage(), str(tmp_path / "classes.txt"))
+
+
+def test_weights_with_keypoints_ask_for_categories_that_name_them(tmp_path: Path) -> None:
+    model = create_model("tiny", categories=[Category(id=1, name="cat", keypoints=("nose", "tail"))])
+    torch.save(model.network.state_dict(), tmp_path / "in.pth")
+    (tmp_path / "names.txt").write_text("cat\n")
+    with pytest.raises(
+        CheckpointError, match=r"has no keypoint_head.*; its categories have keypoints: give .*a COCO JSON file"
+    ):
+        create_model("tiny", weights=tmp_path / "in.pth", categories=read_categories(Storage(), str(tmp_path / "names.txt")))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"categories": []}'])

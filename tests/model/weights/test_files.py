@@ -68,6 +68,8 @@ class Options:
         {"model": {"state_dict": STATE}},
         {"model": STATE, "model_ema": {key: tensor + 1 for key, tensor in STATE.items()}, "args": argparse.Namespace(lr=1)},
         {"model_ema": STATE, "epoch": 1},
+        {"teacher": STATE, "epoch": 1},
+        {"checkpoint": {"detector": prefixed("module.")}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
         {"model": STATE, "best": np.float64(0.5), "path": Path("x"), "options": Options(), "log": defaultdict(list, a=[1])},
         {"state_dict": prefixed("module."), "callbacks": {"best": torch.tensor(0.3)}},
         {**STATE, "roi_heads._extra_state": None},
@@ -98,6 +100,8 @@ def test_the_network_goes_before_its_average_and_two_networks_are_refused() -> N
     average = {key: tensor + 1 for key, tensor in STATE.items()}
     assert_state(unwrapped({**prefixed("model_ema.module.", average), **prefixed("model.")}, "file"))
     assert_state(unwrapped({**prefixed("ema.", average), **STATE}, "file"))
+    with pytest.raises(CheckpointError, match=r"^file is no state dict: .*found student .OrderedDict., teacher"):
+        read_state(saved({"student": OrderedDict(STATE), "teacher": OrderedDict(average)}), "file")
     with pytest.raises(CheckpointError, match=r"^file holds several networks, student\., teacher\.: "):
         unwrapped({**prefixed("student."), **prefixed("teacher.")}, "file")
 

@@ -100,6 +100,12 @@ def test_pyarrows_own_names(text: str, code: str | None) -> None:
     assert fault(OSError(text)).code == code
 
 
+def test_a_name_that_no_bucket_can_have_is_told() -> None:
+    error = botocore.exceptions.ParamValidationError(report='Invalid bucket name "a b!": Bucket name must match the regex')
+    told = translate(error, "s3://a b!/k")
+    assert (type(told), str(told)) == (InputNotFoundError, "s3://a b!/k: no bucket can have this name; check it")
+
+
 def test_a_lost_connection_may_pass_and_a_local_disk_does_not() -> None:
     refused = obstore.exceptions.GenericError("Generic S3 error: HTTP error: error sending request (os error 111)")
     assert getattr(translate(refused, "s3://b/k"), "may_pass", None) is True
