@@ -19,6 +19,7 @@ from masklake.model.errors import ConfigError
 from masklake.model.wording import agreeing, counted, counted_of
 from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason
 from masklake.pipeline.coco.reading import read_coco
+from masklake.pipeline.coco.values import quoted
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.results.coco_results import (
     COLUMNS,
@@ -87,7 +88,7 @@ def run(
     if not found.labelled and not found.failed:
         raise InputNotFoundError(
             f"{table}: {_none_known(found.strangers, len(data.images))} of {truth}. "
-            "Check the truth, or name the folder of its images with --images."
+            f"Check its names{_example(data)}, or name the folder of its images with --images."
         )
     check_sizes(found, data)
     check_categories(table, data, found)
@@ -182,6 +183,10 @@ def _none_known(images: int, known: int) -> str:
     """Returns that none of a table's images is in the ground truth, as a clause followed by its name."""
     none = agreeing(images, "its only image is not", f"none of its {images:,} images is")
     return f"{none} {agreeing(known, 'the only one', f'one of the {known:,}')}"
+
+
+def _example(truth: CocoDataset) -> str:
+    return f", such as {quoted(truth.images[0].file_name)}" if truth.images else ""
 
 
 def _ids(names: Mapping[int, str]) -> str:

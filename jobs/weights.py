@@ -14,6 +14,7 @@ from masklake.model.weights.checkpoint import dumps, metadata
 from masklake.model.weights.files import what_it_is
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.training.run_folder import MODEL
 
 
 def read_detector(storage: Storage, weights: str, device: str | torch.device = "cpu") -> tuple[bytes, Detector]:
@@ -26,6 +27,9 @@ def read_detector(storage: Storage, weights: str, device: str | torch.device = "
     try:
         checkpoint = read_model(storage, weights)
     except InputNotFoundError as error:
+        inside = storage.join(weights, MODEL)
+        if storage.is_file(inside):
+            raise CheckpointError(f"{weights}: is a folder; name the checkpoint in it: {inside}") from error
         raise CheckpointError(
             f"no checkpoint at {weights}; weights are a file of `masklake train` or `convert`, or torchvision weights' name, "
             "such as MaskRCNN_ResNet50_FPN_Weights.COCO_V1"

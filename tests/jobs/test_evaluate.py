@@ -249,7 +249,9 @@ def test_bad_input_is_named(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(TableError):
         evaluate.run(Storage(), str(tmp_path / "none"), str(shapes))
     write_table(str(tmp_path / "table"), labelled(shapes, "/photos"))
-    with pytest.raises(InputNotFoundError, match=r"none of its 12 images is one of the 12 of .*--images"):
+    with pytest.raises(
+        InputNotFoundError, match=r"none of its 12 images is one of the 12 of .*such as '.*\.jpg', or .*--images"
+    ):
         evaluate.run(Storage(), str(tmp_path / "table"), str(shapes), images="/elsewhere")
     write_table(str(tmp_path / "single"), labelled(shapes, "/photos")[:1])
     with pytest.raises(InputNotFoundError, match=r"single: its only image is not one of the 12 of .*--images"):

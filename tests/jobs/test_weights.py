@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from masklake.jobs.weights import read_model
+from masklake.jobs.weights import read_detector, read_model
 from masklake.model.create import create_model, preset_of_weights
 from masklake.model.errors import CheckpointError
 from masklake.model.presets import PRESETS
@@ -21,6 +21,12 @@ def test_a_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     data = dumps(create_model("tiny"))
     (tmp_path / "model.safetensors").write_bytes(data)
     assert read_model(Storage(), str(tmp_path / "model.safetensors")) == data
+
+
+def test_the_folder_of_a_training_run_is_told_the_file_in_it(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=rf"is a folder; name the checkpoint in it: {tmp_path}/model\.safetensors"):
+        read_detector(Storage(), str(tmp_path))
 
 
 def test_torchvisions_names_say_their_preset(monkeypatch: pytest.MonkeyPatch) -> None:
