@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -261,10 +262,8 @@ class Storage(Handles):
 
 
 def _list_local(folder: str, left_out: LeftOut | None, enters: Enters) -> Iterator[pa.RecordBatch]:
-    if os.path.exists(folder) and not os.path.isdir(folder):
+    if not stat.S_ISDIR(os.stat(folder).st_mode):  # what may not be looked at is not missing: `isdir` says no to both
         raise NotADirectoryError(folder)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(folder)
     found = walk(folder, left_out, enters)
     try:
         while rows := list(itertools.islice(found, LISTING_BATCH)):

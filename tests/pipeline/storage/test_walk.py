@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -103,3 +104,21 @@ def test_names_that_are_not_utf8_are_left_out(folder: Path) -> None:
     assert names(folder, left_out) == ["a.jpg", "sub/b.jpg", "sub/deep/c.jpg"]
     assert str(left_out) == f"left out: 1 name that is not UTF-8 ({folder}/b\\udcff.jpg)"
     str(left_out).encode()
+
+
+def test_a_folder_that_may_not_be_looked_at_is_not_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a folder of somebody else's, `os.path.isdir` is false for what is there and for what is not."""
+    status = os.stat
+
+    def refused(path: Any, **options: Any) -> os.stat_result:
+        if str(path) == f"{folder}/sub/deep":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return status(path, **options)
+
+    monkeypatch.setattr("masklake.pipeline.storage.storage.os.stat", refused)
+    with pytest.raises(AccessDeniedError, match=r"sub/deep: permission denied"):
+        next(Storage().list_objects(f"{folder}/sub/deep"))
+    with pytest.raises(InputNotFoundError, match="not found"):
+        next(Storage().list_objects(f"{folder}/sub/nowhere"))
+    with pytest.raises(InputNotFoundError, match="is a file where a folder is needed"):
+        next(Storage().list_objects(f"{folder}/a.jpg/sub"))
