@@ -34,9 +34,17 @@ _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
 def dumps(model: MaskRCNN) -> bytes:
-    """Returns the model as the bytes of a checkpoint file."""
+    """Returns the model as the bytes of a checkpoint file: equal models give equal bytes."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    return save_tensors(state, metadata={"format": FORMAT, "config": model.config.model_dump_json()})
+    return _with_metadata(save_tensors(state), {"format": FORMAT, "config": model.config.model_dump_json()})
+
+
+def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Returns safetensors bytes with this metadata, in this order: safetensors itself writes it in a random one."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:start])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # as safetensors does, so that the weights are aligned
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[start:]))
 
 
 def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:

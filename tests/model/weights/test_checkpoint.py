@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from masklake.model.config import Category, ModelConfig
@@ -261,3 +262,16 @@ def test_a_folder_that_does_not_exist_cannot_be_saved_to(model: MaskRCNN, tmp_pa
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(UnknownPresetError, match=r"'resnet'.*maskrcnn_resnet50_fpn.*tiny"):
         create_model("resnet")
+
+
+def test_equal_models_give_equal_bytes_that_safetensors_reads(model: MaskRCNN, tmp_path: Path) -> None:
+    """Its own order of the metadata is another one each time."""
+    data = dumps(model)
+    assert {dumps(model) for _ in range(8)} == {data}
+    assert int.from_bytes(data[:8], "little") % 8 == 0, "the weights are aligned"
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "masklake/1", "config": model.config.model_dump_json()}
+        state = model.network.state_dict()
+        assert set(file.keys()) == set(state)
+        assert all(torch.equal(file.get_tensor(name), state[name]) for name in state)
