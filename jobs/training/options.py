@@ -14,6 +14,7 @@ from masklake.jobs.fields import TrainFields
 from masklake.model.config import ModelConfig
 from masklake.model.errors import ConfigError, validated
 from masklake.model.phases import PHASES, Phase
+from masklake.model.wording import agreeing
 from masklake.pipeline.coco.image_check import unusable_share
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.options import StorageOptions
@@ -117,7 +118,8 @@ def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions
                 raise ConfigError(f"{config}: {key} is an option of the table [{table}]; write it below that line")
     if missing := [name for name in REQUIRED if values.get(name) is None]:
         raise ConfigError(
-            f"a training run needs {and_list([REQUIRED[name] for name in missing])}: give them on the command line, or as "
+            f"a training run needs {and_list([REQUIRED[name] for name in missing])}: give "
+            f"{agreeing(len(missing), 'it', 'them')} on the command line, or as "
             f"{and_list(missing)} in the file of --config"
         )
     given = {key: f"--{key.replace('_', '-')}" for key, value in changes.items() if value is not None}

@@ -68,7 +68,7 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
         ),
         (
             "output = 'o'\nname = 'n'",
-            r"^a training run needs TRAIN \(the COCO JSON file to train on\): .* as train in the file of --config",
+            r"^a training run needs TRAIN \(the COCO JSON file to train on\): give it on .* as train in the file of --config",
         ),
         ("", r"needs TRAIN \(.*\), --output \(.*\) and --name \(.*\): .* as train, output and name in"),
         ("train = 'a'\noutput = 'o'\nname = 'n'\nmax_dets = []", "max_dets: tuple should have at least 1 item"),
