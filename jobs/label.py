@@ -39,7 +39,7 @@ from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
 from masklake.pipeline.labelling import run_output
-from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec
+from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec, packed
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, plan_run
 from masklake.pipeline.labelling.run_output import Finished
@@ -341,15 +341,11 @@ def _context(step: Round) -> Any:
 
 
 def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counter: Any) -> Any:
-    """Blocks of manifest rows -> labellers, which fetch, label and write -> reports.
-
-    The blocks come from the driver, so that the death of another node loses none of them.
-    """
+    """Blocks of manifest rows -> labellers, which fetch, label and write -> reports."""
     import ray
 
     concurrency = 1 if step.alone else workers.concurrency
-    blocks = [part.slice(start, step.rows) for start in range(0, part.num_rows, step.rows)]
-    return ray.data.from_arrow(blocks).map_batches(
+    return _blocks(part, step.rows).map_batches(
         LabellingActor,
         fn_constructor_args=_actor_arguments(run, workers, counter),
         batch_size=None,
@@ -366,6 +362,18 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
         # A node that is cut off is known to be dead some 20 s later: with a limit each block that goes there till then is lost.
         max_task_retries=-1,  # an image that kills its worker ends it by `jobs.labelling.progress.TAKES`
     )
+
+
+def _blocks(part: pa.Table, rows: int) -> Any:
+    """Returns a Ray data set with a block of `rows` rows in each item (`packed`).
+
+    The blocks come from the driver, so that the death of another node loses none of them, and no task is needed for them. A
+    task for each, as `from_arrow` starts, would take the workers' CPUs, and wait while other jobs hold them.
+    """
+    import ray
+
+    blocks = [packed(part.slice(start, rows)) for start in range(0, part.num_rows, rows)]
+    return ray.data.from_items(blocks, override_num_blocks=len(blocks))
 
 
 def _actor_arguments(run: _Run, workers: WorkerPlan, counter: Any) -> tuple[Any, ...]:
