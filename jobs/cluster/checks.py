@@ -112,13 +112,18 @@ def _check_token(address: str) -> None:
     core: Any = ray._raylet  # its stubs leave these out
     if core.get_authentication_mode() != core.AuthenticationMode.TOKEN:
         return
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path and not os.environ.get("RAY_AUTH_TOKEN"):  # Ray reads the file only without that variable
         try:
-            Path(path).read_bytes()
+            token = Path(path).read_bytes().strip()
         except OSError as error:
             raise ClusterUnusableError(
                 f"cannot read {path}, the file named by RAY_AUTH_TOKEN_PATH: {error.strerror}"
             ) from error
+        if not token:
+            raise ClusterUnusableError(
+                f"{path}, the file named by RAY_AUTH_TOKEN_PATH, is empty; put the cluster's token there"
+            )
     try:
         known = core.AuthenticationTokenLoader.instance().has_token()
     except AuthenticationError:
@@ -147,8 +152,9 @@ def refusal(address: str, mode: str | None) -> str:
     """Returns the message for a token that the cluster rejects. It names places, never a token."""
     if (mode or "").lower() != "token":
         return f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in {PLACES}"
-    used = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
-    return f"the Ray cluster at {address} refuses the token in {used}; copy the cluster's own there (`ray get-auth-token`)"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    used = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else path or "~/.ray/auth_token"
+    return f"the Ray cluster at {address} refuses the token in {used}; put the cluster's own there (`ray get-auth-token`)"
 
 
 def _check_version(address: str, client: Any) -> None:
@@ -171,8 +177,16 @@ def check_versions(address: str, theirs: tuple[str | None, str | None], ours: tu
         if there is not None and there.split(".")[:parts] != here.split(".")[:parts]:
             raise ClusterUnusableError(
                 f"the Ray cluster at {address} runs {name} {there}, this command {name} {here}; the versions must be "
-                f"equal. Install masklake with {name} {there} here, or the image of this command on the cluster"
+                f"equal. {_remedy(name, there, here)}"
             )
+
+
+def _remedy(name: str, there: str, here: str) -> str:
+    """Returns how the versions can be made equal: masklake works with one minor version of Ray (`pyproject.toml`)."""
+    on_the_cluster = "the image of this command on the cluster"
+    if name == "Ray" and there.split(".")[:2] != here.split(".")[:2]:
+        return f"This masklake needs Ray {'.'.join(here.split('.')[:2])}: use {on_the_cluster}, or Ray {here}"
+    return f"Install masklake with {name} {there} here, or use {on_the_cluster}"
 
 
 def _living_nodes(address: str, client: Any) -> Iterable[Any]:

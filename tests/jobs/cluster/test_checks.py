@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from masklake.jobs.cluster import checks as cluster_checks
 from masklake.jobs.cluster.checks import (
+    _check_token,
     _is_here,
     _is_own,
     _listens,
@@ -65,11 +69,28 @@ def test_a_refused_token_names_its_place_and_never_the_token(monkeypatch: pytest
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     assert "refuses the token in ~/.ray/auth_token" in refusal("h:1", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/secrets/ray")
-    assert "refuses the token in RAY_AUTH_TOKEN_PATH" in refusal("h:1", "token")
+    assert "refuses the token in /secrets/ray;" in refusal("h:1", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secret)
     message = refusal("h:1", "token")
     assert "refuses the token in RAY_AUTH_TOKEN;" in message
     assert secret not in message
+
+
+def test_a_file_without_a_token_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._raylet
+
+    monkeypatch.setattr(ray._raylet, "get_authentication_mode", lambda: ray._raylet.AuthenticationMode.TOKEN)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    (tmp_path / "token").write_text("\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ClusterUnusableError, match=r"token, the file named by RAY_AUTH_TOKEN_PATH, is empty"):
+        _check_token("h:1")
+
+
+def test_a_file_that_ray_does_not_read_refuses_nothing(tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 40, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    program = "from masklake.jobs.cluster.checks import _check_token; _check_token('h:1')"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, **token}, check=True)
 
 
 def test_versions_must_be_equal_but_for_pythons_last_number() -> None:
@@ -78,6 +99,10 @@ def test_versions_must_be_equal_but_for_pythons_last_number() -> None:
     check_versions("h:1", (None, None), ours)
     with pytest.raises(ClusterUnusableError, match=r"h:1 runs Ray 2\.59\.0, this command Ray 2\.60\.0"):
         check_versions("h:1", ("2.59.0", "3.11.7"), ours)
+    with pytest.raises(ClusterUnusableError, match=r"This masklake needs Ray 2\.60: use the image of this command on"):
+        check_versions("h:1", ("2.53.0", "3.11.7"), ours)  # no masklake can be installed with it
+    with pytest.raises(ClusterUnusableError, match=r"Install masklake with Ray 2\.60\.1 here"):
+        check_versions("h:1", ("2.60.1", "3.11.7"), ours)
     with pytest.raises(ClusterUnusableError, match=r"runs Python 3\.12\.1, this command Python 3\.11\.7"):
         check_versions("h:1", ("2.60.0", "3.12.1"), ours)
 
