@@ -87,6 +87,7 @@ def test_a_file_without_a_token_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         _check_token("h:1")
 
 
+@pytest.mark.slow
 def test_a_file_that_ray_does_not_read_refuses_nothing(tmp_path: Path) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 40, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     program = "from masklake.jobs.cluster.checks import _check_token; _check_token('h:1')"
