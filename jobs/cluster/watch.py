@@ -12,6 +12,7 @@ from typing import Any
 
 from masklake.jobs.cluster.checks import Place, reaches
 from masklake.jobs.terminal.last_words import withdraw
+from masklake.jobs.terminal.own_line import own_line
 from masklake.pipeline.errors import ClusterLostError
 
 POLL_S = 5.0
@@ -108,5 +109,5 @@ def _end(reason: str, logs: str, terminal: int = 2) -> None:
     line = f"masklake: error: {reason}. What was finished is kept; start the same command again. Ray's own logs: {logs}\n"
     withdraw()
     sys.stderr.flush()
-    os.write(terminal, line.encode())
+    os.write(terminal, own_line(line))
     os._exit(ClusterLostError.exit_code)

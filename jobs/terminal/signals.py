@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from masklake.jobs.terminal.last_words import is_waiting, withdraw
+from masklake.jobs.terminal.own_line import own_line
 
 GRACE_S = 12.0
 """Seconds from the signal until the end is forced: with the time that the end itself takes, less than 15 s. Kubernetes kills
@@ -90,7 +91,7 @@ class Stopping:
             if not self._said:
                 by = f"stopped by {signal.Signals(self._number).name}" if self._number else "interrupted"
                 sys.stderr.flush()
-                os.write(self._stderr, self._line(by).encode())
+                os.write(self._stderr, own_line(self._line(by)))
                 self._said = True
         return self.exit_code
 
