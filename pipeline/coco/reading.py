@@ -171,9 +171,15 @@ def _images(rows: list[Any], source: str, dropped: _Dropped) -> dict[int, CocoIm
         known = images.setdefault(image.id, image)
         if known is not image:
             if known != image:
-                raise AnnotationError(f"{place}: the id {image.id} is given to {known} and to {image}. Keep one of them.")
+                raise AnnotationError(
+                    f"{place}: the id {image.id} is given to {_described(known)} and to {_described(image)}. Keep one of them."
+                )
             dropped.add(REPEATED_IMAGE, f"{place} ({image.file_name})")
     return images
+
+
+def _described(image: CocoImage) -> str:
+    return f"'{image.file_name}' ({image.width} x {image.height})"
 
 
 def _annotations(
