@@ -24,7 +24,7 @@ demo: setup ## Train, label 500 images, score and query them: about five minutes
 	@$(BIN)/masklake demo
 
 test: setup ## Run the test suite: under 15 minutes on two idle cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults" -rs
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not faults" -rs
 
 test-faults: setup ## Run what is too long for every change: random kills, lost nodes, variants of whole runs
 	@$(BIN)/python -m pytest -m faults -rs
@@ -32,7 +32,7 @@ test-faults: setup ## Run what is too long for every change: random kills, lost 
 test-oldest: setup ## Run the quick tests on the oldest versions that pyproject.toml allows, in .venv-oldest
 	@$(PYTHON) -m venv .venv-oldest
 	@$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]' 'setuptools>=77'
-	@.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not faults" -rs
+	@.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow and not faults" -rs
 
 check: setup ## Lint, format check and types
 	@$(BIN)/ruff check .

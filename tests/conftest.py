@@ -26,6 +26,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signals_are_handled_as_before() -> Iterator[None]:
+    """A command that a test runs in this process handles signals until the process ends; its second Ctrl-C would be the next
+    test's first, and end all tests.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers, wakeup = [signal.getsignal(number) for number in numbers], signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        if handler is not None:  # it was not set by Python
+            signal.signal(number, handler)
+    signal.set_wakeup_fd(wakeup)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images and annotations; tests that need it are skipped where it is absent."""
