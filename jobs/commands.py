@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -41,6 +41,9 @@ app = typer.Typer(
 AsJson = Annotated[bool, Option("Print the result as a JSON object on stdout.", panel="Output", name="json")]
 
 
+R = TypeVar("R", bound="BaseModel")
+
+
 def command(fields: type, *lines: str, own_defaults: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command whose parameters are those of `fields` (`takes`). lines: examples, for its help."""
 
@@ -54,6 +57,14 @@ def command(fields: type, *lines: str, own_defaults: bool = True) -> Callable[[C
 def print_json(report: BaseModel) -> None:
     """Print a report as one JSON document on stdout, for scripts. NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(report.model_dump_json(indent=2) + "\n")
+
+
+def print_report(report: R, as_json: bool, describe: Callable[[R], str]) -> None:
+    """Writes a command's result to stdout, for scripts or for people."""
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(describe(report))
 
 
 def show_version(wanted: bool) -> None:
@@ -123,10 +134,7 @@ def train(
     options = read_options(config, values)
     with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
         report = command.run(options)
-    if as_json:
-        print_json(report)
-    else:
-        typer.echo(command.describe(report))
+    print_report(report, as_json, command.describe)
 
 
 @command(
@@ -193,10 +201,7 @@ def label(
     options = command.options(**values)
     with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
         report = command.run(options, say=written_above)
-    if as_json:
-        print_json(report)
-    else:
-        typer.echo(command.describe(report))
+    print_report(report, as_json, command.describe)
     check_failures(report.statuses, max_failed)
 
 
@@ -245,10 +250,7 @@ def show(values: Values, as_json: AsJson = False) -> None:
 
     storage = opened(values)
     report = command.run(storage, **values)
-    if as_json:
-        print_json(report)
-    else:
-        typer.echo(command.describe(report))
+    print_report(report, as_json, command.describe)
 
 
 @command(
@@ -262,7 +264,4 @@ def evaluate(values: Values, as_json: AsJson = False) -> None:
 
     storage = opened(values)
     report = command.run(storage, **values)
-    if as_json:
-        print_json(report)
-    else:
-        typer.echo(command.describe(report))
+    print_report(report, as_json, command.describe)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,3 +34,13 @@ def empty_gradient(feature: Tensor, dtype: torch.dtype) -> Tensor:
 def warn_once(message: str) -> None:
     """Warns of a fallback, only the first time: otherwise every batch would repeat it."""
     warnings.warn(message, stacklevel=2)
+
+
+def triton_or_reference(device: str, lack: str) -> Literal["triton", "reference"]:
+    """Returns the implementation of an operator for this device; warns once if it is the slow one. lack: what no kernel does
+    there.
+    """
+    if device == "cuda":
+        return "triton"
+    warn_once(f"no kernel {lack} on {device}: falling back to the slow reference")
+    return "reference"

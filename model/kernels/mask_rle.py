@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from masklake.model.kernels.layout import warn_once
+from masklake.model.kernels.layout import triton_or_reference
 from masklake.model.kernels.mask_rle_reference import mask_edges_reference
 from masklake.model.kernels.operators import register
 
@@ -60,7 +60,4 @@ _OPERATOR = register(_mask_edges, _fake)
 
 def choose_path(device: str) -> Path:
     """Returns the implementation for masks on this device; warns once if it is the slow one."""
-    if device == "cuda":
-        return "triton"
-    warn_once(f"no kernel finds the edges of masks on {device}: falling back to the slow reference")
-    return "reference"
+    return triton_or_reference(device, "finds the edges of masks")

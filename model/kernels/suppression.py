@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from masklake.model.kernels.layout import warn_once
+from masklake.model.kernels.layout import triton_or_reference
 from masklake.model.kernels.operators import register
 from masklake.model.kernels.suppression_reference import survivors_reference
 
@@ -55,7 +55,4 @@ _OPERATOR = register(_survivors, _fake)
 
 def choose_path(device: str) -> Path:
     """Returns the implementation for boxes on this device; warns once if it is the slow one."""
-    if device == "cuda":
-        return "triton"
-    warn_once(f"no kernel suppresses boxes on {device}: falling back to the slow reference")
-    return "reference"
+    return triton_or_reference(device, "suppresses boxes")
