@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from masklake.jobs.cluster.blocks import data_set
 from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
 from masklake.jobs.cluster.waiting import has_place, said_while_waiting
 from masklake.jobs.fields import LabelFields
@@ -39,7 +40,7 @@ from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
 from masklake.pipeline.labelling import run_output
-from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec, packed
+from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, plan_run
 from masklake.pipeline.labelling.run_output import Finished
@@ -135,7 +136,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         retry_failed=options.retry_failed,
         facts=facts,
         left_out=left_out,
-        before_freeze=lambda images: _check_capacity(options, images),
+        before_freeze=lambda images: _check_can_run(options, table, images),
     )
     if line := str(left_out):
         say(line)
@@ -149,10 +150,11 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         return _label(_Run(options, table, plan, model_id, label_id, checkpoint, lease), say).model_copy(update=left)
 
 
-def _check_capacity(options: LabelOptions, images: int) -> None:
-    """Raises ClusterTooSmallError before anything is written if the run does not fit. Ray is started only if there is something
-    to do.
+def _check_can_run(options: LabelOptions, table: Table, images: int) -> None:
+    """Raises, before anything is written, the storage's error if the table cannot be, and ClusterTooSmallError if the run does
+    not fit. Ray is started only if there is something to do.
     """
+    table.storage.check_writable(table.uri)
     label_plan.plan_workers(connect_ray(options.address), images, options.workers, options.device)
 
 
@@ -345,7 +347,7 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
     import ray
 
     concurrency = 1 if step.alone else workers.concurrency
-    return _blocks(part, step.rows).map_batches(
+    return data_set(part, step.rows).map_batches(
         LabellingActor,
         fn_constructor_args=_actor_arguments(run, workers, counter),
         batch_size=None,
@@ -362,18 +364,6 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
         # A node that is cut off is known to be dead some 20 s later: with a limit each block that goes there till then is lost.
         max_task_retries=-1,  # an image that kills its worker ends it by `jobs.labelling.progress.TAKES`
     )
-
-
-def _blocks(part: pa.Table, rows: int) -> Any:
-    """Returns a Ray data set with a block of `rows` rows in each item (`packed`).
-
-    The blocks come from the driver, so that the death of another node loses none of them, and no task is needed for them. A
-    task for each, as `from_arrow` starts, would take the workers' CPUs, and wait while other jobs hold them.
-    """
-    import ray
-
-    blocks = [packed(part.slice(start, rows)) for start in range(0, part.num_rows, rows)]
-    return ray.data.from_items(blocks, override_num_blocks=len(blocks))
 
 
 def _actor_arguments(run: _Run, workers: WorkerPlan, counter: Any) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict
 
+from masklake.jobs.cluster.blocks import data_set
 from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
 from masklake.jobs.fields import ProposeFields
@@ -29,7 +30,7 @@ from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parse_uri, relative_to
+from masklake.pipeline.storage.uri import canonical, parent, parse_uri, relative_to
 from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA
 from masklake.pipeline.training.proposer import Proposer
 
@@ -100,8 +101,7 @@ def _check_output(storage: Storage, options: ProposeOptions) -> None:
     if parse_uri(output).is_local and Path(parse_uri(output).key).is_dir():
         raise ConfigError(f"cannot write {output}: it is a folder")
     check_not_read(output, {"the COCO file": options.coco, "the file of --weights": options.weights})
-    storage.write_bytes(f"{output}.probe", b"")
-    storage.delete(f"{output}.probe")
+    storage.check_writable(parent(canonical(output)))
 
 
 def _rows(data: CocoDataset, folder: str) -> pa.Table:
@@ -123,8 +123,7 @@ def _blocks(
     begun = threading.Event()
     arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
     with ray.data.DataContext.current(data_context()):
-        blocks = ray.data.from_arrow(rows).repartition(target_num_rows_per_block=BLOCK_IMAGES)
-        answers = blocks.map_batches(
+        answers = data_set(rows, BLOCK_IMAGES).map_batches(
             Proposer,
             fn_constructor_args=arguments,
             batch_size=None,

@@ -70,6 +70,8 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     _check_recorded(options, known, done)
     _check_epochs(options, done, epochs)
     finished = read_result(storage, options.run_uri, epochs) is not None
+    if not finished:
+        storage.check_writable(options.run_uri)
     data, validation = _read_data(storage, options, _silent if finished else say)
     model = build_model(options, data, storage)
     check_proposals(options, model.config)

@@ -22,7 +22,7 @@ TOPS = ("model", "pipeline", "jobs")
 LAYERS = (
     ("model.kernels",),
     ("model",),
-    ("pipeline.errors",),
+    ("pipeline.errors", "pipeline.blocks"),
     ("pipeline.storage",),
     ("pipeline.inputs",),
     ("pipeline.images",),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import InputNotFoundError
+from masklake.pipeline.storage.errors import translated
+from masklake.pipeline.storage.local_files import check_writable
 from masklake.pipeline.storage.uri import below, canonical, parse_uri, real_place
 
 
 def check_output(output: str, table: str | None = None, sources: Mapping[str, str | None] | None = None) -> None:
-    """Raises ConfigError if `output` is not a valid name for a file, InputNotFoundError if its folder does not exist.
+    """Raises ConfigError if `output` is not a valid name for a file, InputNotFoundError if its folder does not exist, and the
+    storage's error if no file can be written in a local folder.
 
     table: a table; its folder is its own, since readers of that folder would take the file for a part of the table. sources:
     what the command reads, by description (`the truth`), as in `check_not_read`.
@@ -24,6 +28,9 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
     if at.is_local and not os.path.isdir(os.path.dirname(at.key)):
         raise InputNotFoundError(f"{output}: there is no folder {os.path.dirname(at.key)}; make it, or check the path")
     check_not_read(output, sources or {})
+    if at.is_local and (os.path.isfile(at.key) or not os.path.exists(at.key)):  # a device or a pipe is written to, as it is
+        with translated(output):
+            check_writable(Path(real_place(output)).parent)
 
 
 def _is_in(place: str, folder: str) -> bool:

@@ -16,6 +16,7 @@ from masklake.jobs.cluster.connection import Capacity, cores, interruptible, las
 from masklake.jobs.cluster.waiting import said_while_waiting
 from masklake.jobs.training.messages import Listener, reported_failure, start_messages
 from masklake.jobs.training.options import TrainOptions
+from masklake.jobs.training.restarts import Restarts
 from masklake.jobs.training.worker import TrainingJob, train, user_error
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import Phase
@@ -183,6 +184,7 @@ def _trainer(plan: TrainingPlan, job: TrainingJob, loader: ray.ObjectRef[Loader]
             name=options.name,
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=[Restarts(job.messages, options.max_failures)],  # type: ignore[list-item]  # typed as version 1 had it
             failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

@@ -1,4 +1,5 @@
-"""Decides whether the first row of a CSV list is a header or an image, which must not be lost.
+"""Decides whether the first row of a CSV list is a header or an image, which must not be lost, and whether a text list is
+columns.
 
 A field that ends like the name of an image decides. Where names have no suffix, rows that differ only in their numbers do:
 `IMG_001,cat` above `IMG_002,dog` is not a header. A bare number is weaker evidence than a name with a number, since columns may
@@ -10,8 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from masklake.pipeline.inputs.suffixes import looks_like_image
+from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES, looks_like_image
 
+_LOOKED_AT = 20
+"""Lines of a text list that are looked at."""
 _NUMBER = re.compile(r"[+-]?[\d.,]+")
 
 
@@ -47,6 +50,25 @@ def images_columns(first: Sequence[str], second: Sequence[str]) -> list[int]:
     )
     kind = next(kind for kind in kinds if any(kind))
     return [number for number, chosen in enumerate(kind, 1) if chosen]
+
+
+def columns_sign(head: str) -> str | None:
+    """Returns the sign that separates columns in the first lines of a text list; None if each line may be a name.
+
+    Names may contain any sign. Lines are columns if a field of each ends like the name of an image while no line does, as in
+    `a.jpg 3`; or, with tabs, which names hardly contain, if a field does.
+    """
+    whole = head[: head.rfind("\n")] if "\n" in head else head
+    lines = [line for line in whole.splitlines() if line.strip() and not line.startswith("#")][:_LOOKED_AT]
+    for sign in "\t,; ":
+        rows = [[_is_image(field) for field in line.strip().split(sign)] for line in lines]
+        if rows and all(len(row) > 1 and any(row) and (sign == "\t" or not row[-1]) for row in rows):
+            return sign
+    return None
+
+
+def _is_image(field: str) -> bool:
+    return field.strip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def _alike(first: Sequence[str], second: Sequence[str]) -> list[bool]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.wording import counted
 from masklake.pipeline.errors import StorageError
-from masklake.pipeline.inputs.list_header import images_columns, is_headless
+from masklake.pipeline.inputs.list_header import columns_sign, images_columns, is_headless
 from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.left_out import LeftOut, Reason
 from masklake.pipeline.storage.objects import LISTING_BATCH, unquoted
@@ -61,6 +61,12 @@ _WIDE = (
 _HEAD_BYTES = 1 << 16
 _COCO = re.compile(r'"(images|annotations|categories|licenses|info)"\s*:')
 _FIRST_LINE = " (the list's first line; if that is an image's already, write a line of columns' names above it)"
+_AS_COLUMNS = {
+    "\t": "name the file .tsv, and choose a column with --column",
+    ",": "name the file .csv, and choose a column with --column",
+    ";": "name the file .csv, and choose a column with --column",
+    " ": "keep the names alone, or separate the columns by tabs and name the file .tsv",
+}
 _FIELD_LIMIT = 1 << 28  # characters; csv's own limit of 128 Ki is less than the masks that some columns hold
 
 
@@ -211,7 +217,9 @@ def _read_text(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut
     """One name a line, as it is, spaces included; a line that begins with `#` is a comment."""
     if wanted is not None:
         raise ConfigError(f"{uri}: a text list has no columns; leave out --column {wanted}")
-    with _lines(storage, uri, newline="\n") as (lines, _):
+    with _lines(storage, uri, newline="\n") as (lines, head):
+        if (sign := columns_sign(head)) is not None:
+            raise ConfigError(f"{uri}: has several columns in each line, and a text list one name; {_AS_COLUMNS[sign]}")
         for line in lines:
             name = line.rstrip("\r\n")
             if name.startswith("#"):

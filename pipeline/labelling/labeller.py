@@ -26,6 +26,7 @@ from PIL import Image
 from masklake.model.config import PredictOptions
 from masklake.model.detector import Detector, check_answers, load_detector
 from masklake.model.instances import Instances
+from masklake.pipeline.blocks import unpacked
 from masklake.pipeline.images.decode import Decoded, DecodeLimits, decode, read_header
 from masklake.pipeline.images.fetch import Fetched, fetch
 from masklake.pipeline.images.status import Status
@@ -41,7 +42,6 @@ DECODE_WINDOW_PIXELS = 32_000_000
 BATCHES_PER_WINDOW = 4
 """Number of batches in a window of decoded images: enough to find images of equal canvas, few enough to show progress."""
 _ERROR_LENGTH = 300
-_BLOCK = "block"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -200,8 +200,8 @@ class LabellingActor(Labeller):
         """Labels and writes a block. Returns REPORT_SCHEMA with one row: the file that holds the block, or why it could not be
         written.
 
-        packed_block: one row of `packed`. Returns no row if workers died with this block: Ray would give it to the next worker
-        forever, so it is left out here.
+        packed_block: one row of `pipeline.blocks.packed`. Returns no row if workers died with this block: Ray would give it to
+        the next worker forever, so it is left out here.
         """
         block = unpacked(packed_block)
         first = int(block["image_id"][0].as_py())
@@ -239,22 +239,6 @@ class LabellingActor(Labeller):
         image = decode(buffer.getvalue(), self._spec.limits).image
         self._model.predict([] if image is None else [image], self._spec.predict)
         return str(ray.get_runtime_context().get_node_id())
-
-
-def packed(block: pa.Table) -> dict[str, bytes]:
-    """Returns a block of the manifest as one item for Ray Data, which `LabellingActor` takes.
-
-    Ray Data learns the size of items where they are made. For tables it starts a task each, which waits for a free CPU.
-    """
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, block.schema) as stream:
-        stream.write_table(block)
-    return {_BLOCK: buffer.getvalue().to_pybytes()}
-
-
-def unpacked(row: pa.Table) -> pa.Table:
-    """Returns the block in one row of `packed`."""
-    return pa.ipc.open_stream(row[_BLOCK][0].as_buffer()).read_all()
 
 
 def _told(answer: Any) -> Any:

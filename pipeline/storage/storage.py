@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,6 +80,19 @@ class Storage(Handles):
                 return
             store, key = self.object_store(uri)
             obstore.put(store, key, data)
+
+    def check_writable(self, folder: str) -> None:
+        """Raises AccessDeniedError or StorageError if no object can be written below a folder or prefix, which need not exist.
+        Leaves nothing behind.
+        """
+        at = parse_uri(folder)
+        if at.is_local:
+            with translated(folder):
+                local_files.check_writable(Path(at.key))
+            return
+        probe = self.join(folder, f"masklake-probe-{uuid.uuid4().hex}")
+        self.write_bytes(probe, b"")
+        self.delete(probe)
 
     def upload(self, path: Path, uri: str) -> None:
         """Copies a local file to `uri`, in parts if it is large. A reader sees all of it or nothing."""

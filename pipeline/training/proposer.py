@@ -9,6 +9,7 @@ import torch
 
 from masklake.model.detector import can_propose, load_detector
 from masklake.model.errors import ConfigError
+from masklake.pipeline.blocks import unpacked
 from masklake.pipeline.coco.image_check import wrong_size
 from masklake.pipeline.errors import StorageError
 from masklake.pipeline.images.decode import DecodeLimits, decode
@@ -31,12 +32,14 @@ class Proposer:
             raise ConfigError(f"model {model.model_id} gives no proposals")
         self._model = model
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Rows of `file_name`, `uri`, `width` and `height` in; PROPOSAL_SCHEMA rows with an `error` out, null unless the image
-        cannot be used, or is of another size. Raises StorageError where the storage is busy or out of reach.
+    def __call__(self, packed_block: pa.Table) -> pa.Table:
+        """Returns PROPOSAL_SCHEMA rows with an `error`, which is null unless the image cannot be used or has another size.
+
+        packed_block: one row of `pipeline.blocks.packed`, of rows of `file_name`, `uri`, `width` and `height`. Raises
+        StorageError if the storage is busy or out of reach.
         """
         limits, rows = DecodeLimits(), []
-        expected = block.to_pylist()
+        expected = unpacked(packed_block).to_pylist()
         fetched = fetch_patiently(self._storage, [row["uri"] for row in expected], max_bytes=limits.max_bytes)
         for wanted, got in zip(expected, fetched, strict=True):
             if got.may_pass:

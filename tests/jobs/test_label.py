@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 import pyarrow.dataset
 import pytest
 import ray
@@ -33,7 +32,7 @@ from masklake.pipeline.errors import (
 )
 from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.labelling import labeller
-from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec, unpacked
+from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.table import open_table
@@ -147,19 +146,6 @@ def test_another_detector_labels_like_our_own(tmp_path: Path, pictures: Callable
     assert [len(row["instances"]) for row in rows] == [len(row["rles"]) for row in rows] == [5] * 6
     assert set(report.categories_stored) <= {"cup", "plate"}
     assert label.run(job).run_id is None
-
-
-def test_the_blocks_of_a_run_need_no_tasks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve tasks held six CPUs for 35 s before the first worker started, and a notice blamed other jobs."""
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise AssertionError("a task of Ray Data")
-
-    monkeypatch.setattr("ray.data.read_api.cached_remote_fn", refused)
-    part = pa.table({"image_id": pa.array(range(7), pa.int64()), "etag": pa.array([None] * 6 + ["x"])})
-    blocks = [unpacked(row) for row in label._blocks(part, 3).iter_batches(batch_size=None, batch_format="pyarrow")]
-    assert [block.num_rows for block in blocks] == [3, 3, 1]
-    assert pa.concat_tables(blocks).equals(part)
 
 
 POISON = b"this image kills its worker"

@@ -1,8 +1,9 @@
-"""A training driver that is killed, one that Ctrl-C ends, and one whose messages is lost."""
+"""A training whose driver or worker is killed, one that Ctrl-C ends, and one whose messages are lost."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,14 @@ from masklake.jobs.training.messages import Messages
 from masklake.jobs.training.options import TrainOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def kill_workers() -> None:
+    """Kills the processes of Ray Train's workers."""
+    actors = ray._private.state.actors().values()
+    for actor in actors:
+        if actor["State"] == "ALIVE" and "RayTrainWorker" in actor["ActorClassName"]:
+            os.kill(actor["Pid"], signal.SIGKILL)
 
 
 @pytest.mark.faults
@@ -53,7 +62,41 @@ def test_killed_between_epochs_it_goes_on_where_it_was_till_ctrl_c(tmp_path: Pat
 
 
 @pytest.mark.faults
-def test_a_training_whose_board_is_lost_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_said_and_changes_no_byte_of_the_model(tmp_path: Path) -> None:
+    generate(tmp_path / "data", 6, 96, seed=1)
+
+    def trained(name: str, say: Callable[[str], None]) -> bytes:
+        options = TrainOptions(
+            train=str(tmp_path / "data" / "instances.json"),
+            output=str(tmp_path / "runs"),
+            name=name,
+            threads=1,
+            recipe={"epochs": 3, "batch_size": 2},
+        )
+        return Path(train.run(options, say).checkpoint).read_bytes()
+
+    lines: list[str] = []
+
+    def killing(line: str) -> None:
+        lines.append(line)
+        if line.startswith("epoch 2/3, step ") and not said("again"):
+            kill_workers()
+
+    def said(words: str) -> list[str]:
+        return [line for line in lines if words in line]
+
+    try:
+        assert trained("disturbed", killing) == trained("undisturbed", lines.append)
+    finally:
+        ray.shutdown()
+    [line] = said("start again")
+    assert line.startswith("worker 0 ended (")
+    assert line.endswith("; the workers start again (restart 1 of 2) after the last complete epoch")
+    assert said("the workers are up, going on after epoch ")
+
+
+@pytest.mark.faults
+def test_a_training_whose_messages_are_lost_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate(tmp_path / "data", 4, 96, seed=1)
     actors: list[Any] = []
     lines: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from masklake.jobs import convert, propose, train
 from masklake.jobs.terminal.output import check_output
 from masklake.model.errors import ConfigError
+from masklake.pipeline.errors import AccessDeniedError
+from masklake.pipeline.storage import local_files
 from masklake.pipeline.storage.storage import Storage
 
 WRITTEN = "which this would overwrite"
@@ -82,3 +85,15 @@ def test_training_writes_below_no_key_that_its_clients_would_name_otherwise(outp
     options = train.TrainOptions(train="t.json", output=output, name="n")
     with pytest.raises(ConfigError, match=rf"^--output '{output}': a run cannot be stored under a key with `//`"):
         train.run(options)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(local_files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(AccessDeniedError, match=f"^{tmp_path}/a.csv: permission denied"):
+        check_output(str(tmp_path / "a.csv"))
+    os.mkfifo(tmp_path / "pipe")
+    for written_to in ("/dev/null", str(tmp_path / "pipe")):
+        check_output(written_to)

@@ -24,7 +24,7 @@ def own_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def lost() -> Any:
-    """A messages whose node is gone, as far as its callers can tell."""
+    """The handle of a messages actor whose node is gone, as far as its callers can tell."""
     messages = start_messages()
     ray.get(messages.say.remote("before"))
     ray.kill(messages, no_restart=True)
@@ -41,12 +41,12 @@ def test_a_failure_is_kept_and_lines_are_shown() -> None:
     assert str(reported_failure(messages)) == "first"
 
 
-def test_a_lost_board_is_no_failure_and_says_that_it_did_not_hear(lost: Any) -> None:
+def test_a_lost_actor_is_no_failure_and_says_that_it_did_not_hear(lost: Any) -> None:
     assert reported_failure(lost) is None
     assert not report_failure(lost, ConfigError("unheard"))
 
 
-def test_a_lost_board_keeps_nobody_waiting(lost: Any) -> None:
+def test_a_lost_actor_keeps_nobody_waiting(lost: Any) -> None:
     lines: list[str] = []
     with Listener(lost, lines.append):
         lost.say.remote("unheard")
@@ -54,7 +54,7 @@ def test_a_lost_board_keeps_nobody_waiting(lost: Any) -> None:
 
 
 @pytest.mark.faults
-def test_a_board_that_died_comes_back() -> None:
+def test_an_actor_that_died_comes_back() -> None:
     messages = start_messages()
     ray.get(messages.say.remote("before"))
     ray.kill(messages, no_restart=False)

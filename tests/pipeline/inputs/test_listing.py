@@ -416,6 +416,9 @@ def test_a_line_that_is_not_utf8_does_not_end_the_list(tmp_path: Path) -> None:
         ("two.csv", b"a.jpg,b.jpg\n", "no header, and images in columns 1, 2"),
         ("numbers.csv", b"000,1\n001,0\n", r"no header, and images in columns 1, 2; choose with --column 1"),
         ("names.csv", b"cat,x\ndog,y\n", r"none of them `uri`; .*: cat, x \(the list's first line; if that is an image's"),
+        ("pairs.lst", b"0\t3.0\ta.jpg\n1\t1.0\tb.jpg\n", r"several columns in each line.*\.tsv, and choose a column"),
+        ("commas.txt", b"# mine\na.jpg,3\nb.jpg,1\n", r"several columns.*\.csv, and choose a column with --column"),
+        ("labels.txt", b"sub/a.jpg 3\nsub/b.JPG 1\nsub/c", "several columns.*keep the names alone"),
         ("zero.txt", b"a.jpg\0b.jpg", "zero bytes.*UTF-8"),
         ("cut.txt.gz", gzip.compress(b"a.jpg\n" * 100, mtime=0)[:-9], "cannot be read as a text list"),
         ("not.csv.gz", b"\x1f\x8bno gzip", "cannot be read as a csv list"),
@@ -430,6 +433,13 @@ def test_what_is_no_list_is_told_in_one_line(tmp_path: Path, name: str, content:
         read(str(tmp_path / name))
     assert str(tmp_path / name) in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_the_names_of_a_text_list_may_hold_any_sign(tmp_path: Path) -> None:
+    names = ["a, b.jpg", "c 1.jpg", "d.jpg 2", "e;f", "g.jpg, h.jpg"]
+    fill(str(tmp_path), names)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert read(str(tmp_path / "list.txt"))[0] == [f"{tmp_path}/{name}" for name in names]
 
 
 def test_a_column_of_a_list_without_a_header_has_a_number(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from masklake.pipeline.errors import InputNotFoundError, StorageError
+from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.run_output import merge
 from masklake.pipeline.storage import local_files
@@ -113,3 +113,33 @@ def test_the_file_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> No
         link.symlink_to(target)
         local_files.write(link, b"new")
         assert (link.is_symlink(), (tmp_path / target).read_bytes()) == (True, b"new")
+
+
+def test_whether_a_file_could_be_written_is_told_without_a_trace(tmp_path: Path) -> None:
+    Storage().check_writable(str(tmp_path / "new" / "table"))
+    Storage().check_writable(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputNotFoundError, match=r"^\S+/file/table: is a file where a folder is needed, or lies below one"):
+        Storage().check_writable(str(tmp_path / "file" / "table"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_others_is_not_writable(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(AccessDeniedError, match=f"^{tmp_path}/table: "):
+        Storage().check_writable(str(tmp_path / "table"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EACCES, "permission denied"), (errno.EROFS, "is read-only"), (errno.ENOSPC, "no space left")]
+)
+def test_what_the_system_says_of_a_folder_is_passed_on(
+    tmp_path: Path, number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(local_files.tempfile, "TemporaryFile", refused)
+    with pytest.raises((AccessDeniedError, StorageError), match=f"^{tmp_path}/table: .*{said}"):
+        Storage().check_writable(str(tmp_path / "table"))

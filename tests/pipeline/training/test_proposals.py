@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from masklake.model.config import Category
+from masklake.pipeline.blocks import packed
 from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError
 from masklake.pipeline.storage.storage import Storage
@@ -89,7 +90,8 @@ def test_an_image_of_another_size_than_its_row_has_no_proposals(tmp_path: Path) 
     proposer._storage = Storage()
     proposer._model = SimpleNamespace(propose=lambda images: [np.array([[1, 2, 3, 4]], np.float32)])
     row = {"file_name": "a.png", "uri": str(tmp_path / "a.png"), "width": 48, "height": 24}
-    right, wrong = proposer(pa.Table.from_pylist([row, {**row, "width": 24, "height": 48}])).to_pylist()
+    block = pa.Table.from_pylist([row, {**row, "width": 24, "height": 48}])
+    right, wrong = proposer(pa.Table.from_pylist([packed(block)])).to_pylist()
     assert (right["boxes"], right["error"]) == ([1, 2, 3, 4], None)
     assert (wrong["boxes"], wrong["error"]) == (None, "the upright image is 48 x 24 pixels, its annotations are for 24 x 48")
 
