@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 import ray.train
 
 from masklake.jobs.cluster.connection import last_line
@@ -25,6 +26,13 @@ class Restarts(ray.train.UserCallback):
             return
         rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
         self._messages.say.remote(
-            f"worker {rank} ended ({last_line(error)}); the workers start again (restart {self._failures} of "
+            f"worker {rank} ended ({_cause(error)}); the workers start again (restart {self._failures} of "
             f"{self._max_failures}) after the last complete epoch"
         )
+
+
+def _cause(error: Exception) -> str:
+    """Returns why a worker ended. Ray's words for one that does not answer hold its network library's error codes."""
+    if isinstance(getattr(error, "health_check_failure", error), ray.exceptions.ActorUnavailableError):
+        return "it cannot be reached: its process or its node is lost"
+    return last_line(error)

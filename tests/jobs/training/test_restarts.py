@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from masklake.jobs.training import restarts
 from masklake.jobs.training.restarts import Restarts
@@ -29,6 +31,13 @@ def test_each_restart_is_said_with_its_cause(said: list[str]) -> None:
         "worker 0 ended (node 10.0.0.2 is lost); the workers start again (restart 1 of 2) after the last complete epoch",
         "worker 0 ended (RuntimeError); the workers start again (restart 2 of 2) after the last complete epoch",
     ]
+
+
+def test_a_worker_that_does_not_answer_is_told_in_plain_words(said: list[str]) -> None:
+    lost = ray.exceptions.ActorUnavailableError("RpcError: failed to connect to all addresses rpc_code: 14", b"0" * 16)
+    failed = WorkerHealthCheckFailedError("A worker health check failed.", lost)
+    Restarts(messages(said), max_failures=2).after_exception(None, {0: failed})
+    assert said[0].startswith("worker 0 ended (it cannot be reached: its process or its node is lost); the workers start again")
 
 
 def test_the_last_failure_and_a_users_error_are_left_to_the_driver(said: list[str]) -> None:
