@@ -86,7 +86,7 @@ _HOME = dict.fromkeys((name for name in __all__ if name.endswith("Error")), "mas
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home, and keep it (PEP 562)."""
+    """Imports a public name from its module, and keeps it (PEP 562)."""
     if name == "__version__":
         from importlib.metadata import version
 
@@ -100,5 +100,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, as a notebook completes them."""
+    """Returns the public names, for completion in a notebook."""
     return sorted({*globals(), *__all__})

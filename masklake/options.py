@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class StorageKeywords(TypedDict, total=False):
-    """Where storage is and who asks: `StorageOptions`. Credentials come from the environment or a profile.
+    """Options of the storage (`StorageOptions`). Credentials come from the environment or a profile.
 
-    endpoint_url: an S3 endpoint (MinIO, Ceph, R2). region, profile: as of AWS's tools. anonymous: send unsigned requests, for
-    public buckets. connect_timeout_s, request_timeout_s: seconds. max_retries: of one request.
+    endpoint_url: S3 endpoint URL (MinIO, Ceph, R2). region, profile: as for AWS's own tools. anonymous: send unsigned requests,
+    for public buckets. connect_timeout_s, request_timeout_s: seconds. max_retries: maximum number of retries of a request.
     """
 
     endpoint_url: str | None
@@ -31,7 +31,7 @@ class StorageKeywords(TypedDict, total=False):
 
 
 class RecipeKeywords(TypedDict, total=False):
-    """Changes to the preset's recipe: `Recipe`, explained in docs/training.md."""
+    """Changes to the preset's recipe (`Recipe`); docs/training.md explains the fields."""
 
     optimizer: Literal["sgd", "adamw"]
     learning_rate: float
@@ -49,9 +49,10 @@ class RecipeKeywords(TypedDict, total=False):
 
 
 class AugmentationKeywords(TypedDict, total=False):
-    """What training changes in an image: `Augmentation`, explained in docs/training.md.
+    """Random changes to training images (`Augmentation`); docs/training.md explains the fields.
 
-    flip, flip_vertical: mirror half of the images. crop: side of a random window, pixels. scale: range of a random enlargement.
+    flip, flip_vertical: mirror half of the images. crop: side of a random square window, in pixels. scale: smallest and largest
+    factor of a random scaling.
     """
 
     flip: bool
@@ -61,7 +62,7 @@ class AugmentationKeywords(TypedDict, total=False):
 
 
 def storage_of(keywords: StorageKeywords) -> Storage:
-    """Handles on storage with these options."""
+    """Returns Storage with these options. Raises ConfigError for invalid ones."""
     from masklake.pipeline.storage.options import StorageOptions
     from masklake.pipeline.storage.storage import Storage
 

@@ -1,4 +1,4 @@
-"""`masklake.load_model` and `masklake.decode_mask`: a detector in this process, without Ray and without a table."""
+"""`masklake.load_model` and `masklake.decode_mask`: predictions in this process, without Ray and without a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A detector that is ready to run; make it with `masklake.load_model`."""
+    """A detector that is ready to predict. `masklake.load_model` returns one."""
 
     def __init__(self, model: Detector) -> None:
         self.model = model
@@ -34,12 +34,12 @@ class Predictor:
 
     @property
     def model_id(self) -> str:
-        """The model's name, as it stands in the rows of a table that it labelled."""
+        """ID of the model, as in the rows of a table that it labelled."""
         return self.model.model_id
 
     @property
     def category_names(self) -> dict[int, str]:
-        """Name of each category by its id, which `Instances.labels` holds."""
+        """Names of the categories by id. `Instances.labels` holds these ids."""
         return {category.id: category.name for category in self.model.categories}
 
     def predict(
@@ -54,21 +54,21 @@ class Predictor:
         tasks: Collection[Task] | None = None,
         batch_size: int = 4,
     ) -> list[Instances]:
-        """The instances of each image, in order; of one image, best score first.
+        """Returns the instances of each image, in the order of the images; those of an image are sorted by descending score.
 
         Args:
             images: PIL images, uint8 RGB arrays of shape (H, W, 3) or uint8 RGB tensors of shape (3, H, W), of any sizes. A
                 PIL image of any mode becomes upright 8-bit RGB, as in `masklake.label`.
-            precision: Arithmetic of the network; `auto` is bf16 on a GPU that has it, else fp32.
+            precision: Arithmetic of the network; `auto` is bf16 on a GPU that supports it, else fp32.
             score_threshold: Minimum score of an instance; default: the model's (0.05).
             nms_iou: IoU above which the weaker of two boxes of a category is dropped; default: the model's.
             max_detections: Maximum number of instances per image; default: the model's (100).
             mask_threshold: Probability above which a pixel belongs to the mask; default: the model's (0.5).
-            tasks: Any of "box", "mask" and "keypoint"; default: all that the model has.
-            batch_size: Images that go through the network together on a GPU.
+            tasks: Any of "box", "mask" and "keypoint"; default: all of the model's.
+            batch_size: Number of images per forward pass on a GPU.
 
         Raises:
-            ConfigError: An image of another kind, or options that this model does not have.
+            ConfigError: An image of another type or shape, or options that are invalid for this model.
         """
         values = {
             "precision": precision,
@@ -86,16 +86,16 @@ class Predictor:
 def load_model(
     weights: str | os.PathLike[str], *, device: str | torch.device = "cpu", **storage: Unpack[StorageKeywords]
 ) -> Predictor:
-    """The detector of a checkpoint, ready to predict.
+    """Returns the detector of a checkpoint, ready to predict.
 
     Args:
         weights: A checkpoint of MaskLake or of an installed detector, local or s3://, or the name of torchvision weights,
             which are downloaded.
-        device: Where it runs, such as "cpu" or "cuda".
-        **storage: Endpoint, region and the like (`StorageKeywords`).
+        device: Device to run the model on, such as "cpu" or "cuda".
+        **storage: Options of the storage, such as `endpoint_url` and `region` (`StorageKeywords`).
 
     Raises:
-        CheckpointError: There is no checkpoint, or nothing installed reads it.
+        CheckpointError: There is no checkpoint, or no installed package can read it.
         ConfigError: This machine does not have the device.
     """
     import torch
@@ -105,16 +105,16 @@ def load_model(
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"{device!r} is no device of torch; give one such as 'cpu' or 'cuda:0'") from error
+        raise ConfigError(f"{device!r} is not a torch device; give one such as 'cpu' or 'cuda:0'") from error
     return Predictor(read_detector(storage_of(storage), os.fspath(weights), place)[1])
 
 
 def decode_mask(rle: bytes | str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask of a COCO compressed run-length encoding: bool (H, W).
+    """Returns the mask of a COCO compressed run-length encoding, bool (H, W).
 
-    rle: an element of `Instances.rles`, or the column `rle` of the view `detections`. size: the image's (H, W).
+    rle: an element of `Instances.rles`, or a value of the column `rle` of the view `detections`. size: (H, W) of the image.
 
-    Raises ConfigError if it is no such encoding of an image of this size.
+    Raises ConfigError if `rle` does not encode a mask of this size.
     """
     from masklake.model.masks.rle import decode
     from masklake.pipeline.coco.values import checked_runs
@@ -124,11 +124,11 @@ def decode_mask(rle: bytes | str, size: tuple[int, int]) -> NDArray[np.bool_]:
         checked_runs(counts, *size)
         return decode(counts, size).view(bool)
     except ValueError as error:
-        raise ConfigError(f"this is no mask of an image of {size[0]} x {size[1]} pixels (H x W): its {error}") from error
+        raise ConfigError(f"not a mask of an image of {size[0]} x {size[1]} pixels (H x W): its {error}") from error
 
 
 def _tensors(images: Sequence[Picture]) -> list[torch.Tensor]:
-    """Each image as a uint8 RGB tensor (3, H, W) on the host."""
+    """Returns each image as a uint8 RGB tensor (3, H, W) on the host."""
     import numpy as np
     import torch
     from PIL import Image

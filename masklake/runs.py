@@ -40,39 +40,40 @@ def label(
     progress: bool = True,
     **storage: Unpack[StorageKeywords],
 ) -> LabelReport:
-    """Label images into a table: each new or changed image once. The same call continues a run that was stopped.
+    """Labels images into a table, each new or changed image once. The same call continues a run that was interrupted.
 
-    Ray starts in this process unless it runs already, or `address` or RAY_ADDRESS names a cluster.
+    Ray starts in this process, unless it is connected to Ray already, or `address` or RAY_ADDRESS names a cluster.
 
     Args:
         source: A folder or prefix (searched recursively), a glob, one image, or a Parquet, CSV, text or JSON list of URIs.
-        table: The table's folder or prefix; created if absent.
+        table: Folder or prefix of the table; created if it does not exist.
         weights: A MaskLake checkpoint, local or s3://, or the name of torchvision weights.
         column: Column of a list that holds the URIs; default: `uri`, or the only one.
-        precision: Arithmetic of the network; `auto` is bf16 on a GPU that has it, else fp32.
+        precision: Arithmetic of the network; `auto` is bf16 on a GPU that supports it, else fp32.
         score_threshold: Minimum score of a stored instance; default: the model's (0.05).
         nms_iou: IoU above which the weaker of two boxes of a category is dropped; default: the model's.
         max_detections: Maximum number of instances per image; default: the model's (100).
         mask_threshold: Probability above which a pixel belongs to the mask; default: the model's (0.5).
-        tasks: Any of "box", "mask" and "keypoint"; default: all that the model has.
-        batch_size: Images that go through the network together on a GPU.
-        max_bytes: Larger files become `too_large`.
-        max_pixels: Images with more pixels become `too_large`.
-        max_side: Images with a longer side, in pixels, become `too_large`.
-        tick: The run's id, for schedulers; default: derived from the run's content.
-        retry_failed: Also try permanent failures again (decode_error, crashed, too_large).
-        device: Where the model runs.
-        workers: Model replicas; default: one per GPU, else one per core.
-        block_rows: Images written together; default: by the run's size.
-        address: Ray cluster.
+        tasks: Any of "box", "mask" and "keypoint"; default: all of the model's.
+        batch_size: Number of images per forward pass on a GPU.
+        max_bytes: Maximum size of a file. Larger files get the status `too_large`.
+        max_pixels: Maximum width x height. Larger images get the status `too_large`.
+        max_side: Maximum width and height in pixels. Larger images get the status `too_large`.
+        tick: ID of the run, for schedulers; default: derived from the run's content.
+        retry_failed: Retry images with permanent failures (decode_error, crashed, too_large).
+        device: Device to run the model on.
+        workers: Number of model replicas; default: one per GPU, else one per core.
+        block_rows: Number of images per written file; default: derived from the size of the run.
+        address: Address of a Ray cluster; default: RAY_ADDRESS, else this process.
         progress: Show a progress bar on stderr.
-        **storage: Endpoint, region and the like (`StorageKeywords`).
+        **storage: Options of the storage, such as `endpoint_url` and `region` (`StorageKeywords`).
 
     Returns:
-        What the run did. Failed images are rows of the table, too: look at `statuses` and `failed_share`.
+        The results of the run. Failed images are rows of the table, too: see `statuses` and `failed_share`.
 
     Raises:
-        MaskLakeError: Bad options, input, table or weights, a store that refuses, or a cluster that cannot do it.
+        MaskLakeError: Invalid options, input, table or weights, an error of the storage, or a cluster that is too small or
+            out of reach. Each subclass names one cause.
     """
     from masklake.jobs import label as command
 
@@ -133,47 +134,48 @@ def train(
     address: str | None = None,
     **storage: Unpack[StorageKeywords],
 ) -> TrainReport:
-    """Train a detector on COCO data; write a checkpoint, its AP and its curves.
+    """Trains a detector on COCO data, and writes a checkpoint, its AP and its loss curves.
 
     The same call continues after the last complete epoch, and returns at once if the run is complete. Ray starts in this
-    process unless it runs already, or `address` or RAY_ADDRESS names a cluster.
+    process, unless it is connected to Ray already, or `address` or RAY_ADDRESS names a cluster.
 
     Args:
-        train: COCO JSON to learn from, local or s3://.
-        output: Folder or prefix that holds runs.
-        name: The run's name, and that of its folder.
-        images: Folder of the images; default: `images` beside the JSON.
-        val: COCO JSON to score on; without it there is no AP.
-        val_images: Folder of its images; default: `images` beside it.
+        train: COCO JSON file to train on, local or s3://.
+        output: Folder or prefix that holds the runs.
+        name: Name of the run and of its folder.
+        images: Folder of the images; default: `images`, beside the JSON file.
+        val: COCO JSON file to evaluate on. Without it no AP is computed.
+        val_images: Folder of the images to evaluate on; default: `images`, beside that JSON file.
         preset: Model preset.
-        tasks: Any of "box", "mask" and "keypoint"; default: those that both preset and data have.
-        learn: How RPN and detector are trained: together, one of them alone, or in alternating phases.
-        proposals: Parquet file of `masklake propose`, for `learn="detector"`.
-        weights: Checkpoint, or name of torchvision weights, to start from.
-        reset_predictors: Start with new last layers, for weights of other categories.
-        workers: Training processes.
-        device: `auto` takes GPUs if there is one per worker.
+        tasks: Any of "box", "mask" and "keypoint"; default: those of both preset and data.
+        learn: How the RPN and the detector are trained: together, alone, or in turn (docs/training.md).
+        proposals: Parquet file of `masklake propose`, for `learn="detector"`; default: the model's own.
+        weights: Checkpoint, or name of torchvision weights, to start from; default: random weights.
+        reset_predictors: Reinitialise the last layers, for categories other than those of the weights.
+        workers: Number of training processes.
+        device: Device to train on. `auto` uses GPUs if there is one per worker.
         threads: CPU threads per worker; default: its share of the cores.
         seed: Random seed.
         recipe: Changes to the preset's recipe, such as `{"epochs": 3}`.
         model: Changes to the preset's `ModelConfig`, by field.
         augmentation: Changes to the default augmentation.
-        evaluate_every: Epochs between evaluations; 0: only after the last.
-        max_dets: Detections per image that AP and AR count.
-        keep: The epoch whose model is exported; "best" needs `val`.
-        allow_missing: Leave out images that are absent or cannot be used.
-        max_unusable: Maximum share of images, and of instances, that may be left out; default: 0.05, but no image without
+        evaluate_every: Number of epochs between evaluations. 0 evaluates after the last epoch only.
+        max_dets: Maximum numbers of detections per image, for AP and AR.
+        keep: Epoch whose model is exported. "best" requires `val`.
+        allow_missing: Leave out images that are missing or unusable.
+        max_unusable: Maximum share of images, and of instances, that may be left out; default: 0.05, but no images without
             `allow_missing`.
-        keep_empty: Also learn from images without any instance.
-        max_failures: Restarts after a worker's death.
-        address: Ray cluster.
-        **storage: Endpoint, region and the like (`StorageKeywords`).
+        keep_empty: Also train on images without instances.
+        max_failures: Maximum number of restarts after a worker ended.
+        address: Address of a Ray cluster; default: RAY_ADDRESS, else this process.
+        **storage: Options of the storage, such as `endpoint_url` and `region` (`StorageKeywords`).
 
     Returns:
-        Where the checkpoint, metrics and curves are, and the scores.
+        The scores, and where the checkpoint, metrics and curves are.
 
     Raises:
-        MaskLakeError: Bad options or data, a store that refuses, or a training that failed.
+        MaskLakeError: Invalid options or data, an error of the storage, a cluster that is too small or out of reach, or a
+            training that failed. Each subclass names one cause.
     """
     from masklake.jobs import train as command
     from masklake.jobs.training.options import TrainOptions
@@ -212,5 +214,5 @@ def train(
 
 
 def _text(place: Any) -> Any:
-    """A path as text; anything else as it is, for the options to judge."""
+    """Returns a path as text, and anything else unchanged, for the options to validate."""
     return os.fspath(place) if isinstance(place, os.PathLike) else place

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class QueryAnswer:
-    """The rows of an answer, in memory. Whatever reads Arrow's C stream interface takes it as it is."""
+    """The result of a query, in memory. Libraries that support Arrow's C stream interface accept it directly."""
 
     def __init__(self, rows: pa.Table) -> None:
         self._rows = rows
@@ -35,7 +35,7 @@ class QueryAnswer:
         return self._rows.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows as dictionaries."""
+        """Yields the rows as dictionaries."""
         for batch in self._rows.to_batches():
             yield from batch.to_pylist()
 
@@ -43,16 +43,16 @@ class QueryAnswer:
         return self._rows.__arrow_c_stream__(requested_schema)
 
     def to_arrow(self) -> pa.Table:
-        """The answer as a pyarrow table; nothing is copied."""
+        """Returns the result as a pyarrow table, without a copy."""
         return self._rows
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The answer as a pandas data frame. ModuleNotFoundError where pandas is not installed."""
+        """Returns the result as a pandas data frame. Raises ModuleNotFoundError if pandas is not installed."""
         _check_installed("pandas")
         return self._rows.to_pandas()
 
     def to_polars(self) -> polars.DataFrame:
-        """The answer as a polars data frame. ModuleNotFoundError where polars is not installed."""
+        """Returns the result as a polars data frame. Raises ModuleNotFoundError if polars is not installed."""
         _check_installed("polars")
         import polars
 
@@ -60,7 +60,7 @@ class QueryAnswer:
 
 
 class MaskTable:
-    """A table of masks to read; make it with `masklake.open_table`. Each call reads the newest snapshot."""
+    """A table, for reading. `masklake.open_table` returns one. Each call reads the newest snapshot."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
         self.uri = uri
@@ -70,22 +70,22 @@ class MaskTable:
         return f"MaskTable({self.uri!r})"
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> QueryAnswer:
-        """The answer to one statement of DuckDB's SQL over the views of docs/query.md.
+        """Returns the result of one statement in DuckDB's SQL. docs/query.md describes the views.
 
-        parameters: the value of each `$name` in the SQL. Raises QueryError with DuckDB's message.
+        parameters: values of the `$name` placeholders in the SQL. Raises QueryError with DuckDB's message.
         """
         from masklake.pipeline.table.query import query
 
         return QueryAnswer(query(self._storage, self.uri, sql, parameters))
 
     def masks(self, uri: str, *, min_score: float = 0.0) -> NDArray[np.bool_]:
-        """The masks of an image's current instances, in the order of `current_detections`: bool (N, H, W).
+        """Returns the masks of an image's current instances, bool (N, H, W), in the order of `current_detections`.
 
-        uri: as the table names the image, as a path from here, or a unique ending of its path. min_score: minimum score of an
-        instance; N x H x W bytes are needed for those that are left.
+        uri: the image's URI in the table, a path relative to the current folder, or a unique ending of its path. min_score:
+        minimum score of an instance. The masks take N x H x W bytes of memory.
 
-        Raises InputNotFoundError if the table has no such image, several, or no labels of it, and TableError if its row is
-        damaged or holds no masks.
+        Raises InputNotFoundError if the table has no such image or several, or the image was not labelled, and TableError if
+        its row is damaged or holds no masks.
         """
         import numpy as np
 
@@ -105,12 +105,12 @@ class MaskTable:
         return masks
 
     def show(self, uri: str, *, min_score: float = LIKELY_SCORE, images: str | os.PathLike[str] | None = None) -> Image.Image:
-        """An image with its current instances drawn on it, in RGB; a small image is enlarged.
+        """Returns an image with its current instances drawn on it, in RGB; a small image is enlarged.
 
-        uri: as in `masks`. min_score: minimum score of an instance that is drawn. images: the folder that the images are in
-        now; default: where they were labelled.
+        uri: as in `masks`. min_score: minimum score of a drawn instance. images: folder that holds the images now; None: where
+        they were labelled.
 
-        Raises as `masks`, and StorageError if the image is another one by now.
+        Raises the errors of `masks`, and StorageError if the image has changed since it was labelled.
         """
         from masklake.jobs.show import draw, find_image, place_of
         from masklake.pipeline.table.query import connect_duckdb
@@ -122,11 +122,11 @@ class MaskTable:
 
 
 def open_table(uri: str | os.PathLike[str], **storage: Unpack[StorageKeywords]) -> MaskTable:
-    """A table that is there, to read.
+    """Returns an existing table, for reading.
 
-    uri: its folder, local or s3://. storage: endpoint, region and the like (`StorageKeywords`).
+    uri: folder of the table, local or s3://. storage: options such as `endpoint_url` and `region` (`StorageKeywords`).
 
-    Raises TableError if there is no table, or nothing was labelled into it yet.
+    Raises TableError if there is no table, or nothing has been labelled into it yet.
     """
     from masklake.pipeline.table.table import open_table
 

@@ -348,7 +348,7 @@ def test_weights_that_are_none(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(masklake.CheckpointError, match="is not a MaskLake checkpoint"):
         masklake.load_model(tmp_path / "text")
-    with pytest.raises(masklake.ConfigError, match="'gpu' is no device of torch"):
+    with pytest.raises(masklake.ConfigError, match="'gpu' is not a torch device"):
         masklake.load_model(checkpoint, device="gpu")
 
 
@@ -362,5 +362,5 @@ def test_masks_are_decoded_as_pycocotools_does() -> None:
 
 @pytest.mark.parametrize("counts", [b"", b"\xff", encoded(np.ones((3, 3), bool)), b"o" * 13 + b"0"])
 def test_what_is_no_mask_of_the_size_is_refused(counts: bytes) -> None:
-    with pytest.raises(masklake.ConfigError, match=r"no mask of an image of 40 x 60 pixels \(H x W\)"):
+    with pytest.raises(masklake.ConfigError, match=r"not a mask of an image of 40 x 60 pixels \(H x W\)"):
         masklake.decode_mask(counts, SIZE)
