@@ -74,7 +74,7 @@ def _end(code: int, message: str) -> NoReturn:
 
 
 def _refused_by_the_machine(error: Exception) -> MaskLakeError | None:
-    """The last net: a permission, a path or a full disk that no command looked at by itself is the user's to mend, too."""
+    """Returns the error for a permission, a path or a full disk that no command has handled; None if it is none of these."""
     from masklake.pipeline.storage.errors import of_the_machine
 
     known = of_the_machine(error)
@@ -84,18 +84,18 @@ def _refused_by_the_machine(error: Exception) -> MaskLakeError | None:
 
 
 def _end_without_reader() -> NoReturn:
-    """Who reads our output has seen enough (`| head`); nothing can be written any more."""
+    """Ends the process after the reader of its output has closed the pipe (`| head`): nothing more can be written."""
     _drop_output()
     sys.exit(141)
 
 
 def _drop_output() -> None:
-    """What is still held back of stdout could not be written at exit either, and would end in a second error there."""
+    """Discards what is still buffered for stdout: writing it at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def comes_from_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: Python 3.11 wraps it where a class is being made, libraries where they clean up."""
+    """Returns whether Ctrl-C caused an error: Python 3.11 wraps it while it creates a class, libraries while they clean up."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error is not None

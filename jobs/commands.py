@@ -55,7 +55,7 @@ def command(fields: type, *lines: str, own_defaults: bool = True) -> Callable[[C
 
 
 def print_json(report: BaseModel) -> None:
-    """Print a report as one JSON document on stdout, for scripts. NaN and infinity, which JSON lacks, become null."""
+    """Writes a report to stdout as one JSON document. NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(report.model_dump_json(indent=2) + "\n")
 
 
@@ -68,7 +68,7 @@ def print_report(report: R, as_json: bool, describe: Callable[[R], str]) -> None
 
 
 def show_version(wanted: bool) -> None:
-    """Print the installed version and stop, when asked to."""
+    """Writes the installed version to stdout and exits, if `--version` is given."""
     if wanted:
         from importlib.metadata import version
 
@@ -77,7 +77,7 @@ def show_version(wanted: bool) -> None:
 
 
 def opened(values: Values) -> Storage:
-    """Storage with the options among the values, which are taken out of them."""
+    """Returns Storage with the storage options among the values, and removes them from the values."""
     from masklake.pipeline.storage.options import StorageOptions
     from masklake.pipeline.storage.storage import Storage
 
@@ -98,7 +98,7 @@ def options(
 
 @command(DemoFields, "masklake demo", "masklake demo --train-images 100 --epochs 3 --output /tmp/demo")
 def demo(values: Values, as_json: AsJson = False) -> None:
-    """Try the whole product on drawn shapes: train, label, evaluate, query.
+    """Try everything on generated images of shapes: train, label, evaluate, query.
 
     The same command continues where an interrupted demo stopped.
     """
@@ -218,8 +218,9 @@ def query(
 ) -> None:
     """Query a table in SQL, offline and read-only.
 
-    Instances are stored from score 0.05 on; `WHERE score >= 0.5` keeps the likely ones. `SHOW TABLES`, `DESCRIBE images` and
-    `SUMMARIZE images` show what there is. Only a table on a terminal is truncated: files and pipes get every row in full.
+    By default a table holds instances with a score of at least 0.05; `WHERE score >= 0.5` selects the likely ones. `SHOW
+    TABLES`, `DESCRIBE images` and `SUMMARIZE images` show its views, columns and values. Results are truncated on a terminal
+    only; files and pipes receive every row in full.
     """
     from masklake.jobs import query as command
     from masklake.jobs.terminal.answers import Format

@@ -18,7 +18,7 @@ from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.coco.values import quoted
 from masklake.pipeline.storage.storage import Storage
 
-_FORMS = "give a COCO JSON file, a JSON list of names in the order of the classes, or a text file with one name a line"
+_FORMS = "give a COCO JSON file, a JSON list of names in the order of the classes, or a text file with one name per line"
 
 
 class ConvertReport(BaseModel):
@@ -38,13 +38,14 @@ class ConvertReport(BaseModel):
 def run(
     source: str, target: str, preset: str, storage: Storage, norm_eps: float | None = None, categories: str | None = None
 ) -> ConvertReport:
-    """Reads `source` as `preset` and writes `target`, one safetensors file.
+    """Reads the weights `source` into the architecture `preset`, and writes the checkpoint `target`, one safetensors file.
 
-    source: torchvision's state dict (.pth, .safetensors) or Detectron2's checkpoint (.pkl of its model zoo, .pth), bare or in a
-    training checkpoint, local or s3://, or the name of torchvision's weights, which are downloaded. Which system a file is of
-    is read off its names; the checkpoint holds that system's conventions. norm_eps: added to the norms' variance; a state dict
-    does not say it. None: 0 for torchvision's own COCO_V1 files, else 1e-5. Who has saved the COCO_V1 model anew has to say 0.
-    categories: a file that names what the weights were trained on (`read_categories`). None: the preset's.
+    source: a torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pth, or .pkl of its model zoo), alone or
+    within a training checkpoint, local or s3://; or the name of torchvision weights, which are downloaded. The names of the
+    parameters tell which system a file comes from; the checkpoint follows that system's conventions. norm_eps: epsilon of the
+    norm layers, which a state dict does not contain. None: 0 for torchvision's own COCO_V1 files, else 1e-5; give 0 for a
+    COCO_V1 model that was saved again. categories: a file with the categories of the weights (`read_categories`). None: those
+    of the preset.
 
     Raises UnknownPresetError, CheckpointError (not weights of this architecture), ConfigError (a target that is not named
     .safetensors, cannot be written, or is a file that this reads) and the storage's errors.

@@ -1,6 +1,6 @@
-"""`masklake demo`: the whole product on generated images, in minutes, with the same code as on a cluster with object storage.
+"""`masklake demo`: every step on generated images, in minutes, with the same code as on a cluster with object storage.
 
-Draws images, trains `tiny` with two Ray Train workers, labels unseen images into a table, scores the labels against the ground
+Draws images, trains `tiny` on two Ray Train workers, labels unseen images into a table, evaluates the labels against the ground
 truth, runs three queries and draws a contact sheet. Each step continues where an interrupted demo stopped.
 """
 
@@ -57,13 +57,13 @@ QUESTIONS = (
 
 
 class DemoReport(BaseModel):
-    """What the demo created and measured. Scores are COCO's, 0 to 1, on the unseen images."""
+    """What the demo created and measured. scores: COCO metrics on the unseen images, 0 to 1."""
 
     model_config = ConfigDict(frozen=True)
 
     images_labelled: int
     instances: int = Field(description="Found with score >= 0.5.")
-    instances_stored: int = Field(description="In the table, weak ones included.")
+    instances_stored: int = Field(description="All instances in the table.")
     images_per_s: float
     scores: dict[IouType, dict[str, Any]]
     seconds: float
@@ -97,14 +97,14 @@ class Places:
         return self.root / "contact-sheet.png"
 
     def images(self, name: str) -> Path:
-        """A generated data set: images/ and instances.json."""
+        """Returns the folder of a generated data set, which holds images/ and instances.json."""
         return self.root / "shapes" / name
 
 
 def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Say) -> DemoReport:
     """Runs the six steps. Raises the errors of `train`, `label` and `evaluate`."""
     started = time.perf_counter()
-    # The steps speak for themselves; what libraries log on the way is for people who look for a fault.
+    # Each step prints its own lines; the logs of libraries would only distract.
     logging.getLogger("ray").setLevel(logging.ERROR)
     places = Places(Path(output).resolve())
     storage = Storage()
@@ -115,10 +115,12 @@ def run(output: str, train_images: int, unseen_images: int, epochs: int, say: Sa
     checking = generate(places.images("val"), max(20, train_images // 20), SIZE, VAL_SEED)
     unseen = generate(places.images("unseen"), unseen_images, SIZE, UNSEEN_SEED)
 
-    say(f"[2/6] Training the model `tiny` from random weights with two Ray Train workers, {counted(epochs, 'epoch')}")
-    trained = train.run(train_options(places, learning, checking, epochs))
+    options = train_options(places, learning, checking, epochs)
+    workers = counted(options.workers, "Ray Train worker")
+    say(f"[2/6] Training the model `{options.preset}` from random weights with {workers}, {counted(epochs, 'epoch')}")
+    trained = train.run(options)
 
-    say(f"[3/6] Labelling the {unseen_images:,} unseen images with two model replicas, through Ray Data into a Parquet table")
+    say(f"[3/6] Labelling the {unseen_images:,} unseen images through Ray Data into a Parquet table")
     inputs = {"uri": str(unseen.parent / "images")}
     labelled = label.run(label.options(input=inputs, table=str(places.table), weights=trained.checkpoint), say=say)
     say(label.describe(labelled))

@@ -1,7 +1,7 @@
-"""`masklake evaluate`: scores a table's labels against a COCO file.
+"""`masklake evaluate`: evaluates the labels of a table against the ground truth in a COCO file.
 
-Every image of the ground truth counts. One without a row in the table, or that could not be read, has no detections; the report
-says how many.
+Every image of the ground truth counts. An image that has no row in the table, or could not be read, has no detections; the
+report says how many there are.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from masklake.pipeline.table.schema import LIKELY_SCORE
 
 
 class EvaluateReport(BaseModel):
-    """Scores are 0 to 1; None if the ground truth has nothing of the kind."""
+    """The results of an evaluation. Scores are 0 to 1; None if the ground truth has nothing of the kind."""
 
     model_config = ConfigDict(frozen=True)
 
     table: str
     truth: str
-    images: int = Field(description="Of the truth, all of which count.")
-    labelled: int = Field(description="Of these, images with an ok row in the table.")
-    failed: int = Field(description="Of these, images whose row says that they could not be labelled.")
+    images: int = Field(description="Images of the ground truth. All of them count.")
+    labelled: int = Field(description="Images of the ground truth whose row in the table has the status ok.")
+    failed: int = Field(description="Images of the ground truth whose row in the table has another status.")
     failures: dict[str, int] = Field(description="The failed images by status.")
-    missing: int = Field(description="Of these, images without a row.")
-    strangers: int = Field(description="Images of the table that the truth does not list: ignored.")
-    ambiguous: int = Field(description="Of these, images whose name alone fits several of the truth.")
-    instances: int = Field(description="Of the truth, without crowds.")
-    detections: int = Field(description="Of the table in these images, weak ones included: average precision needs them.")
-    detections_likely: int = Field(description="Of these, of score >= 0.5.")
-    dropped: dict[str, int] = Field(description="What the truth's reader left out, by reason.")
-    incomplete: dict[str, int] = Field(description="Instances of the truth without one task's truth, by what they lack.")
+    missing: int = Field(description="Images of the ground truth without a row in the table.")
+    strangers: int = Field(description="Images of the table that the ground truth does not list. They are ignored.")
+    ambiguous: int = Field(description="Ignored images of the table whose name alone matches several of the ground truth.")
+    instances: int = Field(description="Instances of the ground truth, without crowds.")
+    detections: int = Field(description="Detections in these images with any score: average precision needs them all.")
+    detections_likely: int = Field(description="Detections in these images with score >= 0.5.")
+    dropped: dict[str, int] = Field(description="What was left out of the ground truth, by reason.")
+    incomplete: dict[str, int] = Field(description="Instances that lack the ground truth of one task, by what they lack.")
     notes: list[str]
     scores: dict[IouType, dict[str, Any]]
-    not_scored: dict[IouType, str] = Field(description="Kinds that one side lacks, and which.")
-    mean_iou: float | None = Field(description="Of the foreground; None without masks.")
-    iou_score: float = Field(description="Least score of a detection in mean_iou.")
+    not_scored: dict[IouType, str] = Field(description="Kinds that are not scored, and which side lacks them.")
+    mean_iou: float | None = Field(description="Mean IoU of the foreground; None without masks.")
+    iou_score: float = Field(description="Minimum score of a detection in mean_iou.")
 
 
 def run(
@@ -73,12 +73,14 @@ def run(
     output: str | None = None,
     max_unusable: float | None = None,
 ) -> EvaluateReport:
-    """Scores the table's current rows, or those of one labelling run; writes the report as JSON to `output`.
+    """Evaluates the table's current rows, or those of one labelling run, and writes the report as JSON to `output`.
 
-    images: the folder that the truth's file names are in; without it they are matched by the end of the table's URIs.
-    max_unusable: share of the truth's instances that may be left out; None is 0.05.
-    Raises TableError, AnnotationError (also where more had to be left out), InputNotFoundError (the table has none of the
-    images) and ConfigError (an output that is the truth, among others).
+    images: folder of the ground truth's images; None matches their file names with the ends of the table's URIs. max_dets:
+    maximum numbers of detections per image. iou_score: minimum score of a detection in the mean IoU. max_unusable: maximum
+    share of the ground truth's instances that may be left out; None: 0.05.
+
+    Raises TableError; AnnotationError for an invalid ground truth, or if more would be left out; InputNotFoundError if the
+    table has none of the images; ConfigError for an invalid output, or if the two sides have no category in common.
     """
     if output is not None:
         check_output(output, table, {"the file of --truth": truth})
@@ -180,7 +182,7 @@ def check_categories(table: str, truth: CocoDataset, found: TableDetections) -> 
 
 
 def _none_known(images: int, known: int) -> str:
-    """Returns that none of a table's images is in the ground truth, as a clause followed by its name."""
+    """Returns a clause that none of a table's images is in the ground truth; its name follows the clause."""
     none = agreeing(images, "its only image is not", f"none of its {images:,} images is")
     return f"{none} {agreeing(known, 'the only one', f'one of the {known:,}')}"
 

@@ -1,4 +1,4 @@
-"""The options of each command, without pydantic (see `model.fields`): what its parameters are declared from."""
+"""The options of each command, from which its parameters are declared, without pydantic (see `model.fields`)."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -12,7 +12,9 @@ from masklake.pipeline.training.fields import AugmentationFields, RecipeFields
 
 TableArgument = Annotated[str, Option("The table: a local path or s3:// URI.", argument=True)]
 ReplicaDevice = Annotated[Device, Option("Device to run the model on.", panel="Cluster")]
-Replicas = Annotated[int | None, Option("Model replicas.", default="one per GPU, else one per core", gt=0, panel="Cluster")]
+Replicas = Annotated[
+    int | None, Option("Number of model replicas.", default="one per GPU, else one per core", gt=0, panel="Cluster")
+]
 Address = Annotated[str | None, Option("Address of a Ray cluster.", default="RAY_ADDRESS, else this machine", panel="Cluster")]
 Images = Annotated[str | None, Option("Folder of the images.", default="images, beside the JSON file", panel="Input")]
 AllowMissing = Annotated[bool, Option("Leave out images that are missing or unusable.", panel="Input")]
@@ -25,7 +27,7 @@ ReportOutput = Annotated[
 class DemoFields:
     """`masklake demo`."""
 
-    output: Annotated[str, Option("Folder for everything the demo makes.", panel="Output")] = "out/demo"
+    output: Annotated[str, Option("Folder for all files of the demo.", panel="Output")] = "out/demo"
     train_images: Annotated[int, Option("Number of images to draw for training.", ge=8, panel="Input")] = 400
     unseen_images: Annotated[int, Option("Number of images to draw for labelling.", ge=12, panel="Input")] = 500
     epochs: Annotated[int, Option("Passes over the training images.", gt=0, panel="Training")] = 10
@@ -37,7 +39,7 @@ class TrainFields:
 
     train: Annotated[
         str,
-        Option("COCO JSON file to train on, local or s3://. Required, here or in --config.", argument=True, metavar="TRAIN"),
+        Option("COCO JSON file to train on, local or s3://. Required, here or in --config.", argument=True),
     ]
     images: Images = None
     val: Annotated[str | None, Option("COCO JSON file to evaluate on. Without it no AP is computed.", panel="Input")] = None
@@ -70,9 +72,9 @@ class TrainFields:
     ] = None
     """A classifier's weights initialise the backbone."""
     reset_predictors: Annotated[
-        bool, Option("Initialise the last layers anew, for categories other than the weights'.", panel="Model")
+        bool, Option("Reinitialise the last layers, for categories other than those of the weights.", panel="Model")
     ] = False
-    workers: Annotated[int, Option("Training processes.", gt=0, panel="Cluster")] = 1
+    workers: Annotated[int, Option("Number of training processes.", gt=0, panel="Cluster")] = 1
     device: Annotated[Device, Option("Device to train on. `auto` uses GPUs if there is one per worker.", panel="Cluster")] = (
         "auto"
     )
@@ -84,11 +86,11 @@ class TrainFields:
     )
     augmentation: AugmentationFields = AugmentationFields()
     evaluate_every: Annotated[
-        int, Option("Epochs between evaluations. 0 evaluates after the last epoch only.", ge=0, panel="Training")
+        int, Option("Number of epochs between evaluations. 0 evaluates after the last epoch only.", ge=0, panel="Training")
     ] = 0
     max_dets: Annotated[
-        tuple[Annotated[int, Option("Detections.", gt=0, le=MOST_DETECTIONS)], ...],
-        Option("Detections per image that AP and AR count.", min_length=1),
+        tuple[Annotated[int, Option("Number of detections.", gt=0, le=MOST_DETECTIONS)], ...],
+        Option("Maximum numbers of detections per image.", min_length=1),
     ] = (1, 10, 100)
     keep: Annotated[
         Literal["last", "best"], Option("Epoch whose model is exported. `best` requires --val.", panel="Output")
@@ -104,8 +106,8 @@ class TrainFields:
             panel="Input",
         ),
     ] = None
-    keep_empty: Annotated[bool, Option("Train on images without any instance, too.")] = False
-    max_failures: Annotated[int, Option("Restarts after a worker's death.", ge=0)] = 2
+    keep_empty: Annotated[bool, Option("Also train on images without instances.")] = False
+    max_failures: Annotated[int, Option("Maximum number of restarts after a worker ended.", ge=0)] = 2
     storage: StorageFields = StorageFields()
     address: Address = None
 
@@ -148,7 +150,7 @@ class ConvertFields:
 class ProposeFields:
     """`masklake propose`."""
 
-    coco: Annotated[str, Option("COCO JSON file of the images, local or s3://.", argument=True, metavar="COCO")]
+    coco: Annotated[str, Option("COCO JSON file of the images, local or s3://.", argument=True)]
     images: Images = None
     weights: Annotated[str, Option("A MaskLake checkpoint with a trained RPN (`masklake train --learn rpn`).", panel="Model")]
     output: Annotated[str, Option("The Parquet file to write, local or s3://.", panel="Output", short="-o")]
@@ -188,13 +190,13 @@ class LabelFields:
         str | None,
         Option("ID of the run, for schedulers. Each ID is labelled once.", default="derived from the input", panel="Run"),
     ] = None
-    retry_failed: Annotated[
-        bool, Option("Label images with permanent failures again (decode_error, crashed, ...).", panel="Run")
-    ] = False
+    retry_failed: Annotated[bool, Option("Retry images with permanent failures (decode_error, crashed, ...).", panel="Run")] = (
+        False
+    )
     device: ReplicaDevice = "auto"
     workers: Replicas = None
     block_rows: Annotated[
-        int | None, Option("Images that are written together.", default="derived from the size of the run", gt=0)
+        int | None, Option("Number of images per written file.", default="derived from the size of the run", gt=0)
     ] = None
     address: Address = None
     progress: Annotated[bool, Option("Show a progress bar on stderr.")] = True
@@ -214,7 +216,7 @@ class QueryFields:
     ]
     form: Annotated[
         Literal["table", "csv", "tsv", "json", "jsonl", "parquet"] | None,
-        Option("Format of the result.", default="that of the suffix of --output, else table", panel="Output", name="format"),
+        Option("Format of the result.", default="by the suffix of --output, else table", panel="Output", name="format"),
     ] = None
     output: Annotated[
         str | None,

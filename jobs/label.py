@@ -75,9 +75,7 @@ class LabelOptions(BaseModel, LabelFields, frozen=True):
 
 
 class LabelReport(BaseModel):
-    """The results of a run. statuses, instances and categories count the whole run; images_per_s only what this start of it
-    labelled.
-    """
+    """The results of a run. Counts are those of the whole run; labelled_now, seconds and images_per_s those of this start."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,15 +86,17 @@ class LabelReport(BaseModel):
     images: int
     resumed: bool
     statuses: dict[str, int] = Field(description="Images by status.")
-    instances: int = Field(description="Of score >= 0.5 (`schema.LIKELY_SCORE`): what is likely in the pictures.")
-    instances_stored: int = Field(description="In the table, weak ones included, which average precision needs.")
-    categories: dict[str, int] = Field(description="Instances of score >= 0.5 by category.")
+    instances: int = Field(description="Likely instances: those of score >= 0.5 (`LIKELY_SCORE`).")
+    instances_stored: int = Field(description="Instances in the table, of any score: average precision needs them all.")
+    categories: dict[str, int] = Field(description="Likely instances by category.")
     categories_stored: dict[str, int] = Field(description="Instances in the table by category.")
-    failed_share: float = Field(description="Of the images, 0 to 1.")
+    failed_share: float = Field(description="Share of the images that failed, 0 to 1.")
     labelled_now: int = Field(description="Images that this start of the run labelled.")
-    seconds: float = Field(description="Of labelling, the workers' start included.")
+    seconds: float = Field(description="Duration of labelling, including the start of the workers.")
     images_per_s: float
-    left_out: dict[str, int] = Field(default={}, description="What of the input is no image or can never be read, by reason.")
+    left_out: dict[str, int] = Field(
+        default={}, description="Entries of the input that are not images or can never be read, by reason."
+    )
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class _Run:
 
 
 def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
-    """Labels the images that the table does not hold yet; returns when the run is committed. `say` is called with a line on
-    each step.
+    """Labels the images that the table does not hold yet; returns when the run is committed. Calls `say` with a line on each
+    step.
 
-    Raises the errors of `pipeline.errors`; after any of them, and after a kill, the same call continues the run. A report may
-    contain failed images: `jobs.labelling.plan.check_failures` judges it.
+    Raises the errors of `pipeline.errors`. After any of them, and after a kill, the same call continues the run. Images that
+    failed are not an error here: see `jobs.labelling.plan.check_failures`.
     """
     storage = Storage(options.storage)
     table = open_table(storage, options.table)
@@ -151,8 +151,8 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
 
 
 def _check_can_run(options: LabelOptions, table: Table, images: int) -> None:
-    """Raises, before anything is written, the storage's error if the table cannot be, and ClusterTooSmallError if the run does
-    not fit. Ray is started only if there is something to do.
+    """Raises, before anything is written, the storage's error if the table is not writable, and ClusterTooSmallError if the
+    run does not fit into the cluster. Called only if there is something to label, since it starts Ray.
     """
     table.storage.check_writable(table.uri)
     label_plan.plan_workers(connect_ray(options.address), images, options.workers, options.device)
@@ -169,7 +169,7 @@ def with_precision(options: LabelOptions) -> LabelOptions:
 
 
 def options(**values: Any) -> LabelOptions:
-    """Returns LabelOptions from plain values. Raises ConfigError that says in one line what is wrong with them."""
+    """Returns LabelOptions from plain values. Raises ConfigError with one line that names the invalid ones."""
     try:
         return LabelOptions.model_validate(values)
     except ValidationError as error:
@@ -343,7 +343,7 @@ def _context(step: Round) -> Any:
 
 
 def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counter: Any) -> Any:
-    """Blocks of manifest rows -> labellers, which fetch, label and write -> reports."""
+    """Returns the Ray data set: blocks of manifest rows -> labellers, which fetch, label and write -> reports."""
     import ray
 
     concurrency = 1 if step.alone else workers.concurrency
@@ -373,7 +373,7 @@ def _actor_arguments(run: _Run, workers: WorkerPlan, counter: Any) -> tuple[Any,
 
 
 def _spec(run: _Run, workers: WorkerPlan) -> LabelSpec:
-    """All that a worker has to know of the options, in one object."""
+    """Returns everything that a worker needs to know of the options."""
     return LabelSpec(
         storage=run.table.storage,
         model_id=run.model_id,
@@ -387,7 +387,7 @@ def _spec(run: _Run, workers: WorkerPlan) -> LabelSpec:
 
 
 class _Watcher:
-    """Interrupts the driver if it must not or cannot go on: its lease is lost, or its workers keep ending."""
+    """Interrupts the driver if it must stop: its lease is lost, or its workers keep ending."""
 
     def __init__(self, lease: Lease, counter: Any, workers: int, max_lost: int) -> None:
         self.reason: MaskLakeError | None = None
@@ -402,7 +402,7 @@ class _Watcher:
         if self.reason is not None:
             return
         try:
-            self._lease.check()  # a run has one writer, and from now on it is another one
+            self._lease.check()  # a run has one writer
             self._check_workers()
         except MaskLakeError as error:
             self.reason = error
@@ -417,7 +417,7 @@ class _Watcher:
         try:
             starts, lost = ray.get([self._counter.starts.remote(), self._counter.lost.remote()], timeout=5)
         except ray.exceptions.RayError:
-            return  # the counter's node is gone, or busy: it counts for people and for this check only
+            return  # the counter's node is gone or busy; only the progress bar and this check depend on it
         if label_plan.cannot_start(starts, self._workers):
             raise LabellingError(
                 f"{starts} workers in a row ended while they loaded the model: their machine may lack memory, or the model's "

@@ -37,11 +37,11 @@ from masklake.pipeline.training.proposer import Proposer
 log = logging.getLogger(__name__)
 
 BLOCK_IMAGES = 16
-"""Images per block of a worker: enough to hide the latency of a request."""
+"""Number of images per block: enough to hide the latency of a request."""
 
 
 class ProposeOptions(BaseModel, ProposeFields, frozen=True):
-    """What to propose for, and where to write it."""
+    """Options of `masklake propose`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,10 +60,11 @@ class ProposeReport(BaseModel):
 
 
 def run(options: ProposeOptions, say: Callable[[str], None] = log.info) -> ProposeReport:
-    """Writes the file, which appears under its name when it is complete. Raises AnnotationError for an image that cannot be
-    used.
+    """Writes the proposals of all images to the output file, which appears when it is complete. Calls `say` with a line while
+    the run waits for the cluster.
 
-    `say` is called with what the run waits for.
+    Raises AnnotationError if more images than allowed cannot be used, ConfigError for a model without proposals or an invalid
+    output, ClusterTooSmallError, LabellingError if Ray fails, and the storage's errors.
     """
     storage = Storage(options.storage)
     _check_output(storage, options)
@@ -105,7 +106,7 @@ def _check_output(storage: Storage, options: ProposeOptions) -> None:
 
 
 def _rows(data: CocoDataset, folder: str) -> pa.Table:
-    """Returns the images, with the sizes that their annotations are for."""
+    """Returns the images' names, URIs and sizes, as the COCO file states them."""
     return pa.table(
         {
             "file_name": [image.file_name for image in data.images],

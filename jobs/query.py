@@ -20,7 +20,7 @@ STDOUT = ("-", "/dev/stdout")
 
 
 class QueryReport(BaseModel):
-    """What was written. rows: number of rows of the result, all of which are in the file."""
+    """What was written. rows: number of rows of the result; the file holds all of them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +47,7 @@ def run(storage: Storage, table: str, sql: str, output: str, form: Format | None
 
 
 def show(storage: Storage, table: str, sql: str, form: Format = Format.TABLE) -> int:
-    """Writes the result to stdout; returns the number of rows. A table is cut on a terminal, and whole in a pipe."""
+    """Writes the result to stdout; returns the number of rows. A table is truncated on a terminal, and complete in a pipe."""
     if form is Format.PARQUET:
         raise ConfigError("--format parquet needs a file: name it with --output")
     with stream(storage, table, sql) as answer:

@@ -45,7 +45,7 @@ ASPECTS = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape before it is drawn: its outline, and its keypoints as x, y (pixels)."""
+    """One shape before it is drawn: its outline (P, 2) and its keypoints (K, 2), both x, y in pixels."""
 
     category_id: int
     outline: NDArray[np.float64]
@@ -96,8 +96,8 @@ def draw(random: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], lis
 def place(
     random: np.random.Generator, shapes: list[Shape], visible: list[NDArray[np.bool_]], width: int, height: int
 ) -> tuple[Shape, NDArray[np.bool_]]:
-    """Returns a shape on top of the others, and its pixels; after PLACEMENTS attempts it may hide more of them than it
-    should.
+    """Returns a shape on top of the others, and its pixels, bool (H, W). After PLACEMENTS attempts it may hide more of the
+    others than MIN_VISIBLE allows.
     """
     for _ in range(PLACEMENTS):
         shape = random_shape(random, width, height)

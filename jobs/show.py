@@ -37,7 +37,7 @@ FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".
 
 
 class ShowReport(BaseModel):
-    """What was drawn. size: width and height of the drawing in pixels, a multiple of the size of a small image."""
+    """What was drawn. size: width and height of the drawing in pixels; a small image is enlarged."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,12 +47,12 @@ class ShowReport(BaseModel):
     hidden: int = Field(description="Instances that are stored and were not drawn, as their score is below min_score.")
     min_score: float
     size: tuple[int, int]
-    changed: bool = Field(description="Whether the image has another number of bytes now than when it was labelled.")
+    changed: bool = Field(description="Whether the size of the image's file, in bytes, has changed since it was labelled.")
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image of a table. row: of `current_images`, without masks. instances: rows of `current_detections`."""
+    """An image of a table. row: its row of `current_images`. instances: its rows of `current_detections`."""
 
     row: Mapping[str, Any]
     instances: Sequence[Mapping[str, Any]]
@@ -60,7 +60,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing, the number of instances on it, and whether the image's file has another size than when it was labelled."""
+    """A drawing, the number of instances on it, and whether the size of the image's file has changed since it was labelled."""
 
     picture: Image.Image
     instances: int
@@ -70,10 +70,10 @@ class Drawing:
 def run(
     storage: Storage, table: str, uri: str, output: str, min_score: float = LIKELY_SCORE, images: str | None = None
 ) -> ShowReport:
-    """Draws the current row of `uri`, its instances on the image from storage, and writes the drawing to `output`.
+    """Draws the current instances of the image `uri`, and writes the drawing to `output`, whose suffix selects the format.
 
-    uri: as in the table, as a path relative to the current folder, or a unique ending of its path (`a.jpg`, `sub/a.jpg`).
-    images: the folder that the images are in now; default: where they were labelled. The suffix of `output` selects its format.
+    uri: the image's URI in the table, a path relative to the current folder, or a unique ending of its path (`a.jpg`,
+    `sub/a.jpg`). images: folder that holds the images now; None: where they were labelled.
 
     Raises InputNotFoundError if the table has no such image (similar names are suggested) or several, or the image was not
     labelled or is gone from the storage; ConfigError for an invalid output; StorageError if the image has changed; TableError
@@ -89,7 +89,7 @@ def run(
         raise ConfigError(f"{output}: is the image itself; name another file for the picture")
     drawing = draw(storage, image, place, min_score)
     encoded = io.BytesIO()
-    drawing.picture.save(encoded, form, quality=92)  # PNG has no quality and minds none
+    drawing.picture.save(encoded, form, quality=92)  # ignored for PNG
     storage.write_bytes(output, encoded.getvalue())
     return ShowReport(
         output=canonical(output),

@@ -39,8 +39,8 @@ from masklake.pipeline.training.validation import Validation
 class TrainReport(BaseModel):
     """The results of a run.
 
-    scores: COCO's numbers by kind (bbox, segm, keypoints), 0 to 1. recall: of proposals, 0 to 1, if the RPN was trained alone.
-    Epochs are those of all phases together.
+    scores: COCO metrics by kind (bbox, segm, keypoints), 0 to 1. recall: of the proposals, 0 to 1, if the RPN was trained
+    alone. epochs: those of all phases together.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,7 +59,7 @@ class TrainReport(BaseModel):
 
 
 def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
-    """Trains the run of that name to its end, or continues it, and returns its results. `docs/training.md` lists the errors."""
+    """Starts or continues the training run `options.name`, and returns its results. docs/training.md lists the errors."""
     storage = Storage(options.storage)
     _check_places(options)
     recipe = validated(Recipe, {**recipe_of(options.preset).model_dump(), **options.recipe}, "recipe")
@@ -86,9 +86,9 @@ def run(options: TrainOptions, say: Say = to_stderr) -> TrainReport:
     rows = training_rows(data, image_folder(options.images, options.train), spec, options.keep_empty, proposals)
     capacity = connect_ray(options.address)
     gpu = workers_get_gpus(options, capacity)
-    # Only now does the run's name belong to this data, model and options: what was refused leaves nothing behind.
+    # Only now, so that options which were refused above leave no record behind.
     storage.write_bytes(Storage.join(options.run_uri, RUN_RECORD), json.dumps(record, indent=1).encode())
-    # A result is its model and its numbers: while there is to be another model, no numbers say that there is a result.
+    # The metrics mark a run as complete; they would not belong to the model that is trained now.
     storage.delete(Storage.join(options.run_uri, METRICS))
     set_up_ray_train(capacity)
     if done:
@@ -124,7 +124,7 @@ def _silent(line: str) -> None:
     """Shows nothing."""
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
+# -- data, model and record --------------------------------------------------------------------------------------------
 
 
 def _read_data(storage: Storage, options: TrainOptions, say: Say) -> tuple[CocoDataset, Validation | None]:
@@ -214,7 +214,7 @@ def _record(
     )
 
 
-# -- what came of it ---------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def _report(storage: Storage, options: TrainOptions, done: int) -> TrainReport:

@@ -1,6 +1,4 @@
-"""`--weights` of commands that need a whole model: a checkpoint, torchvision weights by name, or the command that converts a
-file.
-"""
+"""`--weights` of commands that need a whole model: reads a checkpoint, or converts torchvision weights by name."""
 
 from __future__ import annotations
 
@@ -18,11 +16,10 @@ from masklake.pipeline.training.run_folder import MODEL
 
 
 def read_detector(storage: Storage, weights: str, device: str | torch.device = "cpu") -> tuple[bytes, Detector]:
-    """Returns a checkpoint's bytes, read or converted once for all workers, and its model, so that a bad one fails before any
-    start.
+    """Returns a checkpoint's bytes, to be sent to all workers, and its model, so that an invalid one fails before they start.
 
-    Raises CheckpointError for `weights` that are missing, damaged or of an unknown format, ConfigError for a device that this
-    machine does not have, and the storage's errors.
+    weights: as in `read_model`. Raises CheckpointError for weights that are missing, damaged or of an unknown format,
+    ConfigError for a device that this machine does not have, and the storage's errors.
     """
     try:
         checkpoint = read_model(storage, weights)

@@ -17,10 +17,10 @@ from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import ClusterUnusableError
 
 ANSWER_S = 10.0
-"""Seconds in which a cluster must answer; a busy head takes a second or two."""
+"""Seconds within which a cluster must answer; a busy head takes a second or two."""
 
 START_S = 5.0
-"""Seconds in which this host's node must appear: `ray start` returns slightly earlier."""
+"""Seconds within which this host's node must appear: `ray start` returns slightly before it does."""
 
 ON_A_NODE = "Run the command on one of the cluster's nodes, or hand it over with `ray job submit -- masklake ...`"
 
@@ -95,7 +95,7 @@ def _check_answer(address: str) -> None:
 
 
 def _reachable(address: str) -> str:
-    """Returns why no Ray cluster answers at the address, or None."""
+    """Returns why no Ray cluster answers at the address."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -151,7 +151,7 @@ def _client(address: str) -> Any:
 def refusal(address: str, mode: str | None) -> str:
     """Returns the message for a token that the cluster rejects. It names places, never a token."""
     if (mode or "").lower() != "token":
-        return f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in {PLACES}"
+        return f"the Ray cluster at {address} requires a token: set RAY_AUTH_MODE=token, with the cluster's token in {PLACES}"
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     used = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else path or "~/.ray/auth_token"
     return f"the Ray cluster at {address} refuses the token in {used}; put the cluster's own there (`ray get-auth-token`)"

@@ -23,11 +23,10 @@ from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import ClusterTooSmallError, ClusterUnusableError
 
 RESERVED_CPUS = 2
-"""Logical CPUs besides those of the workers, for Ray Data's small tasks, which must find a place while the last workers finish.
+"""Logical CPUs in addition to those of the workers, for Ray Data's small tasks, which must run while the last workers finish.
 
-They wait most of the time, so an embedded cluster simply counts two more CPUs than the machine has.
+They are idle most of the time, so an embedded cluster simply has two logical CPUs more than the machine has cores.
 """
-
 
 EMBEDDED = "masklake_embedded"
 """Resource that marks a cluster as started inside a process."""
@@ -51,7 +50,7 @@ class Capacity:
 
 
 def connect_ray(address: str | None = None) -> Capacity:
-    """Connects this process to Ray, if it is not, and returns the capacity of the cluster.
+    """Connects this process to Ray, unless it is connected already, and returns the capacity of the cluster.
 
     `address` or RAY_ADDRESS names a cluster; without them, one is started in this process and ends with it. Raises
     ClusterUnusableError if no cluster answers or this process cannot join it.
@@ -155,7 +154,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Held:
-    """What is written to file descriptor 2: the file that it goes to, and a descriptor of where it went before."""
+    """Redirected output of file descriptor 2: the file that receives it, and a descriptor of its original target."""
 
     path: str
     terminal: int
@@ -242,7 +241,7 @@ def data_context() -> Any:
     quiet_data()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB a worker and wait for ever without them
+    context.default_map_logical_memory_enabled = False  # it would reserve 2.5 GiB per worker, or wait for them forever
     return context
 
 

@@ -27,7 +27,7 @@ def is_due(waited_s: float, said_s: float | None) -> bool:
 
 
 def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> str:
-    """Returns the line to show. needs: what the run asks for, as a clause."""
+    """Returns the line to show. needs: the resources that the run needs, as a clause."""
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
     parts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {agreeing(int(total[kind]), kind)}" for kind in kinds)
     return (
@@ -38,8 +38,8 @@ def notice(needs: str, waited_s: float, free: Resources, total: Resources) -> st
 
 @contextmanager
 def said_while_waiting(needs: str, working: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
-    """Context manager that shows what the run waits for, after 20 s and every minute, while Ray has it queued and nothing is
-    `working`.
+    """Context manager that shows what the run waits for, after 20 s and then every minute, while Ray queues it and `working`
+    returns False.
 
     `working` is called in a thread of its own; it may raise Ray's errors. An embedded cluster has no other jobs.
     """
@@ -68,7 +68,7 @@ def _tell(needs: str, working: Callable[[], bool], say: Callable[[str], None], s
                 continue
             line = notice(needs, waited, ray.available_resources(), ray.cluster_resources())
         except ray.exceptions.RayError:
-            continue  # an actor or the head does not answer: whoever waits for the run's result hears why
+            continue  # an actor or the head does not answer: the thread that waits for the run's result gets the error
         if not stopped.is_set():
             say(line)
             said = waited

@@ -21,7 +21,7 @@ PATIENCE_S = 40.0
 
 
 def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
-    """Returns why the cluster is lost, or None. silent_s: for how long nothing could connect to the head."""
+    """Returns why the cluster is lost, or None. silent_s: seconds for which nothing could connect to the head."""
     if silent_s >= PATIENCE_S:
         return f"the head of the Ray cluster at {address} has been gone for {silent_s:.0f} s"
     if not node_alive:
@@ -31,8 +31,9 @@ def verdict(address: str, silent_s: float, node_alive: bool) -> str | None:
 
 @contextmanager
 def watched_head(place: Place | None, terminal: int) -> Iterator[None]:
-    """Context manager for joining a cluster (None: nothing is joined): watches the head in a thread. terminal: descriptor for
-    the line.
+    """Context manager that watches the head in a thread while this process joins a cluster. place: None if none is joined.
+
+    terminal: file descriptor for the line.
     """
     joined = threading.Event()
     if place is not None:
@@ -92,7 +93,7 @@ def _watch(client: Any, node: Any, logs: str) -> None:
 
 
 def _knows(client: Any, node: Any) -> bool:
-    """Returns whether the head counts the node among the living; also True if it is too busy to answer."""
+    """Returns whether the head considers the node alive; also True if it is too busy to answer."""
     import ray
 
     try:

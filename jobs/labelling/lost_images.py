@@ -1,8 +1,8 @@
-"""Finds out, image by image, which of the lost images end a worker's process, and which were only in the same block.
+"""Determines, one image at a time, which of the lost images end a worker's process and which were only in the same block.
 
-An image is `crashed` if there is evidence: `DEATHS` workers, each of which had labelled a test picture before, ended with only
-that image in progress while their nodes lived on. Any other failure here (a worker that cannot start, a block that cannot be
-written) stops the run with its own error and does not mark an image.
+An image is `crashed` if there is evidence: `DEATHS` workers, each of which had labelled a test picture before, ended while they
+processed only that image, and their nodes stayed alive. Any other failure (a worker that cannot start, a block that cannot be
+written) stops the run with its own error, and no image is marked.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from masklake.pipeline.errors import LabellingError
 from masklake.pipeline.labelling.run_output import Finished, reported
 
 DEATHS = 3
-"""Number of workers that must end with an image alone before it is `crashed`: one may be killed from outside."""
+"""Number of workers that must end on an image before it is `crashed`: a single one may have been killed from outside."""
 LOST_NODES = 3
-"""Number of nodes lost with an image alone: a spot market takes some nodes, but hardly three in a row with the same image."""
+"""Number of nodes lost while they processed one image, after which the run stops: a spot market rarely takes three in a row."""
 FAILED_STARTS = 3
-"""Number of workers in a row that end before they have labelled anything: then the cause is not an image."""
+"""Number of workers in a row that end before they have labelled anything, after which the run stops: no image is the cause."""
 WAIT_S = 20.0
 """Seconds without an answer after which a line says what the run waits for."""
 
 
 class Trials:
-    """Decides which image is tried next, and what the deaths so far mean. An image that ended its worker waits for the
-    others.
+    """Decides which image is tried next, and what the deaths so far mean. An image that ended its worker goes to the end of
+    the queue.
     """
 
     def __init__(self, image_ids: Iterable[int]) -> None:
@@ -40,7 +40,7 @@ class Trials:
         self.crashed: list[int] = []
 
     def __len__(self) -> int:
-        """Number of waiting images."""
+        """Returns the number of waiting images."""
         return len(self._waiting)
 
     def next(self) -> int:
@@ -48,9 +48,10 @@ class Trials:
         return self._waiting.popleft()
 
     def died(self, image_id: int, *, with_node: bool) -> bool:
-        """Its worker ended with this image in hand. with_node: the whole node did, which says nothing of an image, at first.
+        """Registers that a worker ended while it processed this image. with_node: whether its node was lost, too, which is no
+        evidence against the image.
 
-        False where that has happened `LOST_NODES` times with this image: then it can be neither labelled nor called `crashed`.
+        Returns False if `LOST_NODES` nodes were lost with this image: it can be neither labelled nor called `crashed`.
         """
         counts = self._nodes if with_node else self._deaths
         counts[image_id] = counts.get(image_id, 0) + 1
@@ -63,7 +64,9 @@ class Trials:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A worker's actor. node: its node's id, None until it has proved itself. known: nodes that lived when it was started."""
+    """A worker's actor. node: id of its node, None until it has labelled the test picture. known: ids of the nodes that were
+    alive when it was started.
+    """
 
     actor: Any
     known: frozenset[str]
@@ -74,7 +77,7 @@ class Alone:
     """Tries images on up to `workers` actors that `start` creates (`LabellingActor`, never restarted by Ray)."""
 
     def __init__(self, start: Callable[[], Any], rows: pa.Table, workers: int, say: Callable[[str], None]) -> None:
-        """rows: MANIFEST_SCHEMA, the images to try."""
+        """rows: the images to try, as MANIFEST_SCHEMA. say: called with a line while the run waits for a worker."""
         ids: list[int] = rows["image_id"].to_pylist()
         self._start = start
         self._rows = {image_id: rows.slice(number, 1) for number, image_id in enumerate(ids)}
@@ -82,14 +85,14 @@ class Alone:
         self._say = say
         self._trials = Trials(ids)
         self._idle: list[_Worker] = []
-        self._calls: dict[Any, tuple[_Worker, int | None]] = {}  # what is waited for: an image's block, or a start (None)
+        self._calls: dict[Any, tuple[_Worker, int | None]] = {}  # pending: the block of an image, or a start (None)
         self._failed_starts = 0
         self._written: list[Finished] = []
 
     def run(self) -> tuple[list[Finished], list[int]]:
         """Returns the blocks of one image that were written, and the images that are `crashed`."""
         try:
-            while len(self._trials) or self._in_hand():
+            while len(self._trials) or self._in_progress():
                 self._give_out()
                 for call in self._answered():
                     self._take(call)
@@ -98,15 +101,16 @@ class Alone:
             for worker in [*self._idle, *(worker for worker, _ in self._calls.values())]:
                 _end(worker)
 
-    def _in_hand(self) -> int:
+    def _in_progress(self) -> int:
+        """Returns the number of images that workers are processing."""
         return sum(image is not None for _, image in self._calls.values())
 
     def _give_out(self) -> None:
-        """Gives images to idle workers, and starts as many workers as there are images left for them."""
+        """Gives images to idle workers, and starts more workers, up to one for each remaining image."""
         while self._idle and len(self._trials):
             worker, image = self._idle.pop(), self._trials.next()
             self._calls[worker.actor.alone.remote(self._rows[image])] = (worker, image)
-        starting = len(self._calls) - self._in_hand()
+        starting = len(self._calls) - self._in_progress()
         for _ in range(min(self._most - len(self._calls), len(self._trials) - starting)):
             worker = _Worker(self._start(), known=_living_nodes())
             self._calls[worker.actor.prove.remote()] = (worker, None)
@@ -117,7 +121,7 @@ class Alone:
         ready: list[Any] = []
         while not ready:
             ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_S)
-            if not ready and not self._in_hand():
+            if not ready and not self._in_progress():
                 self._say(f"waiting for a worker to start; free in the cluster: {_free(ray.available_resources())}")
         return ready
 
@@ -152,7 +156,7 @@ class Alone:
                     "memory than a node has: use larger nodes, or leave it out. The same command continues the run"
                 )
             return
-        # Where it was to run is not known: one node's loss takes all that were starting there, and is no fault of theirs.
+        # On which node it was starting is not known: if one was lost, that explains its end and does not count as a failure.
         self._failed_starts += worker.known <= living
         if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
             raise LabellingError(

@@ -18,28 +18,28 @@ from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 
 BLOCK_ROWS = 64
-"""Maximum number of images in a block: what a killed driver labels again, at most, per worker."""
+"""Maximum number of images in a block: a killed driver labels at most these again, per worker."""
 BLOCKS_PER_WORKER = 4
 """Minimum number of blocks per worker for short manifests, so that all workers finish at about the same time."""
 RETRY_ROWS = 8
 """Number of images in a block when lost blocks run again, before each image runs alone."""
 FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
 FIRST_LIMITS: Mapping[str, Any] = {"max_bytes": 256 * 2**20, "max_pixels": 100_000_000, "max_side": 65_535}
-"""The values that leave no trace in a `label_id`: a new option's (or limit's) when it was introduced, so that it labels nothing
-again where it is not used. Add to them; never change one."""
+"""Values that are left out of a `label_id`: for each new option (or limit) the one that equals the behaviour before it, so that
+nothing is labelled again where it is not used. Add to them; never change one."""
 LOST_BLOCKS = 64
-"""Number of blocks that may be lost in a run of any length: more than the workers of one node hold, so that its death, or a few
-images that kill workers, never end a run.
+"""Number of blocks that may be lost in a run of any length: more than the workers of one node process at once, so that neither
+the loss of a node nor a few images that kill workers end a run.
 """
 PART_ROWS = 2**18
-"""Images that pass through Ray Data at a time: the part of a manifest that the driver holds, about 50 MB."""
+"""Number of images that pass through Ray Data at a time: the part of a manifest in the driver's memory, about 50 MB."""
 STARTS = 3
 """Number of starts of a worker in a row that may fail."""
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """The model replicas of a run. concurrency: number of blocks that a worker holds at once."""
+    """The model replicas of a run. concurrency: number of blocks that a worker processes at once."""
 
     workers: int
     cpus_each: int
@@ -69,10 +69,11 @@ class Round:
 
 
 def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -> str:
-    """Returns 16 hex digits over everything that changes a row: the model, its settings (`Detector.settings`), the limits.
+    """Returns 16 hex digits of a hash of everything that changes a row: the model, its settings (`Detector.settings`), the
+    limits.
 
-    Options that change only the speed (batch size, workers) are not part of it. Raises ConfigError for settings that are not
-    JSON.
+    Options that change only the speed (batch size, workers) are not included. Raises ConfigError for settings that cannot be
+    written as JSON.
     """
     own = {"model_id": model_id, "limits": differing(limits, {"DecodeLimits": FIRST_LIMITS})}
     if taken := sorted(own.keys() & settings.keys()):
@@ -85,22 +86,24 @@ def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -
         raise ConfigError(f"model {model_id} has settings that cannot be written as JSON: {error}") from error
 
 
-def precision(asked: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:
-    """Returns what precision `auto` means. cluster: the run is for a cluster elsewhere; gpu: this machine has a GPU with bf16.
+def precision(requested: Precision | Literal["auto"], device: Device, cluster: bool, gpu: bool) -> Precision:
+    """Returns the precision that `auto` stands for. cluster: whether the run uses a remote cluster; gpu: whether this machine
+    has a GPU with bf16.
 
     The result is part of `label_id`, so it must not depend on which nodes happen to be up: a different answer tomorrow would
     label every image again. On a cluster it depends on `--device` alone.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     on_gpu = device == "cuda" if cluster else device != "cpu" and gpu
     return "bf16" if on_gpu else "fp32"
 
 
 def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:
-    """Divide a cluster among model replicas: one a GPU, else one a core. ClusterTooSmallError when the plan does not fit.
+    """Returns how a cluster is divided among model replicas: one per GPU, else one per core.
 
-    A plan that does not fit would not fail in Ray, it would wait for ever.
+    images: number of images to process; a few images need few workers. requested: number of workers; None derives it. Raises
+    ClusterTooSmallError if the plan does not fit, because Ray would wait for the missing resources forever.
     """
     on_gpu = device == "cuda" or (device == "auto" and capacity.gpus >= 1)
     spare = capacity.spare_cpus
@@ -157,12 +160,12 @@ def lost_line(images: int, rows: int) -> str:
 
 
 def cannot_start(starts: int, workers: int) -> bool:
-    """Returns whether workers end while they load their model. starts: begun since the last one that completed."""
+    """Returns whether workers end while they load their model. starts: number of starts since the last one that completed."""
     return starts > STARTS * workers
 
 
 def failed_share(statuses: Mapping[str, int]) -> float:
-    """Returns the share of images that did not end with ok; 0 for a run without images."""
+    """Returns the share of images whose status is not ok; 0 for a run without images."""
     images = sum(statuses.values())
     return (images - statuses.get(Status.OK, 0)) / images if images else 0.0
 

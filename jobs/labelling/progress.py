@@ -15,11 +15,11 @@ from masklake.jobs.cluster.connection import beside_the_driver
 POLL_S = 0.5
 
 TAKES = 2
-"""How often a block is started: one that ended two workers is left to a round with smaller blocks."""
+"""Maximum number of times that a block is started: one that ended two workers is left to a round with smaller blocks."""
 
 
 class Counter:
-    """Counts images, starts of workers and started blocks. Runs as a Ray actor of its own, so it must not need torch."""
+    """Counts images, starts of workers and started blocks. Runs as a Ray actor, which must not import torch."""
 
     def __init__(self) -> None:
         self._done = 0
@@ -31,7 +31,7 @@ class Counter:
         self._lost = 0
 
     def add(self, images: int, failed: int) -> None:
-        """Counts `images` more, of which `failed` did not end with ok."""
+        """Adds finished images, of which `failed` have a status other than ok."""
         self._done += images
         self._failed += failed
 
@@ -41,12 +41,12 @@ class Counter:
         self._failed -= failed
 
     def starting(self, worker: str) -> None:
-        """A worker's process begins to load its model. worker: the id of its actor, which outlives the process."""
+        """Registers that a worker's process begins to load its model. worker: id of its actor, which outlives the process."""
         self._starts += 1
         self._workers.add(worker)
 
     def ready(self) -> None:
-        """A worker has loaded its model."""
+        """Registers that a worker has loaded its model."""
         self._starts = 0
 
     def starts(self) -> int:
@@ -71,7 +71,7 @@ class Counter:
         self._takes.pop(block, None)
 
     def lost(self) -> int:
-        """Returns the blocks that are left to a later round."""
+        """Returns the number of blocks that are left to a later round."""
         return self._lost
 
     def get(self) -> tuple[int, int, int]:
@@ -82,8 +82,8 @@ class Counter:
 
 
 def start_counter() -> Any:
-    """Returns a handle of a new Counter actor. The result does not depend on it: if it dies it starts again, and the bar stands
-    still.
+    """Returns a handle of a new Counter actor. The result does not depend on it: if it dies, Ray restarts it, and the progress
+    bar pauses.
     """
     import ray
 
@@ -97,7 +97,7 @@ def progress_bar(counter: Any, total: int, done: int, watch: Callable[[], None],
     `watch` is called in a thread of its own and must not raise.
     """
     stop = threading.Event()
-    # In a log file every refresh is a line: two a minute are enough there.
+    # In a log file every refresh is a line: two per minute are enough there.
     pause = 0.5 if sys.stderr.isatty() else 30.0
     bar = tqdm(
         total=total, initial=done, unit=" images", desc="labelling", file=sys.stderr, disable=not enabled, mininterval=pause
@@ -127,7 +127,7 @@ def _follow(counter: Any, bar: Any, before: int, watch: Callable[[], None], stop
         try:
             done, failed, unwritten = ray.get(counter.get.remote(), timeout=5)
         except ray.exceptions.RayError:
-            continue  # busy, or the cluster is going away: the bar stands still, the run itself says what is wrong
+            continue  # busy, or the cluster is lost: the bar pauses, and the run itself reports what is wrong
         bar.set_postfix(failed=failed, refresh=False)
         most = max(most, done)  # of a counter that began anew, too
         there = min(bar.total, before + most) - unwritten

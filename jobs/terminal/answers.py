@@ -1,7 +1,7 @@
 """Writes the result of a query in each format: a table for people; CSV, TSV, JSON, JSON lines and Parquet for programs.
 
-Only the table on a terminal is cut; files and pipes get every row and every cell in full. No format needs the whole result in
-memory. docs/query.md describes how values are written.
+Only a table on a terminal is truncated; files and pipes receive every row and every cell in full. No format needs the whole
+result in memory. docs/query.md describes how values are written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from masklake.pipeline.errors import QueryError
 SHOWN_ROWS = 100
 """Maximum number of rows of a table on a terminal."""
 
-SHOWN_CHARACTERS = 60  # of one cell on a terminal; masks and long paths are cut
+SHOWN_CHARACTERS = 60
+"""Maximum width of a cell on a terminal."""
 
 
 class Batches(Protocol):
@@ -214,7 +215,7 @@ def write_csv(answer: Batches, out: TextIO) -> int:
 
 
 def write_tsv(answer: Batches, out: TextIO) -> int:
-    """Like CSV, with tabs between cells."""
+    """Writes tab-separated values, quoted as in CSV."""
     return _write_separated(answer, out, "\t", "\n")
 
 
@@ -269,7 +270,7 @@ def _write_parquet(answer: Batches, path: Path) -> int:
 
 
 def write_shown_table(answer: Batches, out: TextIO) -> int:
-    """Aligned columns for a terminal: the first SHOWN_ROWS rows, long cells cut; the number of rows that there are."""
+    """Writes aligned columns for a terminal: the first SHOWN_ROWS rows, with long cells cut. Returns the number of all rows."""
     found = plain_rows(answer)
     shown = [[_shown_cell(value) for value in row] for row in islice(found, SHOWN_ROWS)]
     more = sum(1 for _ in found)
@@ -284,7 +285,9 @@ def write_shown_table(answer: Batches, out: TextIO) -> int:
 
 
 def write_whole_table(answer: Batches, out: TextIO) -> int:
-    """Aligned columns with every row and every cell in full; the rows wait on the disk until the columns' widths are known."""
+    """Writes aligned columns with every row and cell in full; returns the number of rows. The rows are kept in a temporary file
+    until the widths of the columns are known.
+    """
     widths = [len(name) for name in answer.schema.names]
     count = 0
     with tempfile.TemporaryFile("w+", encoding="utf-8") as waiting:
@@ -300,7 +303,7 @@ def write_whole_table(answer: Batches, out: TextIO) -> int:
 
 
 def _write_lines(schema: pa.Schema, widths: list[int], cells: Any, out: TextIO) -> None:
-    """Names, a rule and the rows; numbers to the right, what is longer than its column without its middle."""
+    """Writes names, a rule and the rows. Numbers are aligned to the right; a cell longer than its column loses its middle."""
     to_right = [_is_number(field.type) for field in schema]
     for lines in ([schema.names, ["-" * width for width in widths]], cells):
         for line in lines:
@@ -317,7 +320,7 @@ def _shown_cell(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in one line; a character that would move the cursor or colour the terminal appears as its escape."""
+    """Returns a value on one line; a character that would move the cursor or colour the terminal appears as its escape."""
     if value is None:
         return ""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
@@ -325,7 +328,7 @@ def _cell(value: Any) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    """The text without its middle: what tells two paths apart is their end."""
+    """Returns the text, without its middle if it is longer than `width`: paths mostly differ at their ends."""
     if len(text) <= width:
         return text
     tail = (width - 1) * 2 // 3

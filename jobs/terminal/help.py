@@ -11,24 +11,24 @@ from masklake.jobs.terminal.parameters import PANELS
 
 
 def paragraphs(text: str) -> str:
-    """A docstring's text with each paragraph in one line: typer keeps the line breaks of all but the first."""
+    """Returns a docstring's text with each paragraph on one line: typer keeps the line breaks of all but the first."""
     return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
 
 
 def examples(*lines: str) -> str:
-    """Command lines, as a help page ends with them."""
+    """Returns example command lines, for the end of a help page."""
     return "\n".join(["Examples:", *(f"  {line}" for line in lines)]).replace("[", r"\[")
 
 
 class _QuickFlags:
-    """Reads flags without pydantic, and puts `--help` into a panel of its own, behind the others.
+    """Reads flags without pydantic, and puts `--help` into a panel of its own, after the others.
 
     typer's own flags (`--help`, `--install-completion`) have None for a default, which typer converts by pydantic: an import of
     0.1 s for each command, help page and wrong argument.
     """
 
     def get_params(self, context: Any) -> list[Any]:
-        """typer's parameters of the command."""
+        """Returns typer's parameters of the command."""
         parameters: list[Any] = super().get_params(context)  # type: ignore[misc]  # of the class beside this one
         for parameter in parameters:
             if getattr(parameter, "is_bool_flag", False) and parameter.default is None:

@@ -18,8 +18,8 @@ _needed = False
 def said_at_a_sudden_end(line: str, terminal: int) -> Iterator[None]:
     """Context manager: if this process ends within the block, whatever ends it, `line` is written to the descriptor `terminal`.
 
-    A second process waits for it, since after `exit` or `abort` from C++, or SIGKILL, this one can do nothing. The exit code
-    cannot be changed by it. It needs to outlive this process: it cannot where this one is the first of a container (pid 1).
+    A second process writes it, since this one can do nothing after SIGKILL or after `exit` or `abort` from C++. The exit code
+    stays as it is. There is no line if this process is the first of a container (pid 1): the second one ends with it.
     """
     global _waiting, _needed
     _waiting = subprocess.Popen(  # noqa: S603 - its program is WAITS, and the line an argument of it
@@ -48,5 +48,5 @@ def withdraw() -> None:
 
 
 def is_waiting(pid: int) -> bool:
-    """Returns whether a process is the one that waits, or waited last."""
+    """Returns whether a process is the second one of `said_at_a_sudden_end`."""
     return _waiting is not None and _waiting.pid == pid

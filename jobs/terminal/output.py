@@ -17,8 +17,8 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
     """Raises ConfigError if `output` is not a valid name for a file, InputNotFoundError if its folder does not exist, and the
     storage's error if no file can be written in a local folder.
 
-    table: a table; its folder is its own, since readers of that folder would take the file for a part of the table. sources:
-    what the command reads, by description (`the truth`), as in `check_not_read`.
+    table: a table whose folder must not hold the output, since readers of that folder would take the file for a part of the
+    table. sources: as in `check_not_read`.
     """
     at = parse_uri(output)
     if not at.key or output.endswith("/") or (at.is_local and os.path.isdir(at.key)):
@@ -40,7 +40,7 @@ def _is_in(place: str, folder: str) -> bool:
 def check_not_read(output: str, sources: Mapping[str, str | None]) -> None:
     """Raises ConfigError if `output` is one of the `sources` that the command reads, which it would overwrite.
 
-    sources: places by their description in messages; None for an option that was not given.
+    sources: inputs by their name in the message (`the file of --truth`); None for an option that was not given.
     """
     for name, source in sources.items():
         if source is not None and same_place(output, source):

@@ -1,4 +1,4 @@
-"""Lines that are written past a progress bar, by a thread that ends the process and cannot wait for the bar's end."""
+"""Lines written while a progress bar may be shown, by a thread that ends the process and cannot close the bar first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def own_line(line: str) -> bytes:
-    """Returns the line, on a new one if a progress bar is shown: the bar leaves the cursor behind itself."""
+    """Returns the line as bytes, after a line break if a progress bar is shown: the cursor stands at the end of the bar."""
     bars: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
     shown = any(not bar.disable for bar in list(getattr(bars, "_instances", ())))
     return (f"\n{line}" if shown else line).encode()

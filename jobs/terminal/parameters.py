@@ -1,7 +1,7 @@
 """The command line's parameters, declared from the fields of the options (`model.fields`).
 
-A field becomes one parameter, with its type, range, default and help text. A field that holds other options becomes theirs. The
-given values come back nested as the options are: `--precision fp16` as `{"predict": {"precision": "fp16"}}`.
+Each field becomes one parameter, with its type, range, default and help text. A field that holds nested options is replaced by
+their parameters. Given values are nested like the options: `--precision fp16` becomes `{"predict": {"precision": "fp16"}}`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from masklake.model.errors import ConfigError
 from masklake.model.fields import Group, Option
 
 PANELS = ("Input", "Model", "Training", "Metrics", "Run", "Cluster", "Storage", "Output", "Help")
-"""Parts of a command's help, in their order, below its arguments."""
+"""Panels of a help page, in order; they follow the arguments."""
 
 MISSING = inspect.Parameter.empty
 
 Values = dict[str, Any]
-"""What was given, nested as the fields are."""
+"""Values that were given, nested like the fields."""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a command.
 
-    path: of the field in the options. declared: as Python and typer know it. names: what the items of an option may be that
-    takes several, with commas between; empty for any other.
+    path: keys of the field in the nested options. declared: the parameter that typer reads. names: allowed items of an option
+    that takes a comma-separated list; empty for other options.
     """
 
     path: tuple[str, ...]
@@ -44,10 +44,10 @@ class Parameter:
 
 
 def takes(fields: type, own_defaults: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command with the parameters of `fields`, beside its own ones, whose types are `Annotated` in the same way.
+    """Returns a decorator that adds the parameters of `fields` to those of a command, whose types are `Annotated` likewise.
 
-    The command is called with the values of `fields` (`Values`) first. own_defaults: False where a parameter that is not given
-    may come from elsewhere: its default is shown and left out of the values.
+    The command's first argument receives the values of `fields` (`Values`). own_defaults: whether they include defaults; False
+    if a parameter that is not given may come from a file. Help pages show the defaults in both cases.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +67,10 @@ def takes(fields: type, own_defaults: bool = True) -> Callable[[Callable[..., No
 
 
 def collected(declared: Sequence[Parameter], given: Mapping[str, Any]) -> Values:
-    """The given values, nested. None and a flag that is not set count as not given. Raises ConfigError for an unknown name."""
+    """Returns the given values, nested. None and a flag that is not set count as not given.
+
+    Raises ConfigError for an unknown name in a comma-separated list.
+    """
     values: Values = {}
     for parameter in declared:
         value = given[parameter.declared.name]
@@ -81,7 +84,7 @@ def collected(declared: Sequence[Parameter], given: Mapping[str, Any]) -> Values
 
 
 def parameters(fields: type, own_defaults: bool = True) -> Iterator[Parameter]:
-    """The parameters of options that the command line has, nested ones in place of the field that holds them."""
+    """Yields the command line parameters of `fields`, including those of nested options."""
     for path, hint, default, shown in _fields(fields):
         option = _metadata(hint, Option)
         if option is not None and (option.argument or option.panel is not None):
@@ -94,7 +97,10 @@ def parameters(fields: type, own_defaults: bool = True) -> Iterator[Parameter]:
 def _fields(
     kind: type, values: Any = None, path: tuple[str, ...] = (), shown: str | None = None
 ) -> Iterator[tuple[tuple[str, ...], Any, Any, str | None]]:
-    """Path, type, default and the default in words (None: as it is) of each field. values: an instance that holds defaults."""
+    """Yields path, type, default and description of the default (None: show its value) of each field.
+
+    values: an instance that holds the defaults.
+    """
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -110,12 +116,12 @@ def _fields(
 
 
 def _metadata(hint: Any, kind: type) -> Any:
-    """What an `Annotated` type carries of this kind, or None."""
+    """Returns the metadata of this kind in an `Annotated` type, or None."""
     return next((data for data in getattr(hint, "__metadata__", ()) if isinstance(data, kind)), None)
 
 
 def _own_parameters(command: Callable[..., None]) -> list[Parameter]:
-    """The parameters that a command declares by itself, behind the first, which takes the values."""
+    """Returns the parameters that a command declares itself: all but the first, which takes the values."""
     hints = get_type_hints(command, include_extras=True)
     return [
         _parameter((name,), hints[name], _metadata(hints[name], Option), parameter.default, None, True)
@@ -124,7 +130,7 @@ def _own_parameters(command: Callable[..., None]) -> list[Parameter]:
 
 
 def _place(parameter: Parameter) -> int:
-    """Where a parameter stands in the help: arguments first, then by panel."""
+    """Returns the position of a parameter on the help page: arguments first, then by panel."""
     return -1 if parameter.option.argument else PANELS.index(parameter.option.panel or "")
 
 
@@ -151,7 +157,9 @@ def _parameter(
 
 
 def _command_line_type(kind: Any) -> tuple[Any, tuple[str, ...]]:
-    """The type that typer reads a field's value as, without None; and the names of a collection of names, which is text."""
+    """Returns the type that typer converts a field's value to, without None, and the allowed names if it is a set of names
+    (given as text).
+    """
     alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     choices = [choice for choice in alternatives if choice is not type(None)]
     if all(get_origin(choice) is Literal for choice in choices):
@@ -165,7 +173,7 @@ def _command_line_type(kind: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _described(option: Option, name: str, kind: Any, shown: str | None) -> Any:
-    """What typer is told of a parameter."""
+    """Returns typer's description of a parameter."""
     numbers = {int, float} & {kind, *get_args(kind)}
     described: dict[str, Any] = {"help": option.help, "show_default": shown or True, "rich_help_panel": option.panel}
     if int in numbers:
@@ -176,13 +184,13 @@ def _described(option: Option, name: str, kind: Any, shown: str | None) -> Any:
     elif float in numbers:
         described |= {"min": option.ge, "max": option.le, "callback": _check_of(option)}
     if option.argument:
-        return typer.Argument(metavar=option.metavar, **described)
+        return typer.Argument(metavar=option.metavar or name.upper(), **described)
     flags = [f"--{option.name or name.replace('_', '-')}", *filter(None, [option.short])]
     return typer.Option(*flags, **described)
 
 
 def _check_of(option: Option) -> Callable[[float | None], float | None]:
-    """A check of what a range of typer's does not: NaN passes each, as no comparison holds for it, and ends are inside."""
+    """Returns a callback for what typer's ranges do not check: NaN, infinity and open ends."""
 
     def check(number: float | None) -> float | None:
         if number is not None and option.gt is not None and not option.gt < number < math.inf:
@@ -195,7 +203,7 @@ def _check_of(option: Option) -> Callable[[float | None], float | None]:
 
 
 def _split(text: str, parameter: Parameter) -> list[str]:
-    """The names in an option's text; ConfigError, which names the option, for one that is not known."""
+    """Returns the names in an option's text. Raises ConfigError, which names the option, for an unknown name."""
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in parameter.names]:
         flag, one = f"--{parameter.declared.name}", parameter.declared.name.removesuffix("s")

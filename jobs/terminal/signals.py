@@ -1,5 +1,6 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: with clean-up, a line, and 128 + the signal's number as exit code. A second
-Ctrl-C ends it at once.
+"""Signals: SIGTERM and SIGHUP end a command as Ctrl-C does, with clean-up, a line and exit code 128 + the signal's number.
+
+A second Ctrl-C ends it at once.
 
 SIGTERM and SIGHUP are passed to whatever handles Ctrl-C at that moment: this module, Ray Train, or the code that starts Ray. If
 the process does not end, because native code does not return or waits for a lost cluster, a thread ends it after GRACE_S, and
@@ -29,16 +30,16 @@ after 30 s.
 """
 
 LOST_S = 1.0
-"""... and from the end of any of Ray's processes that this one has started, unless that comes with the signal itself."""
+"""Seconds from the end of one of Ray's processes that this process started, unless the signal itself ended it."""
 
 OWN_RAY = threading.Event()
 """Set when this process starts a Ray of its own. A service manager, or `timeout`, signals that Ray's processes, too, and its
-core then ends or aborts this one without a word, within milliseconds or some seconds: the line is written before."""
+core then ends or aborts this one silently, within milliseconds or some seconds: the line is written before that."""
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 Line = Callable[[str], str]
-"""The line for people, from what happened ("interrupted", "stopped by SIGTERM")."""
+"""Returns the line to show, given what happened ("interrupted", "stopped by SIGTERM")."""
 
 
 class Stopping:
@@ -54,7 +55,7 @@ class Stopping:
 
     @property
     def requested(self) -> bool:
-        """Whether SIGTERM or SIGHUP arrived."""
+        """Whether SIGTERM or SIGHUP was received."""
         return self._number is not None
 
     @property

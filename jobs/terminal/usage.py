@@ -45,13 +45,13 @@ def _message(error: Any) -> str:
 
 
 def _given(error: Any) -> Any:
-    """What was given where pydantic refused it, whose message does not say it; else None."""
+    """Returns the value that pydantic rejected, which its message does not contain; None for other errors."""
     faults = getattr(error.__cause__, "errors", None)
     return faults()[0]["input"] if faults is not None else None
 
 
 def _allowed(error: Any) -> str:
-    """What the value of an option that is a number may be, where another one was given; else empty."""
+    """Returns which values a numeric option accepts, if another one was given; otherwise an empty string."""
     parameter = getattr(error, "param", None)
     if type(error).__name__ != "BadParameter" or parameter is None:
         return ""
@@ -76,5 +76,5 @@ def _hint(command: str | None, error: Any) -> str:
 
 
 def _is_of_sql(option: str) -> bool:
-    """Whether what looks like an option is a minus in SQL without quotes, or SQL that begins with a comment."""
+    """Returns whether what looks like an option is a minus in SQL without quotes, or SQL that begins with a comment."""
     return not option.startswith("--") or any(character.isspace() for character in option)

@@ -1,4 +1,4 @@
-"""Runs a checked training run on Ray Train, and tells what it waits for and why it ended."""
+"""Runs a checked training run on Ray Train, and reports what it waits for and why it ended."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def workers_get_gpus(options: TrainOptions, capacity: Capacity) -> bool:
 def set_up_ray_train(capacity: Capacity) -> None:
     """Keeps Ray Data quiet and sets the environment variables that Ray Train reads at its start; existing values are kept."""
     quiet_data()
-    # How often it looks at its workers; its own 2 s would be felt at the end of every short run.
+    # Interval between checks of the workers; the default of 2 s would lengthen every short run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if capacity.embedded:  # nobody takes this machine away with a notice: one process less to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -69,7 +69,9 @@ def set_up_ray_train(capacity: Capacity) -> None:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A run that passed every check."""
+    """A training run that passed every check. gpu: whether each worker gets a GPU. embedded: whether Ray runs in this process.
+    done: number of epochs that earlier starts completed.
+    """
 
     options: TrainOptions
     recipe: Recipe
@@ -170,7 +172,7 @@ def _trainer(plan: TrainingPlan, job: TrainingJob, loader: ray.ObjectRef[Loader]
     )
 
     def remaining() -> ray.data.Dataset:
-        """Called before each start of the workers: the epochs that are left then."""
+        """Returns the remaining epochs; Ray Train calls it before each start of the workers."""
         latest = read_latest(storage, run_uri)
         return replace(stream, first_epoch=latest["epoch"] if latest else 0).dataset()
 
@@ -206,13 +208,13 @@ def _raise_failure(failure: Exception | None, error: BaseException | None, stora
 
 
 def _failed(options: TrainOptions) -> str:
-    """Returns how often the workers ended before the run gave up, as a clause followed by their last error."""
+    """Returns a clause that says how often the workers failed; their last error follows it."""
     who = agreeing(options.workers, "the worker", "the workers")
     return f"{who} failed" + (f" {options.max_failures + 1} times, the last time with" if options.max_failures else "")
 
 
 def _saved(storage: Storage, run_uri: str) -> str:
-    """Returns from where an interrupted run can continue."""
+    """Returns a sentence that says from where the same command continues."""
     latest = read_latest(storage, run_uri)
     if latest is None:
         return "No epoch was completed; the same command starts again."

@@ -77,7 +77,7 @@ class Listener:
         self._messages = messages
         self._show = show
         self.heard = 0
-        """Lines so far."""
+        """Number of lines so far."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="messages", daemon=True)
 

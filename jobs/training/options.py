@@ -42,7 +42,7 @@ REQUIRED: Mapping[str, str] = {
 
 
 class TrainOptions(BaseModel, TrainFields, frozen=True):
-    """One training run, complete. `recipe` and `model` change single fields of the preset's own."""
+    """All options of one training run. `recipe` and `model` replace single fields of the preset's."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -82,7 +82,7 @@ class TrainOptions(BaseModel, TrainFields, frozen=True):
 
     @property
     def most_unusable(self) -> float:
-        """Share of images that may be left out."""
+        """Maximum share of images that may be left out, 0 to 1."""
         return unusable_share(self.allow_missing, self.max_unusable)
 
     @property
@@ -92,8 +92,9 @@ class TrainOptions(BaseModel, TrainFields, frozen=True):
 
 
 def read_options(config: str | None, changes: Mapping[str, Any]) -> TrainOptions:
-    """Returns options from a TOML file and from `changes` (None: not given), which take precedence. Raises ConfigError that
-    names the field.
+    """Returns options from a TOML file and from `changes`, which take precedence (None: not given).
+
+    Raises InputNotFoundError if there is no such file, and ConfigError, which names the field, for invalid options.
     """
     values: dict[str, Any] = {}
     if config is not None:

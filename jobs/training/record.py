@@ -1,7 +1,7 @@
 """The record of a training run: what its first start stores, and what a later start under the same name may change.
 
 A run is defined by its data, its model before the first step, and every option that changes the result. `CHANGEABLE` lists the
-other options, which may differ at each start. A test compares the two with `TrainOptions`, so that a new option has to choose.
+other options, which may differ at each start. A test checks that every field of `TrainOptions` belongs to one of the two.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ FORMAT = 2
 RUN_RECORD = "run.json"
 
 CHANGEABLE: Mapping[str, str] = {
-    "output": "where the run is; with it the run moves",
-    "name": "what the run is called; with its folder's",
-    "images": "the images are known by their names and sizes, wherever they are",
+    "output": "the run's folder may be moved",
+    "name": "the run's folder may be renamed",
+    "images": "images are identified by their names and sizes, wherever they are",
     "val_images": "as above",
-    "workers": "the cluster may have grown or shrunk; the rate follows the images of a step",
+    "workers": "the cluster may have grown or shrunk; the learning rate follows the number of images per step",
     "device": "as above",
-    "threads": "speed alone",
-    "max_failures": "patience alone",
-    "max_unusable": "a limit alone: what is left out follows from the data",
-    "evaluate_every": "the scores alone; with `--keep best`, whose epochs it chooses, it is a part of that entry",
-    "storage": "how the same files are reached",
-    "address": "on what it runs",
+    "threads": "changes only the speed",
+    "max_failures": "changes only how often workers restart",
+    "max_unusable": "only a limit: which images are left out follows from the data",
+    "evaluate_every": "changes only when scores are computed; part of the entry `keep` if the best epoch depends on it",
+    "storage": "the same files may be reached in another way",
+    "address": "the run may continue on another cluster",
 }
 """Options that may differ at each start, and why. So may the epochs of a run with one phase, down to the number completed."""
 
@@ -58,7 +58,7 @@ WORDS: Mapping[str, str] = {
     "max_dets": "max_dets",
     "keep_empty": "keep_empty",
 }
-"""Entries of the record by their name on the command line, if that is not the name with dashes."""
+"""Names in messages of entries of the record, unless they are the entry's name with dashes."""
 
 
 def record_of(
@@ -71,9 +71,9 @@ def record_of(
 ) -> dict[str, Any]:
     """Returns the record of a start. options: `jobs.training.options.TrainOptions`.
 
-    train, val: from `data_facts`. files: from `file_facts`, for weights and proposals. The model's part holds the differences
-    to the defaults with which its fields were introduced (`model.identity`), so that new fields of a later version change no
-    run.
+    train, val: from `data_facts`. files: from `file_facts`, for weights and proposals. The entry `model` holds the differences
+    from the defaults with which the configuration's fields were introduced (`model.identity`), so that the fields that a later
+    version adds do not change it.
     """
     return {
         "format": FORMAT,
@@ -99,14 +99,16 @@ def record_of(
 
 
 def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> dict[str, Any]:
-    """Returns a COCO file by its content, and its images by names and sizes: both may move, but must not change."""
+    """Returns what identifies training data: a hash of the COCO file, and one of the images' names and sizes. Both may move,
+    but must not change.
+    """
     names = {relative_to(folder, image.file_name): image.file_name for image in data.images}
     sizes: dict[str, int | None] = {}
     if not parse_uri(folder).is_local:  # from the store's listing, of which a page of a thousand costs one request
         listed = concat(storage.list_objects(folder))
         sizes = dict(zip(listed["uri"].to_pylist(), listed["bytes"].to_pylist(), strict=True))
-    asked = storage.stat_many([uri for uri in names if uri not in sizes])  # a name may lead out of the folder
-    sizes |= dict(zip(asked["uri"].to_pylist(), asked["bytes"].to_pylist(), strict=True))
+    others = storage.stat_many([uri for uri in names if uri not in sizes])  # a name may lead out of the folder
+    sizes |= dict(zip(others["uri"].to_pylist(), others["bytes"].to_pylist(), strict=True))
     rows = sorted((name, sizes[uri]) for uri, name in names.items())
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     images = {"count": len(rows), "bytes": sum(size or 0 for _, size in rows), "sha256": digest, "shown": folder}
@@ -114,7 +116,9 @@ def data_facts(storage: Storage, uri: str, data: CocoDataset, folder: str) -> di
 
 
 def file_facts(storage: Storage, uri: str | None) -> dict[str, Any] | None:
-    """Returns a file by its content, and torchvision's weights by their name; None for None. Raises the storage's errors."""
+    """Returns what identifies a file: a hash of its content, or the name of torchvision weights. None for None. Raises the
+    storage's errors.
+    """
     if uri is None:
         return None
     if is_weight_name(uri):
@@ -150,7 +154,7 @@ def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str)
 
 
 def completed(known: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of an older version with the entries that it could not know (`LATER`)."""
+    """Returns the record of an older version, completed with the entries that it did not have (`LATER`)."""
     tables = {name: {**later, **known.get(name, {})} for name, later in LATER.items() if name}
     return {**LATER[""], **known, **tables}
 

@@ -20,7 +20,7 @@ class Restarts(ray.train.UserCallback):
         self._failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Shows a line, unless the run ends now: its last error is for the driver to say."""
+        """Shows a line, unless the run ends now: the driver reports the last error."""
         self._failures += 1
         if self._failures > self._max_failures or reported_failure(self._messages) is not None:
             return

@@ -38,7 +38,7 @@ class TrainingJob:
 
 
 def train(config: Mapping[str, Any]) -> None:
-    """The function that Ray Train runs on each worker; `config["job"]` is a reference to a TrainingJob.
+    """Trains; Ray Train calls it on each worker. `config["job"]` is a reference to a TrainingJob.
 
     An error that a user can fix is reported to `Messages`, where the driver finds it. Workers that Ray restarts see it and
     return at once, because another attempt would end the same way.
@@ -58,7 +58,7 @@ def train(config: Mapping[str, Any]) -> None:
 
 
 def user_error(error: BaseException | None) -> MaskLakeError | None:
-    """Returns the MaskLakeError inside a Ray exception, or None; its message has no traceback of Ray's."""
+    """Returns the MaskLakeError inside a Ray exception, without Ray's traceback, or None."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

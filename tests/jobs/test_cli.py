@@ -236,7 +236,7 @@ def test_a_wrong_number_names_its_option_and_what_is_allowed(
             "query: got unexpected extra arguments (a FROM b). SQL is one argument: put",
         ),
         (["query", "t", "SELECT", "-1"], "put it in quotes"),
-        (["query", "t"], "missing argument 'sql': DuckDB SQL in quotes"),
+        (["query", "t"], "missing argument 'SQL': DuckDB SQL in quotes"),
         (["label", "a.jpg", "b.jpg", "c.jpg", "t", "--weights", "w"], "label 'photos/*.jpg' TABLE"),
         (["label", "a", "t"], "missing option '--weights': A"),
         (["show", "t", "a.jpg", "b.jpg", "-o", "x.png"], "argument (b.jpg). It draws one image at a time. See masklake show -"),
