@@ -1,6 +1,7 @@
-"""Operations on boxes: float32 xyxy in pixels, x2 and y2 exclusive; in float32 whatever the network's precision.
+"""Operations on boxes: xyxy in pixels, x2 and y2 exclusive, in float32 at any precision of the network.
 
-bfloat16 has 8 bits of mantissa: near 1,000 pixels its steps are 4 pixels wide. So deltas are cast up, and boxes never down.
+bfloat16 has 8 bits of mantissa: near 1,000 pixels its steps are 4 pixels wide. So deltas are converted to float32, and boxes
+are never converted to fewer bits.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ Weights = tuple[float, float, float, float]
 
 
 class BoxCoder(NamedTuple):
-    """Boxes as deltas from anchors or regions. weights: factors of dx, dy, dw, dh; clamp: greatest dw, dh before exp."""
+    """Encodes boxes as deltas from anchors or regions. weights: factors of dx, dy, dw, dh; clamp: maximum dw, dh before exp."""
 
     weights: Weights
     clamp: float
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """`encode_boxes` with these weights."""
+        """Returns `encode_boxes` with these weights."""
         return encode_boxes(boxes, anchors, self.weights)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """`decode_boxes` with these weights and this clamp."""
+        """Returns `decode_boxes` with these weights and this clamp."""
         return decode_boxes(deltas, anchors, self.weights, self.clamp)
 
 
@@ -68,18 +69,18 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Weights, clamp: float
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clips boxes (..., 4) to images of `sizes`, float32 (..., 2) as height, width."""
+    """Returns boxes (..., 4) clipped to images of `sizes`, float32 (..., 2) as height, width."""
     limit = torch.stack([sizes[..., 1], sizes[..., 0], sizes[..., 1], sizes[..., 0]], dim=-1)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def wide_enough(boxes: Tensor, side: float) -> Tensor:
-    """Returns bool (...): both sides are at least `side` pixels. False for boxes with a non-finite corner."""
+    """Returns bool (...): whether both sides of boxes (..., 4) are at least `side` pixels. False for non-finite corners."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= side).all(dim=-1) & boxes.isfinite().all(dim=-1)
 
 
 def has_area(boxes: Tensor) -> Tensor:
-    """Returns bool (...): both sides are longer than 0."""
+    """Returns bool (...): whether both sides of boxes (..., 4) are longer than 0."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
@@ -92,11 +93,12 @@ def suppress(
     wanted: Tensor | None = None,
     most: int | None = None,
 ) -> Tensor:
-    """Non-maximum suppression within each group (class or level) of each image.
+    """Performs non-maximum suppression within each group (class or level) of each image.
 
-    boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending. wanted: bool (N,), the
-    boxes to consider; the others may have any values. most: maximum number of boxes to keep per image. Returns int64 indices of
-    the kept boxes, image by image, best score first within each.
+    boxes: float32 (N, 4); scores: float32 (N,); groups, images: int64 (N,), images sorted ascending. iou: a box is suppressed
+    by a better one of its group if they overlap more. wanted: bool (N,), the boxes to consider; the others may have any values.
+    most: maximum number of boxes to keep per image. Returns int64 indices of the kept boxes, image by image, best score first
+    within each.
     """
     wanted = torch.ones_like(images, dtype=torch.bool) if wanted is None else wanted
     most = len(boxes) if most is None else most
@@ -126,10 +128,11 @@ def _suppress_image_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, imag
 def _suppress_by_group(
     boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor, iou: float, wanted: Tensor, most: int
 ) -> Tensor:
-    """One launch for all groups of all images (`model.kernels.suppression`); the host waits once, for the number of boxes.
+    """Suppresses all groups of all images in one launch (`model.kernels.suppression`). The host waits once, for the number of
+    kept boxes.
 
-    Unwanted boxes stay in the table, where they suppress nothing: to leave them out, the host would have to wait for their
-    number, too.
+    Unwanted boxes stay in the table, where they suppress nothing: to remove them, the host would have to wait for their number,
+    too.
     """
     if not len(boxes):
         return images
@@ -147,6 +150,6 @@ def _suppress_by_group(
 
 
 def top_per_image(images: Tensor, count: int) -> Tensor:
-    """Returns bool (N,): among the first `count` entries of their image. images: int64 (N,), sorted ascending."""
+    """Returns bool (N,): whether an entry is among the first `count` of its image. images: int64 (N,), sorted ascending."""
     place = torch.arange(len(images), device=images.device)
     return place - torch.searchsorted(images, images) < count

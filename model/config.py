@@ -32,7 +32,7 @@ INT32 = (-(2**31), 2**31 - 1)
 
 
 class _Frozen(BaseModel):
-    """A value: hashable, compared by content; rejects unknown fields (a misspelt option must not be ignored) and infinity."""
+    """Base class of values: hashable, compared by content. Rejects unknown fields (misspelt options), NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -132,8 +132,8 @@ class ModelConfig(_Frozen):
     rpn_convs: int = Field(default=1, gt=0, le=100)
     """Number of 3x3 convolutions in the proposal head (two in torchvision's V2)."""
     rpn_backbone: RpnBackbone = "shared"
-    """Source of the proposals' maps: the detector's backbone (Ren et al. 2015, section 3.2), or an own backbone of the same
-    kind: section 3.1's RPN that "does not share features with Mask R-CNN".
+    """Source of the RPN's maps: the detector's backbone (Ren et al. 2015, section 3.2), or a backbone of its own: section 3.1's
+    RPN, which "does not share features with Mask R-CNN".
     """
     rpn_pre_nms_train: int = Field(default=2000, gt=0)
     """Number of best anchors per level before suppression, in training."""
@@ -142,10 +142,9 @@ class ModelConfig(_Frozen):
     rpn_post_nms_train: int = Field(default=2000, gt=0)
     """Number of proposals per image after suppression, in training (Ren et al. 2015, section 3.3)."""
     rpn_post_nms_test: int = Field(default=1000, gt=0)
-    """Number of proposals per image after suppression, at inference: 1000 with FPN, 300 with C4 (section 3.1). Suppression,
-    within a level, is by `rpn_nms_iou`: 0.7 (Ren et al. 2015, section 3.3).
-    """
+    """Number of proposals per image after suppression, at inference: 1000 with FPN, 300 with C4 (section 3.1)."""
     rpn_nms_iou: float = Field(default=0.7, ge=0, le=1)
+    """IoU of suppression within a level (Ren et al. 2015, section 3.3)."""
     rpn_rank: Literal["probability", "logit"] = "probability"
     """Value by which proposals are ranked: close to 1, probabilities of different logits are equal."""
     rpn_score_threshold: float = Field(default=0.0, ge=0, lt=1)
@@ -154,8 +153,8 @@ class ModelConfig(_Frozen):
     """Canvas pixels; proposals with a shorter side or without an area are dropped."""
     rpn_foreground_iou: float = Field(default=0.7, ge=0, le=1)
     rpn_background_iou: float = Field(default=0.3, ge=0, le=1)
-    """An anchor is an object from IoU `rpn_foreground_iou` with one on, or where none overlaps that object more; background
-    below this; no sample between (Ren et al. 2015, section 3.1.2)."""
+    """An anchor is positive if its IoU with an object is at least `rpn_foreground_iou`, or if no anchor overlaps that object
+    more; negative if its IoU is below `rpn_background_iou`; otherwise it is not sampled (Ren et al. 2015, section 3.1.2)."""
     rpn_samples: int = Field(default=256, gt=0)
     """Number of anchors per image in the loss, at most `rpn_positive_fraction` of them positive (Ren et al. 2015, section
     3.1.3).
@@ -206,7 +205,7 @@ class ModelConfig(_Frozen):
     """Width of the fully connected layers."""
     box_delta_weights: tuple[Factor, Factor, Factor, Factor] = (10.0, 10.0, 5.0, 5.0)
     smooth_l1_beta: float = Field(default=1 / 9, gt=0)
-    """Where the box losses change from quadratic to linear."""
+    """Difference at which the smooth L1 losses of the boxes change from quadratic to linear."""
     mask_pool: int = Field(default=14, gt=0, le=64)
     """Bins per side of a region in the input of the mask branch."""
     mask_head: Literal["fcn", "mlp"] = "fcn"
@@ -224,12 +223,13 @@ class ModelConfig(_Frozen):
     mask_side: int = Field(default=28, gt=0, le=512)
     """m, side of the mask in pixels (`mlp`)."""
     mask_resize: int | None = Field(default=None, gt=0, le=512)
-    """m, to which a convolutional head's logits are resized. None is what its deconvolution makes, twice the bins: 28, or 14
-    with C4 features."""
+    """m, to which the logits of a convolutional head are resized. None: the size after its deconvolution, twice the bins (28,
+    or 14 with C4 features).
+    """
     keypoint_pool: int = Field(default=14, gt=0, le=64)
-    """Bins per side; the heat maps are four times as wide (56)."""
+    """Bins per side of a region in the input of the keypoint branch; the heat maps are four times as wide (56)."""
     keypoint_channels: tuple[Channels, ...] = Field(default=(512,) * 8, min_length=1)
-
+    """Channels of the 3x3 convolutions."""
     keypoint_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the keypoint loss, which starts at log(56 * 56) = 8, ten times the others."""
     keypoint_score: Literal["logit", "probability"] = "logit"
@@ -237,25 +237,27 @@ class ModelConfig(_Frozen):
     resizing.
     """
     keypoint_offset: float = 0.0
-    """Pixels from a data set's keypoints to the model's: added to what it learns from, taken off what it finds. 0.5 where a
-    keypoint at pixel 3 means the middle of that pixel."""
+    """Shift from a data set's keypoints to the model's, in pixels: added to the ground truth, subtracted from predictions. 0.5
+    if a keypoint at 3 means the centre of pixel 3."""
 
     # What is reported (section 3.1, Inference).
     score_threshold: float = Field(default=0.05, ge=0, le=1)
-    """Minimum score of a detection; the paper gives none, 0.05 is from its authors' program (Detectron)."""
+    """Minimum score of a detection; the paper gives no number, 0.05 is from its authors' program (Detectron)."""
     nms_iou: float = Field(default=0.5, ge=0, le=1)
-    """IoU of suppression within a class (section 3.1 gives no number; Detectron's)."""
+    """IoU of suppression within a class; the paper gives no number, 0.5 is Detectron's."""
     max_detections: int = Field(default=100, gt=0)
     """Maximum number of detections per image; the branches for masks and keypoints run on these alone (section 3.1)."""
     box_min_side: float = Field(default=1e-2, ge=0)
     """Canvas pixels; detections with a shorter side are dropped before suppression."""
     clip_to_image: bool = False
-    """Whether boxes are finally clipped to the original image once more, and those without an area are dropped."""
+    """Whether boxes are clipped once more to the original image at the end, and those without an area are dropped."""
     mask_threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a pixel belongs to the mask."""
     paste: PasteKind = "torchvision"
-    """How an m x m mask becomes pixels. `torchvision`: pad by 1, grow the box by (m + 2) / m, truncate it to integers,
-    bilinear, `>`. `detectron2`: bilinear at the pixels' centres in the real-valued box, zero outside the mask, `>=`."""
+    """How an m x m mask is pasted into the image. `torchvision`: pad by 1, enlarge the box by (m + 2) / m, truncate it to
+    integers, resize bilinearly, `>`. `detectron2`: sample bilinearly at the centres of pixels in the real-valued box, zero
+    outside the mask, `>=`.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -321,6 +323,6 @@ class ModelConfig(_Frozen):
 
 
 class PredictOptions(BaseModel, PredictFields, frozen=True):
-    """How a detector's `predict` runs. None takes the model's own value."""
+    """Options of `Detector.predict`. None: the model's own value."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -22,7 +22,7 @@ from masklake.model.weights.other_networks import backbone_name, other_network, 
 
 _BRANCHES = ("mask_head.", "keypoint_head.")
 _CLASSIFIER = ("backbone.body.", "roi_stage.")
-"""What a classifier's weights begin; no detector has these alone."""
+"""Prefixes of our names for the weights of a classifier; no detector has these alone."""
 _WEIGHT_NAME = re.compile(r"\w+_Weights\.\w+")
 
 
@@ -34,17 +34,20 @@ def create_model(
     reset_predictors: bool = False,
     weights_name: str | None = None,
 ) -> MaskRCNN:
-    """Builds a model, in evaluation mode, on `device`.
+    """Returns a model in evaluation mode on `device`.
 
-    preset_or_config: a name in `PRESETS`, or a configuration, which is then used unchanged. weights: our checkpoint, a
-    torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model zoo, .pth, .safetensors), bare or
-    in a training checkpoint or a wrapper (`model.weights.files`), as path or bytes; or the name of torchvision weights, which
-    are downloaded. None: random weights. With the name of a preset, the source of the weights sets the conventions: a
-    checkpoint's own configuration if the preset is the same, the epsilon of torchvision's norms, Detectron2's conventions.
-    categories: of the data, instead of the preset's. reset_predictors: for fine-tuning; if their number differs from that of
-    the weights, keep new last layers; leave out branches (mask, keypoint) that this model lacks, initialise those that the
-    weights lack, and load the rest. Weights of torchvision's classifiers, such as ImageNet's, initialise the backbone (section
-    3.1). weights_name: what messages call weights that come as bytes.
+    preset_or_config: a name in `PRESETS`, or a configuration, which is used unchanged. With a name, the source of the weights
+    sets the conventions: a checkpoint's own configuration if its preset is the same, the epsilon of torchvision's norm layers,
+    or Detectron2's conventions.
+
+    weights: a MaskLake checkpoint, a torchvision state dict (.pth, .safetensors) or a Detectron2 checkpoint (.pkl of its model
+    zoo, .pth, .safetensors), alone or within a training checkpoint (`model.weights.files`), as a path or as bytes; or the name
+    of torchvision weights, which are downloaded. None: random weights.
+
+    categories: those of the data; None: the preset's. reset_predictors: for fine-tuning. The last layers start anew if their
+    shape differs from that of the weights, and so do branches (mask, keypoint) that the weights lack; branches that the model
+    lacks are left out. Weights of torchvision's classifiers, such as ImageNet's, then initialise the backbone (section 3.1).
+    weights_name: name in messages of weights that are given as bytes.
 
     Raises UnknownPresetError, CheckpointError for weights that cannot be read or do not fit (for a name, before any download),
     or ConfigError for a device that this machine cannot use.
@@ -71,7 +74,7 @@ def _with_categories(config: ModelConfig, categories: Sequence[Category] | None)
 
 
 def _check_named(weights: str, config: ModelConfig, reset_predictors: bool, name: str) -> None:
-    """Raises what reading torchvision's weights of that name would, without a download, where they cannot fit the model."""
+    """Raises CheckpointError, without a download, if torchvision's weights of that name do not fit the model."""
     with torch.device("meta"):
         model = MaskRCNN(config)
     state = _renamed(torchvision_weights.weight_shapes(weights), config, name)
@@ -79,7 +82,9 @@ def _check_named(weights: str, config: ModelConfig, reset_predictors: bool, name
 
 
 def _completed(model: MaskRCNN, state: Mapping[str, Tensor], reset_predictors: bool, name: str) -> Mapping[str, Tensor]:
-    """`state` with the model's own new layers where that was asked for. Raises CheckpointError for a classifier's otherwise."""
+    """Returns `state`, with `reset_predictors` completed by new layers of the model. Raises CheckpointError for the weights of
+    a classifier without `reset_predictors`.
+    """
     if reset_predictors:
         return _with_fresh_layers(model, state)
     if _begins_backbone(state):
@@ -113,9 +118,7 @@ def preset_of_weights(weights: str) -> str | None:
 
 
 def holds_classifier(weights: str | Path | bytes, weights_name: str | None = None) -> bool:
-    """Returns whether weights, given as for `create_model`, are those of a torchvision classifier. Raises CheckpointError like
-    it.
-    """
+    """Returns whether weights are those of a torchvision classifier. Arguments and errors are those of `create_model`."""
     if isinstance(weights, str) and is_weight_name(weights):
         return torchvision_weights.is_classifier(torchvision_weights.weight_shapes(weights))
     data = read_bytes(weights)
@@ -125,7 +128,9 @@ def holds_classifier(weights: str | Path | bytes, weights_name: str | None = Non
 
 
 def _read(weights: str | Path | bytes, config: ModelConfig, name: str) -> tuple[ModelConfig, Mapping[str, Tensor], str | None]:
-    """`config` as the weights' source would have it, the weights under our names, and the preset that our own file records."""
+    """Returns `config` with the conventions of the weights' source, the weights under our names, and the preset that a MaskLake
+    checkpoint records (None for other files).
+    """
     if isinstance(weights, str) and is_weight_name(weights):
         state, eps = torchvision_weights.fetch(weights)
         return _with_eps(config, eps), _renamed(state, config, name), None
@@ -158,10 +163,10 @@ def _with_eps(config: ModelConfig, eps: float) -> ModelConfig:
 
 
 def _with_fresh_layers(model: MaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` for fine-tuning `model`: without the branches that it lacks, with its own new layers where `state` has none.
+    """Returns `state` for fine-tuning `model`: without branches that the model lacks, and with its new layers added.
 
-    New are the last layers whose shape differs, and whole branches; of a classifier's, all but the backbone's. Anything else
-    that is missing stays missing.
+    New are last layers whose shape differs and branches that `state` lacks; for the weights of a classifier, everything but
+    the backbone. Anything else that is missing stays missing.
     """
     own = model.network.state_dict()
     if _begins_backbone(state):

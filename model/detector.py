@@ -1,7 +1,7 @@
-"""What MaskLake needs of a detector, and how a checkpoint becomes one.
+"""The interface of a detector, and how it is loaded from a checkpoint.
 
-Labelling, evaluation and proposing know `Detector` and `load_detector` alone. `MaskRCNN` is one detector; docs/models.md
-("Another detector") shows how to bring another.
+Labelling, evaluation and proposing use only `Detector` and `load_detector`. `MaskRCNN` is one detector; docs/models.md
+("Another detector") shows how to add another.
 """
 
 from __future__ import annotations
@@ -25,66 +25,70 @@ from masklake.model.transform import Size
 from masklake.model.weights.checkpoint import FORMAT, load_checkpoint, metadata, read_bytes
 
 GROUP = "masklake.detectors"
-"""Entry points that load checkpoints. The name is a checkpoint's format, the value a `Loader`."""
+"""Group of the entry points that load checkpoints. Their name is the format of a checkpoint, their value a `Loader`."""
 
 
 class Detector(Protocol):
-    """A model that finds instances in images. It is used by one thread at a time."""
+    """A model that detects instances in images. It is used by one thread at a time."""
 
     @property
     def model_id(self) -> str:
-        """Name of these weights and this configuration; every row of a table has it.
+        """ID of the weights and the configuration, stored in every row of a table.
 
-        Two models with the same name must give the same answers, and the same checkpoint must always give the same name: under
-        another one every image is labelled again.
+        Models with the same ID must return the same results. A checkpoint must always have the same ID: under another one,
+        every image is labelled again.
         """
 
     @property
     def categories(self) -> Sequence[Category]:
-        """What it can find. Ids are unique; they are the labels of `Instances`."""
+        """Categories that the model can detect. Their ids are unique; they are the labels of `Instances`."""
 
     @property
     def tasks(self) -> frozenset[Task]:
-        """What it answers beside boxes and scores: "box" always, "mask" for RLEs, "keypoint" for keypoints."""
+        """Tasks of the model: always "box"; "mask" if it returns RLEs, "keypoint" if it returns keypoints."""
 
     def batch_key(self, size: Size) -> tuple[int, ...]:
-        """Images of equal keys can share a batch. size: (height, width) in pixels.
+        """Returns a key for an image of `size`, (height, width) in pixels: images with equal keys can share a batch.
 
-        Labelling decodes images in the order of their keys. A constant is right for a model that takes any sizes together.
+        Labelling passes images in the order of their keys. A model that batches images of any sizes returns a constant.
         """
 
     def settings(self, options: PredictOptions) -> Mapping[str, Any]:
-        """Every setting that changes an answer, by name, as `predict` uses it: the model's own value where `options` has None.
+        """Returns every setting that changes results, by name, as `predict` uses it; None in `options` is the model's own
+        value.
 
-        Values are JSON's, or sets of them. The names `model_id` and `limits` are taken. A `precision` of "fp32" counts as none
-        given. Raises ConfigError for options that this model cannot honour.
+        Values are those of JSON, or sets of them. The names `model_id` and `limits` are reserved. A `precision` of "fp32" is
+        equivalent to none. Raises ConfigError for options that this model does not support.
         """
 
     def predict(self, images: Sequence[Tensor], options: PredictOptions = ...) -> list[Instances]:
-        """Instances of each image, in order.
+        """Returns the instances of each image, in order.
 
-        images: uint8 RGB (3, H, W) of any sizes, on the host. No image may change another's answer.
+        images: uint8 RGB (3, H, W) of any sizes, on the host. The result of an image must not depend on the other images.
         """
 
 
 class TwoStageDetector(Detector, Protocol):
-    """A detector whose region proposals can be had by themselves, for `masklake propose`."""
+    """A detector that also returns its region proposals, for `masklake propose`."""
 
     def propose(self, images: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-        """Proposals of each image: float32 (P, 4), xyxy in the image's own pixels, best first. images: as for `predict`."""
+        """Returns the proposals of each image: float32 (P, 4), xyxy in pixels of the image, best first. images: as in
+        `predict`.
+        """
 
 
 Loader = Callable[[bytes, torch.device], Detector]
-"""Makes a detector, ready to predict on the device, of a checkpoint's bytes. Raises CheckpointError for damaged bytes."""
+"""Returns a detector from the bytes of a checkpoint, ready to predict on the device. Raises CheckpointError for damaged bytes.
+"""
 
 
 def load_detector(source: str | Path | bytes, device: str | torch.device = "cpu") -> Detector:
-    """The detector in a checkpoint, ready to predict.
+    """Returns the detector in a checkpoint, ready to predict.
 
-    source: path or bytes of a safetensors file. The `format` in its metadata names its loader: MaskLake's own, or an entry
+    source: path or bytes of a safetensors file. The `format` in its metadata selects the loader: MaskLake's own, or an entry
     point of the group `masklake.detectors` in an installed package. Nothing in the file is executed or unpickled.
 
-    Raises CheckpointError for a file that cannot be read or has no loader, and what the loader raises.
+    Raises CheckpointError for a file that cannot be read or has no loader, and the errors of the loader.
     """
     data = read_bytes(source)
     name = "checkpoint" if isinstance(source, bytes) else f"checkpoint {source}"
@@ -101,20 +105,20 @@ def load_detector(source: str | Path | bytes, device: str | torch.device = "cpu"
 
 
 def has_loader(data: bytes) -> bool:
-    """Whether `load_detector` knows the format of these bytes."""
+    """Returns whether `load_detector` knows the format of these bytes."""
     mark = metadata(data).get("format")
     return mark == FORMAT or (mark is not None and _loader(mark) is not None)
 
 
 def can_propose(model: Detector) -> TypeGuard[TwoStageDetector]:
-    """Whether the detector gives proposals."""
+    """Returns whether the detector returns proposals."""
     return not _lacking(model, TwoStageDetector)
 
 
 def check_answers(answers: Sequence[Instances], images: Sequence[Tensor], ids: Collection[int]) -> None:
-    """Raises ValueError unless there is one answer per image, as `Instances` documents it, with labels among `ids`.
+    """Raises ValueError unless there is one valid `Instances` per image, with labels among `ids`.
 
-    What another package's detector gets wrong would stand in a table beside the wrong instance.
+    Otherwise a fault in a detector of another package would store values beside the wrong instance.
     """
     if len(answers) != len(images):
         raise ValueError(f"the detector gave {len(answers)} answers for {len(images)} images")
@@ -151,7 +155,7 @@ def _formats() -> list[str]:
 
 
 def _loader(mark: str) -> EntryPoint | None:
-    """The entry point for a format, if any. Raises CheckpointError where two packages have different ones."""
+    """Returns the entry point for a format, or None. Raises CheckpointError if two packages have different ones."""
     found = list({entry.value: entry for entry in entry_points(group=GROUP, name=mark)}.values())
     if len(found) > 1:
         values = " and ".join(sorted(entry.value for entry in found))
@@ -160,7 +164,7 @@ def _loader(mark: str) -> EntryPoint | None:
 
 
 def _load_with(entry: EntryPoint, data: bytes, device: torch.device, name: str) -> Detector:
-    """The answer of another package's loader; whatever it fails with is said in its name."""
+    """Returns the detector from another package's loader. Raises CheckpointError, which names the loader, if it fails."""
     try:
         model = entry.load()(data, device)
     except MaskLakeError:
@@ -178,6 +182,6 @@ def _load_with(entry: EntryPoint, data: bytes, device: torch.device, name: str) 
 
 
 def _lacking(model: object, protocol: type) -> list[str]:
-    """The protocol's members that `model` does not have. Properties are not evaluated: a `model_id` reads every weight."""
+    """Returns the protocol's members that `model` lacks. Properties are not evaluated: `model_id` reads every weight."""
     members = [name for name in dir(protocol) if not name.startswith("_")]
     return [name for name in members if inspect.getattr_static(model, name, None) is None]

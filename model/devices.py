@@ -1,4 +1,4 @@
-"""Devices: requirements, arithmetic, and transfers between host and device that rarely make either wait.
+"""Devices: requirements, arithmetic, and transfers between host and device that avoid waiting.
 
 A GPU runs behind the host, which only queues work. A plain copy, even of three constants, makes the host wait until all earlier
 work is done, and the GPU then waits for the host. So constants are cached, small tables are copied through pinned memory, and
@@ -51,7 +51,7 @@ def constant(values: Sequence[float], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # what is made in inference mode cannot take part in training
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -74,15 +74,15 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     wanted = "tf32" if precision == "tf32" else "ieee"
-    # The recurrent layers' setting goes along, for torch refuses to tell `allow_tf32` while these two differ.
-    cudnn: Any = torch.backends.cudnn  # whose parts are made at run time
+    # The setting of recurrent layers changes, too, because torch refuses to return `allow_tf32` while the two differ.
+    cudnn: Any = torch.backends.cudnn  # its attributes are created at run time
     products = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [part.fp32_precision for part in products]
     algorithms = cudnn.benchmark, cudnn.deterministic
     try:
         for part in products:
             part.fp32_precision = wanted
-        cudnn.benchmark, cudnn.deterministic = False, True  # not by trial, whose winner is another one each time
+        cudnn.benchmark, cudnn.deterministic = False, True  # a benchmark may choose another algorithm each time
         yield
     finally:
         for part, value in zip(products, before, strict=True):
@@ -91,14 +91,14 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def resolved(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """Returns what precision `auto` means on this device."""
+    """Returns the precision that `auto` stands for on this device."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
-    """Returns tensors of one device on the host, in one copy, wider elements first, so that all are aligned."""
+    """Returns tensors of one device on the host, with a single copy. Give wider dtypes first, so that all are aligned."""
     if tensors[0].device.type == "cpu":
         return list(tensors)
     together = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors]).cpu()

@@ -6,8 +6,8 @@
     ├── ConfigError                   12   options that contradict each other or the model
     └── pipeline.errors                    inputs, tables, runs and clusters (20 to 45)
 
-Raise the most specific one, with a message that names the input and says what to do about it. Foreign exceptions are
-translated once, at the edge, with ``raise ... from``. The command line prints the message alone and exits with the code.
+Raise the most specific one, with a message that names the input and the remedy. Exceptions of other libraries are translated
+once, where they are called, with ``raise ... from``. The command line prints the message alone and exits with the code.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ConfigError(MaskLakeError):
 def validated(kind: type[T], values: Mapping[str, Any], source: str, given: Mapping[str, str] | None = None) -> T:
     """Returns the values as `kind`. Raises ConfigError, which names every wrong field.
 
-    source: where the values come from, in messages; given: the command line's options by field, of which it is clear.
+    source: where the values come from, in messages; given: names of options by field, for values from the command line, whose
+    messages need no source.
     """
     from pydantic import ValidationError
 
@@ -66,8 +67,8 @@ def faults(error: ValidationError, known: Collection[str] = (), spelled: Mapping
     """Returns every fault of a pydantic validation in one line, each with its field: `recipe.epochs: input should be greater
     than 0`.
 
-    known: the fields, of which the one similar to a misspelt field is suggested. spelled: how fields are called where they were
-    given, such as `--seed`.
+    known: names of fields, from which one similar to a misspelt field is suggested. spelled: names of fields in the message,
+    such as `--seed`.
     """
     lines = []
     for fault in error.errors():

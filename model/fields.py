@@ -1,9 +1,9 @@
 """The fields of the options: name, type, default, range and help text, each in one place and without pydantic.
 
 A model of options inherits its fields (`PredictOptions` those of `PredictFields`) and adds the checks. The command line
-declares its parameters from the same fields (`jobs.terminal.parameters`). The `fields.py` modules of the rooms import nothing
-heavy: pydantic's import alone takes as long as all that a help page needs. They keep their annotations as objects (no
-`from __future__ import annotations`): reading them back from text would cost every start of the command line 12 ms.
+declares its parameters from the same fields (`jobs.terminal.parameters`). All `fields.py` modules avoid heavy imports: that of
+pydantic alone takes as long as a whole help page. They keep their annotations as objects (no `from __future__ import
+annotations`): evaluating them from text would add 12 ms to every start of the command line.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ AnyPrecision = Literal["auto"] | Precision
 Task = Literal["box", "mask", "keypoint"]
 Device = Literal["auto", "cpu", "cuda"]
 TrainingMode = Literal["joint", "rpn", "detector", "separate", "four_step"]
-"""What is trained, and in which order (`model.phases`)."""
+"""Which stages are trained, and in which order (`model.phases`)."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option, as metadata of its `Annotated` type. Pydantic reads the range, the command line the rest.
+    """Describes an option, as metadata of its `Annotated` type. Pydantic reads the range, the command line the rest.
 
-    help: one sentence or two. default: in words, what None stands for.
+    help: one sentence or two. default: description of the default, if it is None.
     gt, ge, le, lt: the range of a number, or of each number of a tuple. min_length: of a collection.
-    panel: the part of a command's help that it stands in; None: the command line does not have it, unless as an argument.
-    name: on the command line, where it is not the field's. short: one letter with a dash. argument: it has no name before it.
-    metavar: how an argument is called.
+    panel: panel of the help page; None: the command line does not have the option, unless it is an argument.
+    name: name on the command line, if it is not the field's. short: a dash and a letter. argument: whether it is positional.
+    metavar: name of an argument on the help page, if it is not the field's in capitals.
     """
 
     help: str
@@ -45,7 +45,7 @@ class Option:
     __is_annotated_types_grouped_metadata__ = True  # to pydantic: iterate over it (the protocol of `annotated_types`)
 
     def __iter__(self) -> Iterator[Any]:
-        """The constraints, as pydantic knows them."""
+        """Yields the constraints in pydantic's form."""
         from pydantic import Field
 
         limits = {
@@ -56,7 +56,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """Metadata of a field that holds changes to other options, by name. default: in words, where unchanged ones come from."""
+    """Metadata of a field that holds changes to other options, by name. default: description of the unchanged values."""
 
     fields: type
     default: str
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PredictFields:
-    """How a model predicts."""
+    """Options of a detector's `predict`."""
 
     precision: Annotated[
         AnyPrecision,
@@ -76,12 +76,14 @@ class PredictFields:
         float | None,
         Option("Minimum score of a stored instance.", default="the model's, usually 0.05", ge=0, le=1, panel="Model"),
     ] = None
-    nms_iou: Annotated[float | None, Option("IoU above which the lower-scoring box of a class is dropped.", ge=0, le=1)] = None
+    nms_iou: Annotated[
+        float | None, Option("IoU above which the weaker of two boxes of a category is dropped.", ge=0, le=1)
+    ] = None
     max_detections: Annotated[
         int | None,
         Option("Maximum number of instances per image.", default="the model's, usually 100", gt=0, le=1000, panel="Model"),
     ] = None
-    mask_threshold: Annotated[float | None, Option("Probability above which a pixel is in the mask.", ge=0, le=1)] = None
+    mask_threshold: Annotated[float | None, Option("Probability above which a pixel belongs to the mask.", ge=0, le=1)] = None
     tasks: Annotated[
         frozenset[Task] | None,
         Option(
@@ -89,4 +91,5 @@ class PredictFields:
         ),
     ] = None
     batch_size: Annotated[int, Option("Images per forward pass on a GPU.", gt=0, panel="Model")] = 4
-    """They have an equal canvas; where there are fewer, blank ones fill up. On a CPU one image at a time is faster."""
+    """Images of a batch have equal canvases; blank images fill incomplete batches. On a CPU images run one at a time, which is
+    faster."""

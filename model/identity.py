@@ -1,8 +1,8 @@
-"""Names that tables store permanently: of models, and the rule by which options enter such a name.
+"""IDs that tables store permanently: those of models, and the rule by which options enter such an ID.
 
-A name must not change when the program grows, since every image of a table is labelled again under a new one. So a name is
-derived from the differences to the defaults that are frozen here, not from all fields of a value: a new field, or a changed
-default, does not change the names of models that do not use it.
+An ID must not change when the program grows, since every image of a table is labelled again under a new one. So it is derived
+from the differences from the defaults that are frozen here, not from all fields of a value: a new field, or a changed default,
+does not change the IDs of models that do not use it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ The values are written out, since `model.config` may change its own. A field wit
 """
 
 COUNTER = ".num_batches_tracked"
-"""How the names of counts of batches end: no weights, not kept by a checkpoint's reader, no part of what a model computes."""
+"""Suffix of the names of batch counters, which are not weights: they do not change results, and checkpoints need none."""
 
 
 def model_id(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
@@ -137,9 +137,9 @@ def model_id(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
 
 
 def differing(value: BaseModel, first_defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the fields of `value`, by name, that differ from the default of their introduction.
+    """Returns the fields of `value`, by name, that differ from their first default.
 
-    first_defaults: by the class's name, then the field's. A field that is not in it always counts.
+    first_defaults: first defaults by name of the class and of the field. A field that is not in it is always included.
     """
     frozen = first_defaults.get(type(value).__name__, {})
     facts = {}

@@ -44,7 +44,7 @@ class Settings:
 
 def resolve(options: PredictOptions, config: ModelConfig) -> Settings:
     """Returns the settings for `options`. Raises ConfigError for a task that the model has no branch for."""
-    box: Task = "box"  # what the other branches start from
+    box: Task = "box"  # the other branches start from the boxes
     tasks = config.tasks if options.tasks is None else options.tasks | {box}
     if missing := tasks - config.tasks:
         raise ConfigError(
@@ -81,7 +81,7 @@ class Detections:
     keypoints: Tensor | None = None
 
     def chosen(self, rows: Tensor) -> Detections:
-        """Returns those of `rows`, int64 (n,)."""
+        """Returns the detections in these rows, int64 (n,)."""
         masks = None if self.masks is None else self.masks[rows]
         keypoints = None if self.keypoints is None else self.keypoints[rows]
         return Detections(self.boxes[rows], self.scores[rows], self.classes[rows], self.images[rows], masks, keypoints)
@@ -96,7 +96,7 @@ def propose(network: Network, canvas: Canvas, features: Sequence[Tensor] | None 
 
 
 def detect(network: Network, canvas: Canvas, config: ModelConfig, settings: Settings) -> Detections:
-    """Returns the detections for pixels: runs both stages, then the branches on the detections that remain."""
+    """Returns the detections on a canvas: runs both stages, then the other branches on the boxes that remain."""
     features = network.backbone(canvas.pixels)
     proposals = propose(network, canvas, features)
     logits, deltas = classify(network, features, proposals, min(config.rpn_post_nms_test, PROPOSALS_AT_ONCE))
@@ -110,15 +110,15 @@ def detect(network: Network, canvas: Canvas, config: ModelConfig, settings: Sett
 
 
 def classify(network: Network, features: Sequence[Tensor], proposals: Regions, at_once: int) -> tuple[Tensor, Tensor]:
-    """Runs the box branch on proposals, `at_once` together: returns class logits (R, classes) and deltas (R, classes, 4)."""
+    """Runs the box branch on proposals, `at_once` at a time; returns class logits (R, classes) and deltas (R, classes, 4)."""
     parts = [network.box_head(network.box_input(features, block)) for block in _blocks(proposals, at_once)]
     logits, deltas = (torch.cat(values)[: len(proposals.boxes)] for values in zip(*parts, strict=True))
     return logits, deltas
 
 
 def segment(network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, at_once: int) -> Tensor:
-    """Runs the mask branch on regions of `classes`, int64 (N,): returns the probabilities of their own class, float32 (N, m,
-    m).
+    """Runs the mask branch on regions, `at_once` at a time; returns the masks of their `classes`, int64 (N,), as probabilities,
+    float32 (N, m, m).
     """
     logits: list[Tensor] = []
     for block in _blocks(regions, at_once):
@@ -130,10 +130,11 @@ def segment(network: Network, features: Sequence[Tensor], regions: Regions, clas
 
 
 def _blocks(regions: Regions, count: int) -> Iterator[Regions]:
-    """Yields what a head runs on together: on a GPU `count` regions each time, the last ones filled up with blank regions.
+    """Yields the regions on which a head runs together: on a GPU always `count` of them, the last ones filled with blank
+    regions.
 
-    A GPU's library chooses its algorithms by the number of regions, and the last bits of a detection would depend on how many
-    others its batch has. On a CPU, where images run one by one, all regions together.
+    A GPU's libraries choose their algorithms by the number of regions, so the last bits of a detection would depend on the
+    number of other detections in its batch. On a CPU, where images run one by one, all regions run together.
     """
     if not regions.boxes.is_cuda:
         yield regions
@@ -147,9 +148,10 @@ def _blocks(regions: Regions, count: int) -> Iterator[Regions]:
 def select(
     logits: Tensor, deltas: Tensor, proposals: Regions, sizes: Tensor, config: ModelConfig, settings: Settings
 ) -> Detections:
-    """Returns the detections for class scores and shifted boxes: threshold, suppression within a class, the best of each image.
+    """Returns the detections for the box branch's output: threshold, suppression within a class, the best of each image.
 
-    logits (R, classes), deltas (R, classes, 4); sizes float32 (B, 2). Boxes are decoded only if the score suffices.
+    logits (R, classes); deltas (R, classes, 4); sizes: float32 (B, 2), height and width of the images on the canvas. Only boxes
+    with a sufficient score are decoded.
     """
     scores = logits.float().softmax(dim=1)
     region, label = torch.where(scores[:, 1:] > settings.score_threshold)
@@ -219,8 +221,8 @@ def to_instances(
 def _to_host(
     found: Detections, originals: Sequence[Size], threshold: float, paste: PasteKind
 ) -> tuple[Tensor, Callable[[slice, Size], tuple[list[bytes] | None, NDArray[np.int64] | None]]]:
-    """Returns the table of detections on the host, and a function that gives RLE and areas of the masks in some rows of one
-    image.
+    """Returns the table of detections on the host, and a function that returns the RLEs and areas of the masks in the rows of
+    one image.
 
     On a GPU all masks are pasted and cut at once and only their edges are copied; elsewhere they are rows of the table.
     """

@@ -32,7 +32,7 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One multiply-add per value."""
+        """(B, C, H, W) -> (B, C, H, W), with one multiply-add per value."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
@@ -100,7 +100,7 @@ class Pointwise(nn.Linear):
         return isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) == part.stride and part.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Channels are the last dimension in memory, so nothing is copied."""
+        """(B, C, H, W) -> (B, C_out, H, W). Nothing is copied, because channels are the last dimension in memory."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

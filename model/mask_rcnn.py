@@ -102,7 +102,7 @@ class MaskRCNN(nn.Module):
         self._fixed = parts - (learning - {"backbone", "rpn_backbone"} if fixed_backbone else learning)
         for name, weight in self.network.named_parameters():
             weight.requires_grad_(name in self._trainable and name.partition(".")[0] not in self._fixed)
-            weight.grad = None  # of what learnt before: it would still count where all gradients' norm is clipped
+            weight.grad = None  # a gradient of an earlier phase would still count in the clipped norm
         return self.train(self.training)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class MaskRCNN(nn.Module):
         model.
         """
         if len(images) != len(targets) or not images:
-            raise ConfigError(f"training needs one target an image and at least one image: {len(images)} and {len(targets)}")
+            raise ConfigError(f"training needs at least one image and one target per image: {len(images)} and {len(targets)}")
         network, config = self.network, self.config
         canvas = self._canvas(images, random.choice(config.min_sizes))
         truths = truth_on_canvas(targets, canvas, config, self._class_of)
@@ -156,9 +156,8 @@ class MaskRCNN(nn.Module):
         positive = samples.rows(samples.classes > 0)
         losses = network.box_head.losses(logits, deltas, samples.labels, positive, samples.regions.boxes, samples.goals)
         if "mask" in config.tasks:
-            shared = (
-                box_input[samples.rows(samples.outlined)] if config.features == "c4" else None
-            )  # both go on from the fifth stage
+            # With C4 both heads continue from the fifth stage.
+            shared = box_input[samples.rows(samples.outlined)] if config.features == "c4" else None
             losses["mask"] = self._mask_loss(features, shared, samples.chosen(samples.outlined), truths)
         if "keypoint" in config.tasks:
             with_keypoints = samples.chosen(self._has_keypoints[samples.classes])
@@ -215,7 +214,7 @@ class MaskRCNN(nn.Module):
         """
         network = self._network_for("fp32")
         proposals: list[NDArray[np.float32]] = []
-        network.rpn.train()  # which is about its counts alone
+        network.rpn.train()  # its mode only determines the number of proposals
         try:
             with torch.inference_mode(), arithmetic("fp32", self.device):
                 for image in images:
@@ -267,7 +266,7 @@ class MaskRCNN(nn.Module):
         """Sets the mode as in torch, but norms of parts that are not trained keep their statistics; drops the network prepared
         for inference.
 
-        The RPN has no norms: its mode determines how many proposals it makes, and in training a fixed one makes as many as any.
+        The RPN has no norms. Its mode determines its number of proposals, which does not depend on whether it is trained.
         """
         self._prepared.clear()
         super().train(mode)

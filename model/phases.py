@@ -3,7 +3,7 @@
 Each mode is a sequence of phases. Each phase is a training of its own, with a new optimiser and schedule:
 
     for phase in PHASES["four_step"]:
-        model = begin(model, phase)
+        model = begin_phase(model, phase)
         ...  # train as usual: `forward` returns the losses of the trained part
 """
 
@@ -64,11 +64,11 @@ def begin_phase(model: MaskRCNN, phase: Phase) -> MaskRCNN:
 
 
 def with_rpn_backbone(model: MaskRCNN, kind: RpnBackbone) -> MaskRCNN:
-    """Returns the model with proposals from the detector's maps (`shared`) or from an own backbone of the RPN; unchanged if it
-    is so.
+    """Returns the model with an RPN on the detector's maps (`shared`) or on a backbone of its own (`own`); `model` itself if
+    nothing changes.
 
-    A new backbone starts as a copy of the detector's: both networks start from the same pre-trained layers (steps 1 and 2).
-    When it is removed, the RPN's layers are initialised anew, since they fit the maps of the removed backbone; the authors'
+    A new backbone starts as a copy of the detector's: both networks start from the same pre-trained layers (steps 1 and 2). If
+    it is removed, the RPN's layers are initialised anew, because they belong to the maps of the removed backbone; the authors'
     program does the same (step 3).
     """
     if model.config.rpn_backbone == kind:

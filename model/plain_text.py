@@ -1,4 +1,4 @@
-"""Tells text files from others by their first bytes."""
+"""Distinguishes text files from other files by their first bytes."""
 
 from __future__ import annotations
 

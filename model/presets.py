@@ -66,8 +66,8 @@ _V2: dict[str, Any] = {
 }
 """torchvision's improved baselines (Li et al. 2021): batch norm everywhere, deeper heads."""
 
-# For demos, tests and small objects: trains from scratch in minutes on a CPU. Group norm, because batches are of 2 to 4 images
-# a worker, where batch statistics are noise. Images keep their size up to 256 pixels; anchors start at 12.
+# For demos, tests and small objects: trains from scratch in minutes on a CPU. Group norm, because batches have 2 to 4 images
+# per worker, whose batch statistics are noise. Images keep their size up to 256 pixels; anchors start at 12.
 _TINY = ModelConfig(
     preset="tiny",
     categories=COCO_CATEGORIES,

@@ -16,10 +16,10 @@ IGNORED = -2
 
 @dataclass(frozen=True)
 class SampleRule:
-    """Which boxes of an image a loss looks at.
+    """Which boxes of an image enter a loss.
 
-    A box is foreground from IoU `foreground_iou` with an object on, and background below `background_iou`. `count` of them are
-    drawn from each image, at most `positive_fraction` of them foreground.
+    A box is foreground if its IoU with an object is at least `foreground_iou`, and background if it is below `background_iou`.
+    Up to `count` boxes are sampled from each image, at most `positive_fraction` of them foreground.
     """
 
     foreground_iou: float
@@ -28,20 +28,20 @@ class SampleRule:
     positive_fraction: float
 
     def match(self, truth: Tensor, boxes: Tensor, keep_best: bool) -> Tensor:
-        """`match` at these thresholds."""
+        """Returns `match` with these thresholds."""
         return match(truth, boxes, self.foreground_iou, self.background_iou, keep_best)
 
     def sample(self, matched: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """`sample` of so many."""
+        """Returns `sample` with this count and fraction."""
         return sample(matched, self.count, self.positive_fraction)
 
 
 def match(truth: Tensor, boxes: Tensor, foreground: float, background: float, keep_best: bool) -> Tensor:
     """Assigns ground truth to boxes by overlap.
 
-    truth: float32 (G, 4); boxes: float32 (N, 4). A box is foreground from IoU `foreground`, background below `background`, and
-    ignored in between. keep_best: the boxes that overlap a ground truth most are foreground at any overlap. Returns int64 (N,):
-    the index of the ground truth, BACKGROUND or IGNORED.
+    truth: float32 (G, 4); boxes: float32 (N, 4), both xyxy. A box is foreground if its IoU is at least `foreground`, background
+    if it is below `background`, and ignored in between. keep_best: boxes that overlap a ground truth most are foreground at any
+    IoU above 0. Returns int64 (N,): the index of the ground truth, BACKGROUND or IGNORED.
     """
     if len(truth) == 0 or len(boxes) == 0:
         return torch.full((len(boxes),), BACKGROUND, dtype=torch.int64, device=boxes.device)

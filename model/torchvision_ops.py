@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 FEW_COORDINATES = 4000
-"""Up to this many coordinates torchvision separates groups by an offset in a single call; above, it calls NMS once per group
-(on a CPU).
+"""Maximum number of coordinates for which torchvision separates groups by an offset in a single call on a CPU; with more, it
+calls NMS once per group.
 """
 
 
@@ -38,15 +38,16 @@ _load()
 
 
 def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Non-maximum suppression. boxes (N, 4) xyxy, scores (N,); returns int64 indices of the kept boxes, best score first."""
+    """Returns int64 indices of the boxes that non-maximum suppression keeps, best score first. boxes (N, 4) xyxy, scores (N,)."""
     return torch.ops.torchvision.nms(boxes, scores, iou)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
-    """NMS within each group (int64 (N,)) of one image, with the same result as `torchvision.ops.batched_nms` on a CPU.
+    """Returns `nms` within each group, int64 (N,), of one image, with the same result as `torchvision.ops.batched_nms` on a
+    CPU.
 
-    Few boxes are moved apart by an offset per group, which costs their coordinates some last bits; many are processed group by
-    group, exactly. The choice decides close calls, so the threshold is torchvision's.
+    A few boxes are separated by an offset per group, which costs their coordinates some last bits; many are processed group by
+    group, exactly. The choice can change the result, so the limit is torchvision's.
     """
     if not len(boxes):
         return groups.new_empty(0)

@@ -85,9 +85,10 @@ def _padded(size: Size, divisor: int) -> Size:
 
 
 def make_canvas(images: Sequence[Tensor], config: ModelConfig, min_size: int, device: torch.device) -> Canvas:
-    """Places images on canvases that are large enough for each of them.
+    """Returns a batch of images on canvases that are large enough for each of them.
 
-    images: uint8 (3, H, W) of any sizes; they are sent to the device as bytes, in one copy.
+    images: uint8 (3, H, W) of any sizes; they are sent to the device as bytes, in one copy. min_size: length of the shorter
+    side on the canvas, in pixels.
     """
     originals = [(image.shape[-2], image.shape[-1]) for image in images]
     targets = [resized_size(size, min_size, config) for size in originals]
@@ -121,8 +122,9 @@ def filled_up(pixels: Tensor, places: int) -> Tensor:
 def _to_device(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Returns the images on the device; host images are packed into a single transfer of bytes.
 
-    Decoders store the three bytes of a pixel together, and so they travel: reordering them on the host takes ten times as long
-    as copying them. They are packed in pinned memory, which torch keeps for the next batch; new memory has to be mapped first.
+    Decoders store the three bytes of a pixel together, and they are sent in that order: reordering them on the host takes ten
+    times as long as copying them. They are packed in pinned memory, which torch keeps for the next batch; new memory would have
+    to be mapped first.
     """
     if any(image.device.type != "cpu" for image in images):
         return [sent(image, device) for image in images]
@@ -157,7 +159,7 @@ def resize_like_pillow(image: Tensor, size: Size) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pillow_taps(size: int, length: int) -> tuple[Tensor, Tensor]:
-    """Returns what each of `length` pixels sums out of `size` pixels: places int64 and weights int32, both (taps, length).
+    """Returns which of `size` pixels each of `length` pixels sums: indices int64 and weights int32, both (taps, length).
 
     The filter is a triangle around the pixel's centre, two pixels of the coarser grid wide.
     """

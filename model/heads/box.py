@@ -60,10 +60,10 @@ class BoxHead(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, labels: Tensor, positive: Tensor, boxes: Tensor, goals: Tensor
     ) -> dict[str, Tensor]:
-        """Cross-entropy over the classes, smooth L1 over the positives' own class (section 3: L_cls + L_box).
+        """Returns cross-entropy over the classes and smooth L1 over the positives' own class (section 3: L_cls + L_box).
 
-        logits (R, classes), deltas (R, classes, 4); labels int64 (R,), 0 for background; positive: rows of the
-        others, int64; boxes float32 (R, 4) the regions; goals float32 (R, 4) their ground truth, ignored for background.
+        logits (R, classes); deltas (R, classes, 4); labels int64 (R,), 0 for background; positive: int64, rows of the others;
+        boxes float32 (R, 4), the regions; goals float32 (R, 4), their ground truth, ignored for background.
         """
         targets = self.coder.encode(goals[positive], boxes[positive])
         moves = deltas[positive, labels[positive]].float()

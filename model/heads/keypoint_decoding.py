@@ -21,14 +21,14 @@ from masklake.model.devices import to_host
 
 CUBIC = -0.75  # torch's bicubic coefficient
 MAX_SIDE = 1 << 14  # positions sampled along a box's side; only larger boxes are sampled more coarsely than every pixel
-MAPS_PER_CHUNK = 512  # bounds the memory for control points to some 200 MB where every patch is a candidate
-SMALL_SIDE = 64  # pixels of a box's sides up to which resizing costs less than the search: its pixels are the coarser grid
-VALUES_PER_CHUNK = 1 << 20  # pixels evaluated at once
-NOISY = 1 / 32  # of the values: maps with peaks have fewer that could belong to the maximum, noise has many
-NOISY_SIDE = 112  # pixels of a box's sides up to which resizing noise costs less than searching it
-FLAT_PATCHES = 512  # a map: more may hold the maximum of constant or saturated maps alone, which are resized person by person,
-FLAT_PIXELS = 1 << 20  # in boxes up to this size
-MAPS_IN_CACHE = 32  # bounded at once
+MAPS_PER_CHUNK = 512  # limits the memory for control points to some 200 MB if every patch is a candidate
+SMALL_SIDE = 64  # maximum side of a box, in pixels, for which resizing is cheaper than searching
+VALUES_PER_CHUNK = 1 << 20  # number of pixels evaluated at once
+NOISY = 1 / 32  # share of a map's values that may belong to the maximum: fewer in maps with peaks, more in noise
+NOISY_SIDE = 112  # maximum side of a box, in pixels, for which resizing noise is cheaper than searching it
+FLAT_PATCHES = 512  # candidates per map that only constant or saturated maps exceed; these are resized person by person,
+FLAT_PIXELS = 1 << 20  # in boxes of at most this many pixels
+MAPS_IN_CACHE = 32  # number of maps whose patches are bounded at once
 
 _OVERSHOOT = -CUBIC / 4  # the two outer neighbours' weights are negative and sum to this at most
 _TANGENT = np.float32(-CUBIC / 3)  # distance of the inner Bezier control points, in differences of neighbours
@@ -249,8 +249,8 @@ def _pixels_of(cell: Longs, pixels: Longs, side: int) -> tuple[Longs, Longs]:
 
 
 def _split(order: Longs, areas: Longs) -> list[Longs]:
-    """Yields patches sorted by their number of pixels, in parts that stay small even if all patches were as large as the
-    largest.
+    """Returns `order` (patches sorted by their number of pixels) in parts, each with at most VALUES_PER_CHUNK pixels if all of
+    its patches were as large as its largest.
     """
     parts, start = [], 0
     while start < len(order):
@@ -262,7 +262,7 @@ def _split(order: Longs, areas: Longs) -> list[Longs]:
 
 
 def _evaluate(patches: Floats, cell: Longs, first: Longs, last: Longs, pixels: Longs, side: int) -> Floats:
-    """The patches at their pixels: (c, rows, columns), a patch's last pixel again where others have more."""
+    """Returns the values of patches at their pixels, (c, rows, columns); patches with fewer pixels repeat their last one."""
     columns, rows = (last - first).max(0).tolist()
     weights: list[Any] = []
     for axis, count in ((0, columns), (1, rows)):

@@ -15,17 +15,17 @@ from torch import Tensor
 BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FARTHEST = 1 << 20
-"""In feature pixels: a RoI that reaches farther from the map's corner is not a region of any image, and pools to zeros."""
+"""Maximum coordinate of a RoI, in feature pixels: one that reaches farther cannot belong to an image, and its bins are zero."""
 TRITON_LEVELS = 5  # P2 to P6: each is a pointer argument of the kernels
 
 
 def empty_pooled(features: Sequence[Tensor], rois: int, output_size: int) -> Tensor:
-    """Returns an uninitialised (R, C, P, P) in channels_last memory, whatever the features' own order is."""
+    """Returns an uninitialised tensor (R, C, P, P) in channels_last memory, for any memory format of the features."""
     return features[0].new_empty((rois, output_size, output_size, features[0].shape[1])).permute(0, 3, 1, 2)
 
 
 def empty_gradient(feature: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns an uninitialised gradient of a level, in channels_last memory whatever the level's own order is."""
+    """Returns an uninitialised gradient of a level, in channels_last memory for any memory format of the level."""
     batch, channels, height, width = feature.shape
     return feature.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
@@ -37,8 +37,8 @@ def warn_once(message: str) -> None:
 
 
 def triton_or_reference(device: str, lack: str) -> Literal["triton", "reference"]:
-    """Returns the implementation of an operator for this device; warns once if it is the slow one. lack: what no kernel does
-    there.
+    """Returns the implementation of an operator for this device; warns once if it is the slow one. lack: what the operator
+    does, for the warning.
     """
     if device == "cuda":
         return "triton"

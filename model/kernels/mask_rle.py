@@ -1,7 +1,7 @@
 """Finds where pasted masks change: one operator for the masks of a whole batch, Triton on CUDA and the reference elsewhere.
 
-Run-length encodings are made of these changes, so neither pasted masks nor the small ones have to leave the device. Registered
-with torch as `torch.ops.masklake.mask_edges`. On a CPU, `model.masks.rle` computes the same edges with less work.
+Run-length encodings follow from these changes, so no mask has to leave the device. Registered with torch as
+`torch.ops.masklake.mask_edges`. On a CPU, `model.masks.rle` computes the same edges with less work.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Path = Literal["triton", "reference"]
 
 
 def mask_edges(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int) -> tuple[Tensor, Tensor]:
-    """List the pixels at which masks, pasted into their images and cut at a threshold, change between 0 and 1.
+    """Returns the pixels at which masks, pasted into their images and thresholded, change between 0 and 1.
 
-    masks: (N, m, m), floating; resized in float32. boxes: (N, 4), xyxy in the images' pixels. sizes: int64 (N, 2), height and
-    width of each mask's image, on the masks' device. A pixel is set where the mask, padded by a cell of zeros and resized
-    bilinearly to its box (grown alike and truncated to whole pixels: torchvision's convention), is greater than ``threshold``.
-    widest: the largest width in ``sizes``. room: how many edges to return at most.
+    masks: floating point (N, m, m); resized in float32. boxes: (N, 4), xyxy in pixels of the images. sizes: int64 (N, 2),
+    height and width of each mask's image, on the masks' device. A pixel is set if the mask, padded by a cell of zeros and
+    resized bilinearly to its box (enlarged likewise and truncated to whole pixels: torchvision's convention), is greater than
+    `threshold`. widest: the largest width in `sizes`. room: maximum number of edges to return.
 
-    Returns int64 counts (N,) of each mask's edges, and edges (room,): their positions in column-major order (x * height + y),
-    ascending within a mask, mask after mask, zeros behind them. If the counts sum to more than ``room``, the edges beyond are
-    missing. A run that reaches the image's last pixel has no edge behind it. Masks whose box is not finite or lies outside
-    its image have none. Raises ValueError for shapes that do not fit.
+    Returns counts, int64 (N,), the number of edges of each mask, and edges, int64 (room,): their positions in column-major
+    order (x * height + y), ascending within a mask, mask after mask, then zeros. If the counts sum to more than `room`, the
+    remaining edges are missing. A run that reaches the last pixel of the image has no edge at its end. Masks whose box is not
+    finite or lies outside the image have no edges. Raises ValueError for shapes that do not fit.
     """
     if masks.dim() != 3 or masks.shape[1] != masks.shape[2] or boxes.shape != (len(masks), 4) or sizes.shape != (len(masks), 2):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Masks pasted into their images and where they change, slow and obvious: one whole image at a time.
 
-The definition that the Triton kernel is tested against: torchvision's `paste_masks_in_image` with a threshold, then what
-`pycocotools.mask.encode` reads. Shape letters: N masks, m mask side.
+The definition that the Triton kernel is tested against: torchvision's `paste_masks_in_image` with a threshold, then the
+positions at which runs begin in `pycocotools.mask.encode`. Shape letters: N masks, m mask side.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ PADDING = 1  # zero cells around the mask before it is resized
 def mask_edges_reference(
     masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int
 ) -> tuple[Tensor, Tensor]:
-    """Paste every mask into an image of zeros and list its changes; see `mask_edges` for the arguments.
+    """Pastes every mask into an image of zeros and returns its changes; see `mask_edges` for arguments and results.
 
-    Resized on the CPU whatever the device is: its bits are those that labels are compared by.
+    Masks are resized on the CPU for any device: its bits define the result.
     """
     found = [
         _edges(_pasted(mask, box, height, width, threshold))
@@ -30,7 +30,7 @@ def mask_edges_reference(
 
 
 def _pasted(mask: Tensor, box: Tensor, height: int, width: int, threshold: float) -> Tensor:
-    """Bool (height, width): one mask (m, m), padded, resized to its grown box and cut at the threshold."""
+    """Returns bool (height, width): one mask (m, m), padded, resized to its enlarged box and thresholded."""
     image = torch.zeros((height, width), dtype=torch.bool)
     grown = _grown(box, len(mask))
     if not bool(torch.isfinite(grown).all()):
@@ -45,7 +45,7 @@ def _pasted(mask: Tensor, box: Tensor, height: int, width: int, threshold: float
 
 
 def _grown(box: Tensor, side: int) -> Tensor:
-    """A box (4,) as much larger as the padded mask is than the mask, in float32."""
+    """Returns a box (4,), enlarged by the ratio of the padded mask to the mask, in float32."""
     x1, y1, x2, y2 = box.unbind()
     scale = (side + 2 * PADDING) / side
     half_w, half_h = (x2 - x1) * 0.5 * scale, (y2 - y1) * 0.5 * scale
@@ -54,6 +54,6 @@ def _grown(box: Tensor, side: int) -> Tensor:
 
 
 def _edges(image: Tensor) -> Tensor:
-    """int64 (E,): positions in column-major order where pixels (H, W) differ from the one before, which begins as zero."""
+    """Returns int64 (E,): positions in column-major order at which pixels (H, W) differ from the previous one, at first zero."""
     flat = image.T.reshape(-1)
     return torch.nonzero(flat != torch.cat((flat.new_zeros(1), flat[:-1]))).flatten()

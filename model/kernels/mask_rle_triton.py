@@ -1,20 +1,21 @@
-"""Where pasted masks change, on the GPU: two Triton launches that walk down the columns of all masks at once.
+"""Finds where pasted masks change on the GPU: two Triton launches that walk down the columns of all masks at once.
 
 Each thread follows a stretch of one image column of one mask downwards and interpolates the small mask there; no pasted pixel
-is ever stored. The first launch counts a stretch's changes, a prefix sum says where each stretch's begin, the second launch
-walks again and writes them. A pixel costs some tens of instructions and no traffic, for the mask stays in the first cache.
+is ever stored. The first launch counts the changes of each stretch, a prefix sum gives the position of its first change, and
+the second launch walks again and writes them. A pixel costs some tens of instructions and no memory traffic, because the mask
+stays in the first-level cache.
 
-The arithmetic repeats torch's CPU resizing operation by operation in float32, with divisions rounded to nearest and fused
-multiply-adds where torch's code has them and nowhere else: a pixel near the threshold falls on the same side on both devices.
-torch resizes outputs whose sides sum to no more than 128 by other code, so there are two orders of operations. Both were found
-by comparing bits with torch 2.15 on x86 (AVX2, AVX-512). Where torch was compiled to fuse otherwise (x86 without FMA, other
-processors) a pixel within a unit in the last place of the threshold may differ.
+The arithmetic repeats torch's CPU resizing operation by operation in float32, with divisions rounded to nearest and with fused
+multiply-adds exactly where torch's code has them, so that a pixel near the threshold falls on the same side on both devices.
+torch uses other code for outputs whose sides sum to at most 128, so there are two orders of operations. Both were found by
+comparing bits with torch 2.15 on x86 (AVX2, AVX-512). If torch was compiled with other fused operations (x86 without FMA, other
+processors), a pixel within a unit in the last place of the threshold may differ.
 
 Shape letters: N masks, m mask side, E edges.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel's arguments are, Triton's compiler decides)
+# (the types of a kernel's arguments are known to Triton's compiler only)
 
 from __future__ import annotations
 
@@ -23,24 +24,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
-COLUMNS = 16  # image columns of a program: few threads idle beside a narrow box
-MAX_STRETCHES = 1 << 24  # counted at once, 12 bytes each: bounds the memory for many masks in wide images
-STRETCHES = 8  # of a column, walked side by side: a walk's length is what a launch takes
+FAR = 1e9  # pixels; coordinates are clamped to it so that integer arithmetic cannot overflow
+COLUMNS = 16  # image columns per program: few threads are idle beside a narrow box
+MAX_STRETCHES = 1 << 24  # maximum number counted at once, 12 bytes each: limits the memory for many masks in wide images
+STRETCHES = 8  # per column, walked in parallel: the length of a walk determines the time of a launch
 
 
 @triton.jit
 def _fused(a, b, c):
-    """a * b + c, rounded once to float32: the product is exact in float64, so fusing there changes nothing.
+    """Returns a * b + c, rounded once to float32: the product is exact in float64.
 
-    Not `tl.fma`, which the interpreter rounds twice. The sum's own rounding in float64 shows once in some 2**28 times.
+    Not `tl.fma`, which the interpreter rounds twice. The rounding of the sum in float64 changes one result in about 2**28.
     """
     return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def _neighbours(pixel, pixels, small, SIDE: tl.constexpr):
-    """Cells of the padded mask on both sides of a pixel of the box, and their weights; ``pixels`` is the box's extent."""
+    """Returns the cells of the padded mask on both sides of a pixel of the box, and their weights. pixels: size of the box."""
     step = tl.div_rn(tl.full(pixel.shape, SIDE + 2, tl.float32), pixels.to(tl.float32))
     centre = pixel.to(tl.float32) + 0.5
     at = step * centre - 0.5
@@ -48,7 +49,7 @@ def _neighbours(pixel, pixels, small, SIDE: tl.constexpr):
         at = _fused(centre, step, tl.full(pixel.shape, -0.5, tl.float32))
     at = tl.maximum(at, 0.0)
     low = tl.minimum(at.to(tl.int64), SIDE + 1)
-    # Equal sizes are copied: the next cell weighs nothing, but it might be no number.
+    # Equal sizes are copied: the next cell has no weight, but it might be NaN.
     high = tl.where(pixels == SIDE + 2, low, tl.minimum(low + 1, SIDE + 1))
     upper = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
     return low, high, 1.0 - upper, upper
@@ -56,7 +57,7 @@ def _neighbours(pixel, pixels, small, SIDE: tl.constexpr):
 
 @triton.jit
 def _cell(mask, mask_y, mask_x, y, x, wanted, SIDE: tl.constexpr):
-    """Cells of the mask padded by one zero on each side."""
+    """Returns cells of the mask, padded by one zero on each side."""
     inside = wanted & (y >= 1) & (y <= SIDE) & (x >= 1) & (x <= SIDE)
     return tl.load(mask + (y - 1) * mask_y + (x - 1) * mask_x, mask=inside, other=0.0)
 
@@ -80,7 +81,7 @@ def _above(
     threshold,
     SIDE: tl.constexpr,
 ):
-    """int32: 1 where the pixel of a row and column is set, 0 elsewhere and outside the visible part of the box."""
+    """Returns int32: 1 if the pixel of a row and column is set; 0 if not, or outside the visible part of the box."""
     visible = wanted & (row >= top) & (row < bottom)
     y_low, y_high, y_lower, y_upper = _neighbours(row - y0, box_h, small, SIDE)
     top_left = _cell(mask, mask_y, mask_x, y_low, x_low, visible, SIDE)
@@ -123,7 +124,7 @@ def _walk_kernel(
     number = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1).to(tl.int64) * (COLUMNS * STRETCHES) + tl.arange(0, COLUMNS * STRETCHES)
     zero = tl.full((COLUMNS * STRETCHES,), 0, tl.int64)
-    # Blocks where scalars would do: the interpreter loses the type of a scalar comparison when it is broadcast.
+    # Blocks instead of scalars: the interpreter loses the type of a scalar comparison when it is broadcast.
     region = regions + number * 10 + zero
     x0, y0 = tl.load(region), tl.load(region + 1)
     box_w, box_h = tl.load(region + 2), tl.load(region + 3)
@@ -181,7 +182,7 @@ def _walk_kernel(
 def mask_edges_triton(
     masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float, widest: int, room: int
 ) -> tuple[Tensor, Tensor]:
-    """Find where every pasted mask changes, two launches for all that MAX_STRETCHES lets through; see `mask_edges`."""
+    """Finds where every pasted mask changes, with two launches per MAX_STRETCHES; see `mask_edges`."""
     edges = masks.new_zeros((room,), dtype=torch.int64)
     if len(masks) == 0:
         return edges.new_zeros(0), edges
@@ -211,7 +212,7 @@ def _walk(
     edges: Tensor,
     write: bool,
 ) -> None:
-    """One launch: count the changes of every stretch, or write them where ``ends`` says that they end."""
+    """Launches the kernel once: counts the changes of every stretch, or writes them. ends: one past the last of each stretch."""
     with torch.cuda.device_of(masks):  # Triton launches on the current device
         _walk_kernel[len(masks), triton.cdiv(widest, COLUMNS)](
             masks,
@@ -232,11 +233,12 @@ def _walk(
 
 
 def _regions(boxes: Tensor, sizes: Tensor, side: int) -> Tensor:
-    """int64 (N, 10) of boxes float32 (N, 4) and image sizes int64 (N, 2): x, y, width and height of the box in whole pixels,
-    first and last visible column and row (the last ones exclusive; equal where nothing is visible), the image's height, width.
+    """Returns int64 (N, 10) for boxes float32 (N, 4) and image sizes int64 (N, 2): x, y, width and height of the box in whole
+    pixels, first and last visible column, first and last visible row (the last ones exclusive; equal if nothing is visible),
+    height and width of the image.
 
-    Boxes grow like their masks by padding and are truncated towards zero, both corners inclusive. Operation by operation in
-    torch: a fused one would round once less and now and then move a box by a pixel.
+    Boxes are enlarged like their padded masks and truncated towards zero, both corners inclusive. Computed with torch,
+    operation by operation: a fused operation would round once less and could move a box by a pixel.
     """
     half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (float(side + 2) / side)
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5

@@ -1,6 +1,6 @@
-"""Registers our operators with torch: what `torch.library.custom_op` does, without its cost.
+"""Registers our operators with torch, like `torch.library.custom_op` but without its cost.
 
-The decorator's operators load torch's compiler at their first call, in every process that labels an image.
+Operators of that decorator load torch's compiler at their first call, in every process that labels an image.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def register(
     keep: Callable[..., None] | None = None,
     differentiate: Callable[..., Any] | None = None,
 ) -> Any:
-    """Make a function the operator `torch.ops.masklake.<its name>`, without its leading underscore, and return that.
+    """Registers a function as the operator `torch.ops.masklake.<name>`, without its leading underscore; returns the operator.
 
-    run: serves every device; its annotations are the schema. It returns new tensors and changes none. fake: gives the results'
-    shapes, strides and dtypes for tensors without data. keep, differentiate: `setup_context` and the derivative as
-    `torch.library.register_autograd` takes them; without them a derivative is an error.
+    run: the implementation for every device; its annotations are the schema. It returns new tensors and modifies none. fake:
+    returns results with the right shapes, strides and dtypes for tensors without data. keep, differentiate: `setup_context` and
+    `backward` of `torch.library.register_autograd`; without them, differentiating is an error.
     """
     name = f"{NAMESPACE}::{run.__name__.removeprefix('_')}"
 
-    def refuse(ctx: Any, *grads: Any) -> None:  # gradients and the edges of masks: learning ends there
+    def refuse(ctx: Any, *grads: Any) -> None:  # gradients themselves and the edges of masks
         raise NotImplementedError(f"{name} cannot be differentiated")
 
     IMPLEMENTATIONS[name] = run
@@ -44,7 +44,7 @@ def register(
 
 
 def _uncompiled(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as torch.compile leaves it alone, where that is loaded at all."""
+    """Returns the function, excluded from torch.compile if that is loaded."""
 
     def apart(*arguments: Any) -> Any:
         if "torch._dynamo" in sys.modules:

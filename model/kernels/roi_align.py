@@ -1,7 +1,7 @@
 """Dispatches RoIAlign: Triton on CUDA, an embedding bag on the CPU, and a general implementation for everything else.
 
-The operator is registered with torch (`torch.ops.masklake.roi_align`), so that autograd, torch.compile and export treat it as
-one of their own.
+The operator is registered with torch (`torch.ops.masklake.roi_align`), so that it works with autograd, torch.compile and
+export.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ def roi_align(
     aligned: bool = False,
     mode: PoolMode = "avg",
 ) -> Tensor:
-    """Pool each RoI to P x P bins by bilinear sampling without any quantisation (Mask R-CNN, section 3, "RoIAlign").
+    """Pools each RoI to P x P bins by bilinear sampling without any quantisation (Mask R-CNN, section 3, "RoIAlign").
 
     features: pyramid levels, (B, C, Hl, Wl) each, of one dtype and device; channels_last memory is fastest.
-    rois: (R, 5) as image index, x1, y1, x2, y2 in canvas pixels. levels: int64 (R,), each RoI's index into ``features``.
+    rois: (R, 5) as image index, x1, y1, x2, y2 in canvas pixels. levels: int64 (R,), each RoI's index into `features`.
     scales: feature pixels per canvas pixel of each level. output_size: P.
-    sampling_ratio: samples along a bin's side; 0 or less (torchvision's -1) for as many as the bin has feature pixels.
-    aligned: shift by half a pixel so that pixel centres lie at .5 (Detectron2); without it RoIs are at least one feature
-    pixel large (torchvision's Mask R-CNN). mode: mean or largest of a bin's samples.
+    sampling_ratio: samples along each side of a bin; 0 or less (torchvision's -1): as many as the bin has feature pixels.
+    aligned: whether to shift by half a pixel, so that pixel centres lie at .5 (Detectron2); without it, RoIs are at least one
+    feature pixel large (torchvision's Mask R-CNN). mode: mean or maximum of the samples of a bin.
 
-    Returns (R, C, P, P) in the features' dtype and channels_last memory. RoIs that are not finite, reach a million feature
-    pixels away, or name an image or a level that does not exist, give zeros, as do samples farther than a pixel outside the
-    map. Differentiable in the features; gradients repeat bit for bit on the CPU, and on CUDA under
-    `torch.use_deterministic_algorithms`. Autocast casts nothing here. Raises ValueError for arguments that do not fit together.
+    Returns (R, C, P, P) in the features' dtype and channels_last memory. Bins are zero for RoIs that are not finite, reach
+    farther than FARTHEST, or belong to an image or a level that does not exist; samples farther than a pixel outside the map
+    are zero. Differentiable in the features; gradients are reproducible bit by bit on the CPU, and on CUDA under
+    `torch.use_deterministic_algorithms`. Autocast does not change dtypes here. Raises ValueError for arguments that do not fit
+    together.
     """
     _validate(features, rois, levels, scales, output_size, mode)
     pooled: Tensor = _FORWARD(
@@ -113,7 +114,7 @@ _AUTOCAST = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _run_without_autocast(operator: Any, device: str) -> None:
-    """The operator's rule for autocast: it runs as it is called.
+    """Registers the operator for autocast, without any conversion of its arguments.
 
     Coordinates in half precision would be wrong by pixels, and the features' dtype is the caller's choice.
     """
@@ -142,7 +143,7 @@ def choose_path(device: str, dtype: torch.dtype, levels: int) -> Path:
 
 
 def choose_backward_path(path: Path, deterministic: bool) -> Path:
-    """Returns the implementation for the gradient of what `path` pooled: the bag runs on every device without atomics."""
+    """Returns the implementation for the gradient, given that of the forward pass: only the bag is deterministic on a GPU."""
     return "bag" if deterministic and path == "triton" else path
 
 
@@ -164,7 +165,7 @@ def _backward(path: Path) -> Callable[..., list[Tensor]]:
 
 
 def _reference_backward(grad: Tensor, features: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    """Gradients in dtypes that only float32 arithmetic can serve."""
+    """Returns the gradients for dtypes that the bag does not support, computed in float32."""
     grads = roi_align_cpu_backward(grad.float(), [f.float() for f in features], *arguments)
     return [g.to(f.dtype) for g, f in zip(grads, features, strict=True)]
 

@@ -1,17 +1,17 @@
 """RoIAlign as an embedding bag: the CPU path.
 
-A channels-last feature map is a table of B*H*W rows and C columns. Every bin of every RoI is a weighted sum of rows:
-samples with four bilinear corners each. `torch.nn.functional.embedding_bag` computes such sums with vectorised, threaded
-code in float32 and bfloat16, where the usual operator walks the channels one by one.
+A channels-last feature map is a table of B*H*W rows and C columns. Every bin of every RoI is a weighted sum of rows: samples
+with four bilinear corners each. `torch.nn.functional.embedding_bag` computes such sums with vectorised, threaded code in
+float32 and bfloat16, whereas torchvision's operator visits the channels one by one.
 
-Rows and weights of a bin are the outer product of those along y and x. Adaptive samples lie so close that they share
-neighbours: there an axis keeps each neighbour once, with the sum of its weights.
+The rows and weights of a bin are the outer product of those along y and x. Adaptive samples are so close that they share
+neighbours: along each axis a neighbour is then kept once, with the sum of its weights.
 
-The backward pass is the same operation transposed: a row of the table's gradient is a weighted sum of output bins, so it
-is deterministic and needs no atomics.
+The backward pass is the same operation transposed: a row of the table's gradient is a weighted sum of output bins. It is
+deterministic and needs no atomics.
 
-Shape letters: R RoIs, r RoIs of one group, B images, C channels, H x W a level's map, P bins a side, G samples along a
-bin's side, K neighbours of a bin along an axis.
+Shape letters: R RoIs, r RoIs of one group, B images, C channels, H x W pixels of a level's map, P bins per side, G samples
+along each side of a bin, K neighbours of a bin along an axis.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from masklake.model.kernels.layout import FARTHEST, empty_gradient
 
-# Rows gathered by one bag call: bounds the memory for indices and keeps a chunk's output in the cache while it is copied.
 ROWS_PER_CHUNK = 1 << 17
-# Canvas pixels: RoIs with centres in the same band are visited one after another.
+"""Number of rows gathered by one call: limits the memory for indices, and keeps the output in the cache while it is copied."""
 BAND = 64
-# Sampling lines of a bin that are worked out at once, for all RoIs: each has as many as the one that needs most.
+"""Height of a band in canvas pixels: RoIs with centres in the same band are visited one after another."""
 LINES_PER_CHUNK = 1 << 18
+"""Number of sampling lines computed at once; every RoI takes as many as the RoI that needs most."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a RoI is sampled: P bins a side, samples along a bin's side (0: as many as feature pixels), half-pixel shift."""
+    """How RoIs are sampled: P, samples along each side of a bin (0: as many as feature pixels), half-pixel shift."""
 
     output_size: int
     sampling_ratio: int
@@ -52,11 +52,11 @@ def roi_align_cpu(
     aligned: bool = False,
     mode: str = "avg",
 ) -> Tensor:
-    """Pool every RoI from its level; see `roi_align` for the arguments.
+    """Pools every RoI from its level; see `roi_align` for the arguments.
 
-    Returns (R, C, P, P) in the features' dtype and channels_last memory (the order in which bins are computed).
-    Channels-last features are read in place, others are copied to that order first. Indices and weights are computed in
-    float32 (float64 for float64 features), sums in float32 at least. Not differentiable by itself.
+    Returns (R, C, P, P) in the features' dtype and channels_last memory. Channels-last features are read in place, others are
+    copied to that order first. Indices and weights are computed in float32 (float64 for float64 features), sums in at least
+    float32. Not differentiable by itself.
     """
     bins, channels = output_size**2, features[0].shape[1]
     pooled = features[0].new_empty((len(rois), bins, channels))
@@ -86,9 +86,9 @@ def roi_align_cpu_backward(
     aligned: bool = False,
     mode: str = "avg",
 ) -> list[Tensor]:
-    """Gradients of the levels for ``grad`` (R, C, P, P), in channels_last memory; deterministic on every device.
+    """Returns the gradients of the levels for `grad` (R, C, P, P), in channels_last memory; deterministic on every device.
 
-    Indices and weights are computed again: that costs less than the memory to keep them.
+    Indices and weights are computed again, which costs less than the memory to keep them.
     """
     if grad.numel() == 0:
         return [empty_gradient(f, f.dtype).zero_() for f in features]
@@ -100,9 +100,9 @@ def roi_align_cpu_backward(
 
 @dataclass(frozen=True)
 class _Bags:
-    """Weighted sums of table rows that one call computes, in the order of their RoIs and bins (and, for max, samples).
+    """The weighted sums of table rows that one call computes, in the order of RoIs and bins (and samples, for the maximum).
 
-    members: int64 (r,), positions among all RoIs. rows, weights: (n, k) for n sums of k rows each.
+    members: int64 (r,), indices among all RoIs. rows, weights: (n, k) for n sums of k rows each.
     """
 
     level: int
@@ -113,10 +113,10 @@ class _Bags:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where the sampling lines of some RoIs lie along one axis of their maps.
+    """The sampling lines of some RoIs along one axis of their maps.
 
-    near: int64 (r, P, G, 2), both neighbours of each line. weights: theirs, zero for lines that do not count.
-    grid: int64 (r,), how many of the G lines of a bin exist. size: int64 (r,), pixels of the map along the axis.
+    near: int64 (r, P, G, 2), both neighbours of each line. weights: their weights (r, P, G, 2), zero for lines that do not
+    count. grid: int64 (r,), number of the G lines of a bin that exist. size: int64 (r,), pixels of the map along the axis.
     """
 
     near: Tensor
@@ -128,18 +128,20 @@ class _Axis:
         return _Axis(self.near[chosen], self.weights[chosen], self.grid[chosen], self.size[chosen])
 
     def spans(self) -> Tensor:
-        """int64 (r,): how many neighbours lie between the first and the last of a bin, at most; for extents above zero."""
+        """Returns int64 (r,): the maximum number of neighbours from the first to the last of a bin. Each RoI must have lines."""
         return (self.near[:, :, -1, 1] - self.near[:, :, 0, 0]).amax(1) + 1
 
     def merged(self, count: int) -> tuple[Tensor, Tensor]:
-        """Neighbours and mean weights (r, P, K) of bins that span at most ``count``, each once; for extents above zero."""
+        """Returns neighbours, each once, and mean weights (r, P, K) of bins that span at most K = `count` neighbours. Each RoI
+        must have lines.
+        """
         first = self.near[:, :, 0, :1]
         weights = self.weights.new_zeros((*first.shape[:2], count))
         weights.scatter_add_(2, (self.near.flatten(2) - first), self._mean_weights())
         return (first + torch.arange(count, device=first.device)).minimum(self.size.view(-1, 1, 1) - 1), weights
 
     def separate(self) -> tuple[Tensor, Tensor]:
-        """Neighbours and mean weights (r, P, K) of bins, two for each line."""
+        """Returns neighbours and mean weights (r, P, K) of bins, two for each line."""
         return self.near.flatten(2), self._mean_weights()
 
     def _mean_weights(self) -> Tensor:
@@ -148,9 +150,9 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Some RoIs, level by level, and where they are sampled.
+    """Some RoIs, level by level, and their sampling lines.
 
-    members: int64 (r,), positions among all RoIs. levels, images: int64 (r,). numbers: the dtype of table rows' numbers.
+    members: int64 (r,), indices among all RoIs. levels, images: int64 (r,). numbers: dtype of the indices of table rows.
     """
 
     members: Tensor
@@ -165,13 +167,13 @@ class _Sampled:
         return _Sampled(members, levels, images, self.y[chosen], self.x[chosen], self.numbers)
 
     def first_rows(self, near_y: Tensor) -> Tensor:
-        """Numbers in the level's table of the first pixels of the map's lines ``near_y`` (r, ...)."""
+        """Returns the table rows, (r, ...), of the first pixels of the map's lines `near_y` (r, ...)."""
         shape = (-1, *[1] * (near_y.dim() - 1))
         lines = near_y + (self.images * self.y.size).view(shape)
         return (lines * self.x.size.view(shape)).to(self.numbers)
 
     def parts(self, rois: int) -> Iterator[tuple[int, slice]]:
-        """Levels, and runs of at most ``rois`` RoIs that lie on them."""
+        """Yields levels, each with a slice of at most `rois` RoIs on that level."""
         start = 0
         for level, count in enumerate(torch.bincount(self.levels).tolist()):
             for first in range(start, start + count, rois):
@@ -180,10 +182,10 @@ class _Sampled:
 
 
 def _visiting_order(rois: Tensor, levels: Tensor) -> Tensor:
-    """An order int64 (R,) of RoIs, level by level, in which the next one overlaps the last ones: to the right and back again.
+    """Returns an order of RoIs, int64 (R,), level by level, in which neighbours overlap: bands from left to right and back.
 
-    What it reads is still in the cache then. With a thousand RoIs on the finest level a pass takes a fifth less time in
-    bfloat16 and a quarter less in float32; no result depends on it.
+    Their rows are then still in the cache. With a thousand RoIs on the finest level a pass takes a fifth less time in bfloat16
+    and a quarter less in float32; results do not depend on it.
     """
     image, x1, y1, x2, y2 = rois.double().unbind(1)
     x, band = (x1 + x2) / 2, ((y1 + y2) / 2).div(BAND, rounding_mode="floor")
@@ -195,7 +197,7 @@ def _visiting_order(rois: Tensor, levels: Tensor) -> Tensor:
 def _bags(
     features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], sampling: Sampling, mode: str
 ) -> Iterator[_Bags]:
-    """Everything to sum. RoIs that are not finite or far away, have no samples, or no such image or level, are in no bag."""
+    """Yields all sums. RoIs that are not finite, too far away, without samples, or of an unknown image or level are left out."""
     exact = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
     maps = exact.new_tensor([(scale, f.shape[3], f.shape[2]) for scale, f in zip(scales, features, strict=True)])
     reach = exact[:, 1:].abs() * maps[levels.clamp(0, len(features) - 1), :1]
@@ -205,7 +207,7 @@ def _bags(
     if not len(members):
         return
     members = members[_visiting_order(rois[members], levels[members])]
-    # 32 bits where they fit: half the traffic.
+    # 32 bits if they suffice: half the memory traffic.
     numbers = torch.int32 if max(f.shape[0] * f.shape[2] * f.shape[3] for f in features) < 2**31 else torch.int64
     split = _sample_bags if mode == "max" else _average_bags
     lines = sampling.sampling_ratio or 2 * int(reach[members].amax()) // sampling.output_size + 1  # at most
@@ -218,10 +220,10 @@ def _bags(
 
 
 def _axes(boxes: Tensor, maps: Tensor, sampling: Sampling) -> tuple[_Axis, _Axis]:
-    """The sampling lines along y and x of boxes (r, 4), in the original operator's order of arithmetic.
+    """Returns the sampling lines along y and x of boxes (r, 4), in torchvision's order of arithmetic.
 
-    maps (r, 3): the scale of each box's map, its width and its height. Lines farther than one pixel outside the map weigh
-    nothing; up to there the border's value holds.
+    maps: (r, 3), scale, width and height of each box's map. Lines more than one pixel outside the map have no weight; nearer
+    ones take the value at the border.
     """
     scaled = boxes * maps[:, :1] - (0.5 if sampling.aligned else 0.0)
     start, sizes = scaled[:, :2, None, None], (scaled[:, 2:] - scaled[:, :2])[..., None, None]  # (r, axis, bin, line)
@@ -232,7 +234,7 @@ def _axes(boxes: Tensor, maps: Tensor, sampling: Sampling) -> tuple[_Axis, _Axis
     grid = torch.full_like(bin_size, fixed) if fixed else bin_size.ceil().clamp(min=0)
     bin_index = torch.arange(sampling.output_size, dtype=boxes.dtype, device=boxes.device).view(-1, 1)
     line = torch.arange(fixed or max(1, int(grid.max())), dtype=boxes.dtype, device=boxes.device)
-    # Lines that do not exist repeat the last one that does, and weigh nothing.
+    # Lines that do not exist repeat the last one that does, without weight.
     repeated = line if fixed else torch.minimum(line, (grid - 1).clamp(min=0))
     step = (repeated + 0.5) * bin_size / (fixed or grid.clamp(min=1))
     at = start + bin_index * bin_size + step
@@ -252,7 +254,7 @@ def _axes(boxes: Tensor, maps: Tensor, sampling: Sampling) -> tuple[_Axis, _Axis
 
 
 def _average_bags(sampled: _Sampled, sampling: Sampling, dtype: torch.dtype) -> Iterator[_Bags]:
-    """One sum a bin: the mean of its samples."""
+    """Yields one sum per bin: the mean of its samples."""
     for group, (rows, row_weights), (columns, column_weights) in _outer_factors(sampled, sampling):
         neighbours = rows.shape[2] * columns.shape[2]
         factors = (*_repeated(group.first_rows(rows), columns.to(group.numbers)), *_repeated(row_weights, column_weights))
@@ -263,9 +265,10 @@ def _average_bags(sampled: _Sampled, sampling: Sampling, dtype: torch.dtype) -> 
 
 
 def _repeated(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Axes (r, P, Ky) and (r, P, Kx) as (r, P, 1, Ky*Kx) and (r, 1, P, Ky*Kx): what combines to each bin's neighbours.
+    """Returns values along the axes, (r, P, Ky) and (r, P, Kx), as (r, P, 1, Ky*Kx) and (r, 1, P, Ky*Kx), which broadcast to
+    the neighbours of each bin.
 
-    Written out beforehand, for torch is slow where its innermost loops are short.
+    They are written to memory first, because torch is slow if its innermost loops are short.
     """
     rois, bins, count_y = y.shape
     count_x = x.shape[2]
@@ -276,11 +279,11 @@ def _repeated(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _outer_factors(
     sampled: _Sampled, sampling: Sampling
 ) -> Iterator[tuple[_Sampled, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """RoIs that have equally many neighbours along y and along x, with these and their weights (r, P, K)."""
+    """Yields groups of RoIs with equal numbers of neighbours along y and x, and neighbours and weights (r, P, K) of both."""
     if sampling.sampling_ratio:
         yield sampled, sampled.y.separate(), sampled.x.separate()
         return
-    # Samples are at most a pixel apart here. Even numbers of neighbours, so that there are few different ones.
+    # Samples are at most a pixel apart here. Counts are rounded up to even numbers, so that there are few groups.
     counts = (torch.stack((sampled.y.spans(), sampled.x.spans()), dim=1) + 1) // 2 * 2
     for count_y, count_x in torch.unique(counts, dim=0).tolist():
         group = sampled[torch.nonzero((counts == counts.new_tensor((count_y, count_x))).all(1)).flatten()]
@@ -288,7 +291,7 @@ def _outer_factors(
 
 
 def _sample_bags(sampled: _Sampled, sampling: Sampling, dtype: torch.dtype) -> Iterator[_Bags]:
-    """One sum a sample, for RoIs that have equally many: four corners each."""
+    """Yields one sum of four corners per sample, for groups of RoIs with equal numbers of samples."""
     grids = torch.stack((sampled.y.grid, sampled.x.grid), dim=1)
     bins = sampling.output_size
     for lines_y, lines_x in torch.unique(grids, dim=0).tolist():
@@ -303,7 +306,7 @@ def _sample_bags(sampled: _Sampled, sampling: Sampling, dtype: torch.dtype) -> I
 
 
 def _average_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iterator[_Bags], bins: int) -> list[Tensor]:
-    """The bag transposed: every row of a level sums the bins that read it."""
+    """Returns the gradients for the mean, the bag transposed: every row of a level sums the bins that read it."""
     entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in features]
     for some in bags:
         outputs = _outputs(some, bins).to(some.rows.dtype)[:, None].expand_as(some.rows)
@@ -312,7 +315,7 @@ def _average_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iter
 
 
 def _max_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iterator[_Bags], bins: int) -> list[Tensor]:
-    """Each bin's gradient goes to the sample that was largest, and from there to its four corners."""
+    """Returns the gradients for the maximum: that of a bin goes to its largest sample, and from there to its four corners."""
     tables = [_table(f) for f in features]
     sum_dtype = torch.float64 if grad_table.dtype == torch.float64 else torch.float32
     sums = [torch.zeros_like(t, dtype=sum_dtype) for t in tables]
@@ -329,7 +332,7 @@ def _max_backward(grad_table: Tensor, features: Sequence[Tensor], bags: Iterator
 
 
 def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """Gradient (B, C, H, W) of a level: every table row sums the bins that read it, found by sorting the entries by row."""
+    """Returns the gradient (B, C, H, W) of a level: every table row sums the bins that read it, found by sorting by row."""
     table_rows = shape[0] * shape[2] * shape[3]
     if not entries:
         return _as_level(grad_table.new_zeros((table_rows, shape[1])), shape)
@@ -341,37 +344,37 @@ def _transposed_bag(grad_table: Tensor, entries: Sequence[tuple[Tensor, Tensor, 
 
 
 def _table(feature: Tensor) -> Tensor:
-    """(B, C, H, W) as (B*H*W, C): a view where the memory is channels-last, a copy otherwise.
+    """Returns (B, C, H, W) as (B*H*W, C): a view of channels-last memory, otherwise a copy.
 
-    Not `reshape`, which makes a single image's table a transposed view: the bag reads such a one a number at a time.
+    Not by `reshape`, which returns a transposed view for a single image: the bag reads that one number at a time.
     """
     return feature.permute(0, 2, 3, 1).contiguous().view(-1, feature.shape[1])
 
 
 def _as_level(table: Tensor, shape: torch.Size) -> Tensor:
-    """(B*H*W, C) as (B, C, H, W) in channels_last memory."""
+    """Returns (B*H*W, C) as (B, C, H, W) in channels_last memory."""
     batch, channels, height, width = shape
     return table.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of table rows: (n, C) for ``rows`` and ``weights`` of (n, k)."""
+    """Returns weighted sums of table rows, (n, C). rows, weights: (n, k)."""
     return F.embedding_bag(rows, table, per_sample_weights=weights.to(table.dtype), mode="sum")
 
 
 def _outputs(bags: _Bags, bins: int) -> Tensor:
-    """Row numbers int64 (r * P * P,) of the RoIs' bins in the pooled table."""
+    """Returns the row indices, int64 (r * P * P,), of the RoIs' bins in the pooled table."""
     return (bags.members[:, None] * bins + torch.arange(bins, device=bags.members.device)).view(-1)
 
 
 def _copy_rows(target: Tensor, members: Tensor, values: Tensor) -> None:
-    """Copy ``values`` to the RoIs ``members`` of ``target`` (R, ...), in elements as wide as fit: indexing costs by element."""
+    """Copies `values` to the RoIs `members` of `target` (R, ...), in wide elements, because indexing costs time per element."""
     rows, source = target.view(len(target), -1), values.view(len(members), -1)
     _widened(rows, rows.shape[1])[members] = _widened(source, rows.shape[1])
 
 
 def _widened(values: Tensor, together: int) -> Tensor:
-    """The same memory in the widest elements of which groups of ``together`` along the last axis are made."""
+    """Returns a view with the widest elements that divide groups of `together` values along the last axis."""
     for wide in (torch.complex128, torch.int64, torch.int32):
         if together * values.element_size() % wide.itemsize == 0:
             return values.view(wide)

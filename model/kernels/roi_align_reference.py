@@ -1,7 +1,7 @@
 """RoIAlign, slow and obvious: one RoI and one bin at a time (Mask R-CNN, section 3, "RoIAlign").
 
-The definition that the CPU path and the Triton kernel are tested against. Shape letters: R RoIs, B images, C channels,
-Hl x Wl a pyramid level, P output bins a side.
+The definition that the CPU path and the Triton kernel are tested against. Shape letters: R RoIs, B images, C channels, Hl x Wl
+pixels of a pyramid level, P output bins per side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def roi_align_reference(
     aligned: bool = False,
     mode: str = "avg",
 ) -> Tensor:
-    """Sample each RoI's bins bilinearly and pool the samples; see `roi_align` for the arguments.
+    """Samples the bins of each RoI bilinearly and pools the samples; see `roi_align` for the arguments.
 
     Returns (R, C, P, P) in the features' dtype, computed in float32 (float64 for float64 features). Differentiable in
     the features through ordinary torch operations.
@@ -45,9 +45,9 @@ def roi_align_reference(
 def _align_one(
     image: Tensor, box: Tensor, scale: float, output_size: int, sampling_ratio: int, aligned: bool, mode: str
 ) -> Tensor:
-    """Pool one box (x1, y1, x2, y2 in canvas pixels) of one feature map (C, H, W) to (C, P, P)."""
+    """Pools one box (x1, y1, x2, y2 in canvas pixels) of one feature map (C, H, W) to (C, P, P)."""
     zeros = image.new_zeros((image.shape[0], output_size, output_size))
-    if not bool(((box * scale).abs() <= FARTHEST).all()):  # as of numbers that are not finite
+    if not bool(((box * scale).abs() <= FARTHEST).all()):  # also for NaN
         return zeros
     x1, y1, x2, y2 = (box * scale - (0.5 if aligned else 0.0)).unbind()
     width, height = x2 - x1, y2 - y1
@@ -74,7 +74,7 @@ def _align_one(
 
 
 def _bilinear(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The value of (C, H, W) at one point; zero farther than one pixel outside, the border's value up to there."""
+    """Returns the value (C,) of a map (C, H, W) at one point; zero if it lies more than one pixel outside, else clamped."""
     height, width = image.shape[-2:]
     if y < -1 or y > height or x < -1 or x > width:
         return image.new_zeros(image.shape[0])

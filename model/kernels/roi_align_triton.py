@@ -1,16 +1,17 @@
 """RoIAlign on the GPU: one Triton launch for all RoIs of all pyramid levels.
 
-Each program pools one row of P bins of one RoI for a block of channels. It finds the RoI's level itself, so RoIs need no
-sorting and no gathering by level. Values of any supported dtype are accumulated in float32, addresses are 64-bit.
+Each program pools one row of P bins of one RoI for a block of channels. It looks up the level of the RoI itself, so RoIs are
+not sorted or gathered by level. Values of any supported dtype are accumulated in float32; addresses are 64-bit.
 
-Strides come from a table, for levels differ; so the compiler cannot see that channels lie together. WIDE says that they do, and
-that all other strides are multiples of 16: then threads load and add 16 bytes at once instead of one element.
+Strides come from a table, because they differ between levels, so the compiler cannot know that channels are contiguous. WIDE
+tells it that they are, and that all other strides are multiples of 16: threads then load and add 16 bytes at once instead of
+one element.
 
-Shape letters: R RoIs, B images, C channels, L levels, P output bins a side.
+Shape letters: R RoIs, B images, C channels, L levels, P output bins per side.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel's arguments are, Triton's compiler decides)
+# (the types of a kernel's arguments are known to Triton's compiler only)
 
 from __future__ import annotations
 
@@ -26,15 +27,17 @@ from torch import Tensor
 from masklake.model.kernels.layout import FARTHEST, TRITON_LEVELS, empty_gradient, empty_pooled
 
 FAR = tl.constexpr(FARTHEST)
-FORWARD_ELEMENTS = 4096  # of a program, bins times channels: what registers hold
-# Four a thread of at most eight warps: gradients are then read as the four sums that are added at once lie, and are not
-# shuffled between threads for every sample.
+FORWARD_ELEMENTS = 4096
+"""Bins times channels of a program: as many as registers can hold."""
 BACKWARD_ELEMENTS = 1024
+"""Bins times channels of a program: four per thread of at most eight warps. A thread then reads the gradients of the four sums
+that it adds at once, and they are not shuffled between threads for every sample.
+"""
 
 
 @triton.jit
 def _level_pointer(f0, f1, f2, f3, f4, level):
-    """The feature map of a level; levels that do not exist repeat the first one."""
+    """Returns the pointer to the feature map of a level; levels that do not exist repeat the first one."""
     pointer = f0
     if level == 1:
         pointer = f1
@@ -49,7 +52,7 @@ def _level_pointer(f0, f1, f2, f3, f4, level):
 
 @triton.jit
 def _layout(geometry, level, WIDE: tl.constexpr):
-    """Strides of a level's image, channel, row and column."""
+    """Returns the strides of a level's image, channel, row and column."""
     stride_b = tl.load(geometry + level * 6 + 2)
     stride_c = tl.load(geometry + level * 6 + 3)
     stride_y = tl.load(geometry + level * 6 + 4)
@@ -64,14 +67,14 @@ def _layout(geometry, level, WIDE: tl.constexpr):
 
 @triton.jit
 def _roi_geometry(rois, scales, roi, level, P: tl.constexpr, SAMPLING: tl.constexpr, ALIGNED: tl.constexpr):
-    """First corner, bin size and samples a bin of one RoI in feature pixels, and whether it is near the map."""
+    """Returns first corner and bin size of one RoI in feature pixels, its samples per bin, and whether it is near the map."""
     scale = tl.load(scales + level)
     offset = 0.5 if ALIGNED else 0.0
     x1 = tl.load(rois + roi * 5 + 1) * scale
     y1 = tl.load(rois + roi * 5 + 2) * scale
     x2 = tl.load(rois + roi * 5 + 3) * scale
     y2 = tl.load(rois + roi * 5 + 4) * scale
-    # False for what is not a number, too.
+    # False for NaN, too.
     near = (tl.abs(x1) <= FAR) & (tl.abs(y1) <= FAR) & (tl.abs(x2) <= FAR) & (tl.abs(y2) <= FAR)
     x1 = tl.where(near, x1, 0.0) - offset
     y1 = tl.where(near, y1, 0.0) - offset
@@ -92,7 +95,7 @@ def _roi_geometry(rois, scales, roi, level, P: tl.constexpr, SAMPLING: tl.conste
 
 @triton.jit
 def _place(rois, levels, roi, images, num_levels):
-    """A RoI's image and level, and whether both exist; they are 0 where not."""
+    """Returns image and level of a RoI, and whether both exist; otherwise both are 0."""
     level = tl.load(levels + roi)
     number = tl.load(rois + roi * 5)
     known = (level >= 0) & (level < num_levels) & (number >= 0) & (number < images)
@@ -101,7 +104,7 @@ def _place(rois, levels, roi, images, num_levels):
 
 @triton.jit
 def _corners(at, size):
-    """Both neighbours, their weights and whether the sample counts, along one axis of ``size`` pixels."""
+    """Returns both neighbours, their weights and whether the sample counts, along one axis of `size` pixels."""
     counts = (at >= -1.0) & (at <= size)
     at = tl.minimum(tl.maximum(at, 0.0), (size - 1).to(tl.float32))
     low = at.to(tl.int64)
@@ -112,7 +115,7 @@ def _corners(at, size):
 
 @triton.jit
 def _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x):
-    """Values of (P2, BLOCK_C) at the points y, x (P2,), zero where a point or an element does not count."""
+    """Returns values (P2, BLOCK_C) at the points y, x (P2,); zero for points and elements that do not count."""
     y_low, y_high, wy_low, wy_high, y_counts = _corners(y, height)
     x_low, x_high, wx_low, wx_high, x_counts = _corners(x, width)
     read = wanted & (y_counts & x_counts)[:, None]
@@ -127,7 +130,7 @@ def _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x):
 
 @triton.jit
 def _scatter(gradient, value, wanted, y, x, height, width, stride_y, stride_x):
-    """Add ``value`` (P2, BLOCK_C) to the four corners of the points y, x (P2,) by their weights."""
+    """Adds `value` (P2, BLOCK_C), weighted, to the four corners of the points y, x (P2,)."""
     y_low, y_high, wy_low, wy_high, y_counts = _corners(y, height)
     x_low, x_high, wx_low, wx_high, x_counts = _corners(x, width)
     write = wanted & (y_counts & x_counts)[:, None]
@@ -256,7 +259,7 @@ def _backward_kernel(
     value = tl.load(source, mask=wanted, other=0.0).to(tl.float32)
 
     winner = tl.full((P2, BLOCK_C), 0, tl.int32)
-    if MAX:  # the sample that won, found again: cheaper than keeping a number for every output
+    if MAX:  # find the largest sample again: cheaper than storing its index for every output
         stride_b, stride_c, stride_y, stride_x = _layout(geometry, level, WIDE)
         feature = _level_pointer(f0, f1, f2, f3, f4, level) + image * stride_b + (channel * stride_c)[None, :]
         pooled = tl.full((P2, BLOCK_C), float("-inf"), tl.float32)
@@ -265,7 +268,7 @@ def _backward_kernel(
             for ix in range(grid_w):
                 x = x1 + pw * bin_w + (ix + 0.5) * bin_w / grid_w
                 sample = _interpolate(feature, wanted, y, x, height, width, stride_y, stride_x)
-                # What is no number is the largest, as it is for torch.
+                # NaN is the largest value, as in torch.
                 larger = (sample > pooled) | ((sample != sample) & (pooled == pooled))
                 winner = tl.where(larger, iy * grid_w + ix, winner)
                 pooled = tl.where(larger, sample, pooled)
@@ -294,10 +297,10 @@ def roi_align_triton(
     aligned: bool = False,
     mode: str = "avg",
 ) -> Tensor:
-    """Pool every RoI from its level in one launch; see `roi_align` for the arguments.
+    """Pools every RoI from its level in one launch; see `roi_align` for the arguments.
 
-    Features: at most TRITON_LEVELS levels of one of TRITON_DTYPES, any strides. Returns (R, C, P, P) in the features' dtype and
-    channels_last memory. Not differentiable by itself.
+    features: at most TRITON_LEVELS levels, of one of TRITON_DTYPES, with any strides. Returns (R, C, P, P) in the features'
+    dtype and channels_last memory. Not differentiable by itself.
     """
     out = empty_pooled(features, len(rois), output_size)
     if out.numel() == 0:
@@ -328,9 +331,10 @@ def roi_align_triton_backward(
     aligned: bool = False,
     mode: str = "avg",
 ) -> list[Tensor]:
-    """Gradients of the levels for ``grad`` (R, C, P, P), channels_last, in one launch that adds atomically in float32.
+    """Returns the gradients of the levels for `grad` (R, C, P, P), in channels_last memory, from one launch that adds
+    atomically in float32.
 
-    The order of additions changes from run to run, and with it the last bits; the bag's backward pass is deterministic.
+    The order of additions, and with it the last bits, differs from run to run; `roi_align_cpu_backward` is deterministic.
     """
     sums = [empty_gradient(f, torch.float32).zero_() for f in features]
     if grad.numel() == 0:
@@ -362,12 +366,12 @@ def _grid(rois: Tensor, channels: int, output_size: int, elements: int) -> tuple
 
 
 def _channel_block(channels: int, output_size: int, elements: int) -> int:
-    """Channels of a program: at most 256, and so many that they make no more than ``elements`` with a row of bins."""
+    """Returns the number of channels of a program: at most 256, and at most `elements` together with a row of bins."""
     return min(256, triton.next_power_of_2(channels), max(1, elements // triton.next_power_of_2(output_size)))
 
 
 def _is_wide(features: Sequence[Tensor]) -> bool:
-    """Whether rows of channels can be read 16 bytes at a time: they lie together, and every one begins at such a border."""
+    """Returns whether channels can be read 16 bytes at a time: they are contiguous, and every row of them is aligned."""
     return all(
         f.stride(1) == 1 and f.data_ptr() % 16 == 0 and not any(f.stride(axis) % 16 for axis in (0, 2, 3)) for f in features
     )
@@ -393,7 +397,7 @@ def _roi_arguments(rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _level_tables(features: Sequence[Tensor], scales: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Sizes and strides int64 (L, 6) as H, W, image, channel, row, column; and scales float32 (L,), on the features' device."""
+    """Returns sizes and strides, int64 (L, 6) as H, W, image, channel, row, column, and scales, float32 (L,), on the device."""
     sizes = tuple((f.shape[2], f.shape[3], *f.stride()) for f in features)
     return _device_tables(sizes, scales, features[0].device)
 
@@ -402,10 +406,10 @@ def _level_tables(features: Sequence[Tensor], scales: tuple[float, ...]) -> tupl
 def _device_tables(
     sizes: tuple[tuple[int, ...], ...], scales: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Kept between calls: canvases repeat, and a copy to the device each time would cost more than the kernel's launch."""
+    """Returns the tables on the device. Cached: canvases repeat, and a copy for each call would cost more than the launch."""
     return torch.tensor(sizes, dtype=torch.int64, device=device), torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def _arguments(features: Sequence[Tensor]) -> list[Tensor]:
-    """The levels as the kernels' pointer arguments."""
+    """Returns the levels as the kernels' pointer arguments."""
     return [*features, *[features[0]] * (TRITON_LEVELS - len(features))]

@@ -19,14 +19,14 @@ Path = Literal["triton", "reference"]
 
 
 def survivors(boxes: Tensor, wanted: Tensor, ends: Tensor, iou: float) -> Tensor:
-    """Greedy non-maximum suppression within each group of a sorted table.
+    """Performs greedy non-maximum suppression within each group of a sorted table.
 
     boxes: float32 (N, 4), xyxy; the boxes of a group follow one another, best score first. wanted: bool (N,), the boxes to
-    consider; the others may have any values. ends: int64 (N,), for each box the row behind its group's last one. iou: a box is
+    consider; the others may have any values. ends: int64 (N,), for each box one past the last row of its group. iou: a box is
     suppressed by a better one of its group if their intersection over union, computed in float32, is greater.
 
-    Returns bool (N,): the wanted boxes that no other suppresses, the same as `torchvision.ops.nms` of each group. Boxes without
-    an area overlap nothing. Raises ValueError for shapes that do not fit.
+    Returns bool (N,): whether a box is wanted and not suppressed, the same as `torchvision.ops.nms` of each group. Boxes
+    without an area overlap nothing. Raises ValueError for shapes that do not fit.
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4 or wanted.shape != boxes.shape[:1] or ends.shape != boxes.shape[:1]:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def survivors_reference(boxes: Tensor, wanted: Tensor, ends: Tensor, iou: float) -> Tensor:
-    """Let each box that is still alive suppress the later ones of its group; see `survivors` for the arguments."""
+    """Lets each remaining box suppress the later ones of its group; see `survivors` for arguments and result."""
     alive, first = wanted.cpu().numpy().copy(), 0
     for end in ends.unique().tolist():
         group, here = boxes[first:end], alive[first:end]
@@ -23,7 +23,7 @@ def survivors_reference(boxes: Tensor, wanted: Tensor, ends: Tensor, iou: float)
 
 
 def _overlaps(boxes: Tensor) -> Tensor:
-    """Intersection over union of every pair of boxes (n, 4), float32 (n, n); 0 if both are empty."""
+    """Returns the intersection over union of every pair of boxes (n, 4), float32 (n, n); 0 if both are empty."""
     corner = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
     common = (torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - corner).clamp(min=0).prod(dim=2)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)

@@ -1,19 +1,19 @@
 """Non-maximum suppression on the GPU: one Triton launch for all groups of all images.
 
-torchvision's kernel compares every box with every other, of all images and levels, and then one block walks down the whole
-table: the time grows with the square of the batch. Here each group (the boxes of one level or class in one image) has a program
-of its own, and groups run side by side.
+torchvision's kernel compares every box with every other, of all images and levels, and one block then processes the whole
+table: the time grows with the square of the batch. Here each group (the boxes of one level or class in one image) has its own
+program, and the groups run in parallel.
 
-A program goes down its group in tiles. Boxes of a tile are first compared with the survivors of all earlier tiles; within the
-tile, a box is suppressed if a surviving better one overlaps it, which is repeated until nothing changes. That is the greedy
-result: after k rounds at least the first k boxes are final.
+A program processes its group in tiles. The boxes of a tile are first compared with the survivors of all earlier tiles. Within
+the tile, a box is suppressed if a surviving better one overlaps it, which is repeated until nothing changes. This gives the
+greedy result: after k rounds at least the first k boxes are final.
 
-Comparisons are those of torchvision's CPU operator, operation by operation in float32: no fused multiply-adds, divisions
-rounded to nearest.
+Comparisons follow torchvision's CPU operator, operation by operation in float32: no fused multiply-adds, divisions rounded to
+nearest.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel's arguments are, Triton's compiler decides)
+# (the types of a kernel's arguments are known to Triton's compiler only)
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ larger_of = tl.standard._elementwise_max
 
 @triton.jit
 def _corners(boxes, rows, inside):
-    """x1, y1, x2, y2 of boxes; zeros outside the table."""
+    """Returns x1, y1, x2, y2 of boxes; zeros outside the table."""
     at = boxes + rows * 4
     return (
         tl.load(at, mask=inside, other=0.0),
@@ -42,7 +42,7 @@ def _corners(boxes, rows, inside):
 
 @triton.jit
 def _overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, iou):
-    """Bool (a, b): whether boxes overlap by more than ``iou``."""
+    """Returns bool (a, b): whether boxes overlap by more than `iou`."""
     width = tl.minimum(ax2[:, None], bx2[None, :]) - tl.maximum(ax1[:, None], bx1[None, :])
     height = tl.minimum(ay2[:, None], by2[None, :]) - tl.maximum(ay1[:, None], by1[None, :])
     common = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -54,7 +54,7 @@ def _overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, iou):
 def _survivors_kernel(boxes, wanted, ends, kept, iou, TILE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64)
     end = tl.load(ends + first)
-    # Every row has a program; those that do not begin a group have nothing to do. The host need not know the groups' number.
+    # Every row has a program, so that the host need not know the number of groups; only the first of a group has work to do.
     before = tl.load(ends + tl.maximum(first - 1, 0))
     end = tl.where((first == 0) | (before == first), end, first)
     for base in range(first, end, TILE):
@@ -81,7 +81,7 @@ def _survivors_kernel(boxes, wanted, ends, kept, iou, TILE: tl.constexpr):
 
 
 def survivors_triton(boxes: Tensor, wanted: Tensor, ends: Tensor, iou: float) -> Tensor:
-    """Suppress all groups in one launch; see `survivors` for the arguments. The boxes are computed in float32."""
+    """Suppresses all groups in one launch, in float32; see `survivors` for arguments and result."""
     kept = torch.zeros(len(boxes), dtype=torch.int8, device=boxes.device)
     if len(boxes):
         with torch.cuda.device_of(boxes):  # Triton launches on the current device
@@ -100,6 +100,6 @@ def survivors_triton(boxes: Tensor, wanted: Tensor, ends: Tensor, iou: float) ->
 
 
 def _rounded_down(value: float) -> float:
-    """The largest float32 up to a value: what is greater than one is greater than the other."""
+    """Returns the largest float32 that is not above a value: a float32 exceeds both or neither."""
     rounded = np.float32(value)
     return float(np.nextafter(rounded, np.float32(-np.inf))) if float(rounded) > value else float(rounded)

@@ -1,9 +1,9 @@
 """3x3 convolutions on a CPU with 2.25 times fewer multiplications (Lavin and Gray 2016, F(2x2, 3x3)), for inference in float32.
 
-A tile of 2x2 outputs reads 4x4 inputs. Inputs and weights are transformed by additions, so that 16 products a tile, summed
-over the channels, do the work of 36: 16 matrix products for all tiles. Half of an R50-FPN's time is 3x3 convolutions of 256
-channels, which run at the processor's peak: only doing less makes them faster. Rounding differs from torch's own by some units
-in the last place; boxes and scores stay within 2e-4 pixels and 3e-5 of torchvision's.
+A tile of 2x2 outputs reads 4x4 inputs. Inputs and weights are transformed by additions, so that 16 products per tile, summed
+over the channels, replace 36: 16 matrix products for all tiles. Half of the time of an R50-FPN is spent in 3x3 convolutions of
+256 channels, which run at the processor's peak: only fewer operations make them faster. Rounding differs from torch's own by
+some units in the last place; boxes and scores stay within 2e-4 pixels and 3e-5 of torchvision's.
 
 Shape letters: B images, C_in and C_out channels, H x W pixels, h x w tiles.
 """
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LEAST_CHANNELS = 128
-"""Below, the additions cost more than the multiplications that they save."""
+"""Minimum number of channels: with fewer, the additions cost more than the multiplications that they save."""
 
 TILES_PER_BAND = 256
-"""Tiles transformed at once, in whole rows of them: their 16 matrices of 256 channels take 4 MB and stay in the cache."""
+"""Number of tiles transformed at once, in whole rows: their 16 matrices of 256 channels take 4 MB and stay in the cache."""
 
 _WEIGHT_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
@@ -41,7 +41,7 @@ class WinogradConv(nn.Module):
 
     @staticmethod
     def fits(part: nn.Module) -> TypeGuard[nn.Conv2d]:
-        """Whether `part` is such a convolution, and worth it."""
+        """Returns whether `part` is such a convolution, with enough channels."""
         return (
             isinstance(part, nn.Conv2d)
             and (part.kernel_size, part.stride, part.padding, part.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
@@ -50,7 +50,7 @@ class WinogradConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Band by band of tile rows."""
+        """(B, C_in, H, W) -> (B, C_out, H, W), computed in bands of tile rows."""
         batch, _, height, width = x.shape
         rows, columns = -(-height // 2), -(-width // 2)
         padding = (0, 0, 1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height)
@@ -81,17 +81,19 @@ class WinogradConv(nn.Module):
 
 
 def _pairs(size: int) -> tuple[tuple[slice, slice, bool], ...]:
-    """Which of a tile's four lines are combined, and whether the second is taken away: d0 - d2, d1 + d2, d2 - d1, d1 - d3."""
+    """Returns which of a tile's four lines are combined, and whether the second is subtracted: d0 - d2, d1 + d2, d2 - d1,
+    d1 - d3.
+    """
     lines = [slice(first, first + size, 2) for first in range(4)]
     return (lines[0], lines[2], True), (lines[1], lines[2], False), (lines[2], lines[1], True), (lines[1], lines[3], True)
 
 
 def _combined(padded: Tensor, height: int) -> list[Tensor]:
-    """The four combinations of the tiles' rows, each (b, h, 2w + 2, C)."""
+    """Returns the four combinations of the tiles' rows, each (b, h, 2w + 2, C)."""
     return [torch.add(padded[:, a], padded[:, b], alpha=-1 if minus else 1) for a, b, minus in _pairs(height)]
 
 
 def _summed(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The two outputs of four products along an axis: m0 + m1 + m2 and m1 - m2 - m3."""
+    """Returns the two outputs of four products along an axis: m0 + m1 + m2 and m1 - m2 - m3."""
     middle = parts[1] + parts[2]
     return middle.add_(parts[0]), (parts[1] - parts[2]).sub_(parts[3])

@@ -1,21 +1,21 @@
-"""COCO run-length encodings straight from m x m mask probabilities and boxes, without full-image masks.
+"""COCO run-length encodings of m x m mask probabilities in boxes, without full-image masks.
 
-A run-length encoding (RLE) lists the lengths of alternating runs of 0 and 1 in column-major order, starting with 0; COCO
-packs the list into a string of 5-bit groups. Mask R-CNN predicts an m x m mask per box (section 3, "Mask
-Representation") that is resized to the box and cut at a threshold; only that region can hold ones.
+A run-length encoding (RLE) lists the lengths of alternating runs of 0 and 1 in column-major order, starting with 0; COCO packs
+the list into a string of 5-bit groups. Mask R-CNN predicts an m x m mask per box (section 3, "Mask Representation"), which is
+resized to the box and thresholded; only that region can contain ones.
 
-The resized mask is not computed either. Along an image column it is linear between two rows of the small mask, so it
-crosses the threshold at most once there, at a place that a division finds: the work follows the box's width times m, not
-its area. Where rounding could decide a pixel, the mask is resized after all, so that the bytes stay those of torch.
+The resized mask is not computed either. Along an image column it is linear between two rows of the small mask, so it crosses
+the threshold at most once between them, at a position given by a division: the cost is proportional to the box's width times m,
+not to its area. Columns in which rounding could decide a pixel are resized after all, so that the bytes equal those of torch.
 
-Both conventions of pasting are the same geometry, a mask with a border of zero cells in a box that has grown by them:
-torchvision truncates that box to whole pixels, Detectron2 keeps it as it is.
+Both conventions of pasting have the same geometry, a mask with a border of zero cells in a box that is enlarged by that border:
+torchvision truncates this box to whole pixels, Detectron2 does not.
 
-On a GPU the pixels are so cheap that they are computed after all, though never stored (`model.kernels.mask_rle`); what comes
-to the host are the edges.
+On a GPU pixels are so cheap that they are computed, but never stored (`model.kernels.mask_rle`); only the edges are copied to
+the host.
 
-Shape letters: N masks, m mask side, M = m + 2 with its border, H x W the image, E edges (where a mask switches between 0
-and 1, as positions in column-major order).
+Shape letters: N masks, m mask side, M = m + 2 with its border, H x W pixels of the image, E edges (positions in column-major
+order at which a mask changes between 0 and 1).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from masklake.model.config import PasteKind
 from masklake.model.devices import sent, to_host
 from masklake.model.kernels.mask_rle import mask_edges
 
-PADDING = 1  # zero cells around the mask before it is resized; Detectron2 says that beyond the mask there is nothing
-MAX_COLUMNS = 1 << 15  # image columns handled at once: bounds the memory for many large boxes, of noise too
-MAX_RESIZED_SIDE = 1 << 17  # pixels of a box's side beyond which undecided columns are not resized to decide them
-TORCH_SMALL = 128  # height plus width of an output up to which torch resizes by other code
-FAR = 1e9  # pixels; boxes are cut there so that whole-pixel arithmetic cannot overflow
-EDGES_PER_COLUMN = 1  # of the image, room for each mask on a GPU: two in each of a box's columns, boxes half as wide as images
+PADDING = 1  # zero cells around the mask before it is resized (torchvision); in Detectron2, zeros outside the mask
+MAX_COLUMNS = 1 << 15  # image columns processed at once: limits the memory for many large boxes, also of noise
+MAX_RESIZED_SIDE = 1 << 17  # pixels; undecided columns of boxes with a longer side are not resized
+TORCH_SMALL = 128  # maximum of height plus width of an output for which torch uses other code
+FAR = 1e9  # pixels; coordinates are clamped to it so that integer arithmetic cannot overflow
+EDGES_PER_COLUMN = 1  # room on a GPU, per mask and image column: two edges in each column of boxes half as wide as the image
 
 Longs = NDArray[np.int64]
 Doubles = NDArray[np.float64]
@@ -50,16 +50,16 @@ Doubles = NDArray[np.float64]
 def encode_boxed_masks(
     probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5, convention: PasteKind = "torchvision"
 ) -> tuple[list[bytes], Longs]:
-    """Encode masks as they would look pasted into the image, at a cost that follows the boxes' widths.
+    """Returns the RLEs and areas of masks as if they were pasted into the image, at a cost proportional to the boxes' widths.
 
-    probs: float32 (N, m, m) in 0..1. boxes: float32 (N, 4), xyxy in the image's pixels. size: (H, W). convention:
-    "torchvision" pads the mask by one cell, grows the box alike, truncates it to whole pixels, resizes bilinearly, and sets
-    a pixel where that is greater than ``threshold``; "detectron2" samples the mask bilinearly at the pixels' centres
-    (`grid_sample`, zeros outside), and sets a pixel of the grown box where that is ``threshold`` or more.
+    probs: float32 (N, m, m) in 0..1. boxes: float32 (N, 4), xyxy in pixels of the image. size: (H, W). convention:
+    "torchvision" pads the mask by one cell, enlarges the box likewise, truncates it to whole pixels, resizes bilinearly, and
+    sets a pixel if its value is greater than `threshold`; "detectron2" samples the mask bilinearly at the centres of pixels
+    (`grid_sample`, zeros outside), and sets a pixel if its value is at least `threshold`.
 
-    Returns COCO compressed counts, byte-identical to `pycocotools.mask.encode` of the pasted masks, and each mask's pixels.
-    Masks whose box lies outside the image or is not finite (with "detectron2" also: has no area) are empty. Raises
-    ValueError for an unknown convention or shapes that do not fit.
+    Returns COCO compressed counts, byte-identical to `pycocotools.mask.encode` of the pasted masks, and int64 (N,), the number
+    of pixels of each mask. Masks whose box lies outside the image or is not finite (with "detectron2", also without an area)
+    are empty. Raises ValueError for an unknown convention or shapes that do not fit.
     """
     _validate(probs, boxes, size, convention)
     if on_device(probs, convention):
@@ -78,20 +78,20 @@ def encode_boxed_masks(
 
 
 def on_device(probs: Tensor, convention: str = "torchvision") -> bool:
-    """Returns whether masks are pasted and cut on their device: there is a kernel for torchvision's convention on CUDA."""
+    """Returns whether masks are pasted on their device: there is a kernel for torchvision's convention on CUDA."""
     return probs.is_cuda and convention == "torchvision"
 
 
 def encode_on_device(
     probs: Tensor, boxes: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]], threshold: float, beside: Tensor
 ) -> tuple[list[bytes], Longs, Tensor]:
-    """`encode_boxed_masks` for the masks of several images, pasted and cut on their device, with a single copy to the host.
+    """Same as `encode_boxed_masks` for the masks of several images, pasted on their device, with a single copy to the host.
 
-    probs: float (N, m, m), boxes: (N, 4) in the images' own pixels, images: int64 (N,), index into ``sizes``, each (H, W).
-    beside: any other tensor of the device that is wanted on the host; it comes in the same copy.
+    probs: floating point (N, m, m). boxes: (N, 4), xyxy in pixels of the images. images: int64 (N,), indices into `sizes`, each
+    (H, W). beside: another tensor on the device, which is copied along.
 
-    Returns counts and pixels as `encode_boxed_masks` does, with the same bytes, and ``beside`` on the host. Raggeder masks
-    than there is room for, more than an edge per image column on average, cost a second copy.
+    Returns RLEs and areas as `encode_boxed_masks` does, with the same bytes, and `beside` on the host. If masks have more than
+    EDGES_PER_COLUMN edges per image column on average, there is a second copy.
     """
     table = sent(torch.tensor(sizes, dtype=torch.int64), boxes.device)[images]
     widest = max(width for _, width in sizes)
@@ -132,11 +132,11 @@ def decode_columns(counts: bytes, size: tuple[int, int], columns: tuple[int, int
 
 
 def pack_counts(runs: Longs, lengths: Longs) -> list[bytes]:
-    """COCO strings of several masks at once.
+    """Returns the COCO strings of several masks.
 
-    runs: run lengths of all masks, one after another. lengths: how many belong to each mask. From a mask's fourth run on,
-    the difference to the run before the last is written, in groups of five bits, lowest first; a group's sixth bit says
-    that more follow, its fifth is the sign of the last one. 48 is added to make it printable.
+    runs: run lengths of all masks, one after another. lengths: number of runs of each mask. From the fourth run of a mask on,
+    the difference from the run two before is written, in groups of five bits, lowest first. The sixth bit of a group says
+    whether more follow; the fifth bit of the last group is the sign. 48 is added to each group to make it printable.
     """
     values = runs.copy()
     later = np.flatnonzero(_ragged(lengths)[1] > 2)
@@ -166,7 +166,7 @@ def unpack_counts(counts: bytes) -> Longs:
         raise ValueError("not a COCO run-length string: a number in it is longer than 60 bits")
     values = np.add.reduceat((codes & 31) << (5 * _ragged(groups)[1]), last - groups + 1)
     values -= ((codes[last] & 16) != 0) * (np.int64(1) << (5 * groups))
-    # From the fourth run on they are differences to the run before the last: two interleaved running sums.
+    # From the fourth run on they are differences from the run two before: two interleaved running sums.
     for parity in (1, 2):
         values[parity::2] = np.cumsum(values[parity::2])
     return values
@@ -183,12 +183,12 @@ def _validate(probs: Tensor, boxes: Tensor, size: Sequence[int], convention: str
 
 @dataclass(frozen=True)
 class _PasteRegions:
-    """Grown boxes of N masks and what of them lies in the image; every array is (N,), int64 where nothing else is said.
+    """Enlarged boxes of N masks and their visible parts. Every array is (N,), and int64 unless stated otherwise.
 
-    boxes: float32 (N, 4), as they were. x, y: the pixel that the grown box begins in, possibly outside the image. lead_x,
-    lead_y: float64, how far behind that pixel's corner. box_w, box_h: its size, int64 where the convention has whole pixels
-    and computes in float32, else float64. left, top: the first visible pixel. columns, rows: visible pixels along x and y,
-    both 0 where none is.
+    boxes: float32 (N, 4), the original boxes. x, y: first pixel of the enlarged box, possibly outside the image. lead_x,
+    lead_y: float64, distance of the box's corner from that of this pixel. box_w, box_h: size of the box: int64 for a convention
+    of whole pixels, which computes in float32, else float64. left, top: first visible pixel. columns, rows: number of visible
+    pixels along x and y, both 0 if none is visible.
     """
 
     boxes: NDArray[np.float32]
@@ -208,7 +208,7 @@ class _PasteRegions:
 
 
 def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteRegions:
-    """Grow boxes by the mask's padding and truncate them towards zero to whole pixels, both corners inclusive."""
+    """Returns boxes, enlarged by the mask's padding and truncated towards zero to whole pixels, both corners inclusive."""
     scale = float(side + 2 * PADDING) / side
     half_w = (boxes[:, 2] - boxes[:, 0]) * 0.5 * scale
     half_h = (boxes[:, 3] - boxes[:, 1]) * 0.5 * scale
@@ -227,7 +227,7 @@ def _whole_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteReg
 
 
 def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteRegions:
-    """Grow boxes by the mask's padding; their corners stay where they are, pixels are seen from their centres."""
+    """Returns boxes, enlarged by the mask's padding, with real-valued corners; pixels are sampled at their centres."""
     corners = boxes.double().numpy()
     extent = corners[:, 2:] - corners[:, :2]
     real = np.isfinite(corners).all(1) & (extent > 0).all(1)
@@ -244,14 +244,14 @@ def _real_regions(boxes: Tensor, side: int, size: tuple[int, int]) -> _PasteRegi
 
 
 def _chunks(columns: Longs) -> Iterator[slice]:
-    """Consecutive masks whose visible columns together stay near MAX_COLUMNS."""
+    """Yields slices of consecutive masks with about MAX_COLUMNS visible columns together."""
     number = (np.cumsum(columns) - columns) // MAX_COLUMNS
     bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(columns)]
     return (slice(start, end) for start, end in itertools.pairwise(bounds))
 
 
 def _edges(masks: Tensor, regions: _PasteRegions, height: int, threshold: float, paste: _Paste) -> tuple[Longs, Longs]:
-    """Edges (E,) of n masks (n, M, M), sorted within each mask, and how many each mask has (n,)."""
+    """Returns the edges (E,) of n masks (n, M, M), sorted within each mask, and the number of edges of each mask (n,)."""
     owner, place = _ragged(regions.columns)
     profiles = _column_profiles(masks, regions, owner, place)
     at, row, decided = _trace(profiles, regions.box_h[owner], regions.lead_y[owner], threshold, paste.slack)
@@ -263,7 +263,7 @@ def _edges(masks: Tensor, regions: _PasteRegions, height: int, threshold: float,
         where = np.searchsorted(at, exact_at)
         at, row = np.insert(at, where, exact_at), np.insert(row, where, exact_row)
     owners = owner[at]
-    # Rows outside the image are cut off: their edges gather on the border, where they cancel in pairs.
+    # Edges outside the image are moved to its border, where they cancel in pairs.
     row = np.clip(row + (regions.y - regions.top)[owners], 0, regions.rows[owners])
     edges = (place[at] + regions.left[owners]) * height + regions.top[owners] + row
     return _cancel_pairs(edges, owners, len(masks))
@@ -272,10 +272,11 @@ def _edges(masks: Tensor, regions: _PasteRegions, height: int, threshold: float,
 def _trace(
     profiles: NDArray[np.float32], box_h: Longs | Doubles, lead: Doubles, threshold: float, slack: float
 ) -> tuple[Longs, Longs, NDArray[np.bool_]]:
-    """Follow every image column down its profile (columns, M), resized to ``box_h`` rows that begin ``lead`` late.
+    """Finds the edges of every image column along its profile (columns, M), which is resized to `box_h` rows with an offset of
+    `lead`.
 
-    Returns each edge's column and the box's row where the new run starts, in order, and which columns are decided: all
-    their pixels are farther from the threshold than torch's float32 arithmetic can differ from this one.
+    Returns the column of each edge and the row of the box at which the new run starts, in order, and which columns are decided:
+    those of which every pixel is farther from the threshold than torch's float32 arithmetic can differ from this one.
     """
     side = profiles.shape[1]
     shift = slack * side * 2.0**-23  # of the sampling position, in cells
@@ -298,7 +299,7 @@ def _trace(
 def _exact_edges(
     masks: Tensor, regions: _PasteRegions, owner: Longs, place: Longs, columns: Longs, threshold: float, paste: _Paste
 ) -> tuple[Longs, Longs]:
-    """The edges of some columns, as in `_trace`, from masks that torch has resized."""
+    """Returns the edges of some columns, as in `_trace`, from masks resized by torch."""
     at, row = [], []
     owners, starts = np.unique(owner[columns], return_index=True)
     for number, some in zip(owners.tolist(), np.split(columns, starts[1:]), strict=True):
@@ -311,13 +312,15 @@ def _exact_edges(
 
 
 def _whole_columns(mask: Tensor, regions: _PasteRegions, number: int, place: Longs) -> tuple[Tensor, int]:
-    """All rows of the box at some of its visible columns, resized by torch; the first one is the box's own first."""
+    """Returns all rows of the box at some of its visible columns, resized by torch, and 0, the box's row of the first."""
     inside = torch.from_numpy(place + (regions.left[number] - regions.x[number]))
     return _resized_columns(mask, int(regions.box_h[number]), int(regions.box_w[number]), inside), 0
 
 
 def _sampled_columns(mask: Tensor, regions: _PasteRegions, number: int, place: Longs) -> tuple[Tensor, int]:
-    """The visible rows of the box at some of its visible columns, in Detectron2's float32; and the box's row of the first."""
+    """Returns the visible rows of the box at some of its visible columns, in Detectron2's float32, and the box's row of the
+    first.
+    """
     x0, y0, x1, y1 = torch.from_numpy(regions.boxes[number])
     top = int(regions.top[number])
     x = torch.from_numpy(place + regions.left[number]).float() + 0.5
@@ -329,10 +332,10 @@ def _sampled_columns(mask: Tensor, regions: _PasteRegions, number: int, place: L
 
 
 def _resized_columns(mask: Tensor, box_h: int, box_w: int, columns: Tensor) -> Tensor:
-    """Columns (box_h, c) of a mask (M, M) resized to its box, with the bits that resizing the mask at once would give.
+    """Returns columns (box_h, c) of a mask (M, M) resized to its box, bit-identical to those of the whole resized mask.
 
-    Torch interpolates along x first, so columns can be resized alone; but it has other code for outputs whose sides sum to
-    no more than 128, so small boxes are resized as they are and few columns are filled up.
+    torch interpolates along x first, so columns can be resized alone. It has other code for outputs whose sides sum to at most
+    128, so small boxes are resized as a whole, and a few columns are filled up with copies.
     """
     if box_w + box_h <= TORCH_SMALL or box_w + len(mask) <= TORCH_SMALL:
         return _resize(mask, box_h, box_w)[:, columns]
@@ -346,7 +349,7 @@ def _resize(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def _column_profiles(masks: Tensor, regions: _PasteRegions, owner: Longs, column: Longs) -> NDArray[np.float32]:
-    """The small masks' rows along every visible image column: (columns, M), interpolated along x like torch does."""
+    """Returns the profile of every visible image column, (columns, M): the masks' rows, interpolated along x as in torch."""
     count, side, _ = masks.shape
     step = _step(side, regions.box_w)[owner]
     inside: NDArray[Any] = (column + (regions.left - regions.x)[owner] - regions.lead_x[owner]).astype(step.dtype)
@@ -360,18 +363,19 @@ def _column_profiles(masks: Tensor, regions: _PasteRegions, owner: Longs, column
 
 
 def _step(side: int, pixels: Longs | Doubles) -> NDArray[Any]:
-    """Mask cells per image pixel: of whole pixels in float32 as torch has it, else in float64."""
+    """Returns the number of mask cells per image pixel: in float32 as in torch for boxes of whole pixels, else in float64."""
     real: NDArray[Any] = pixels.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
     return real.dtype.type(side) / real
 
 
 @dataclass(frozen=True)
 class _Paste:
-    """What the conventions differ in.
+    """A convention of pasting.
 
-    regions: from boxes, the mask's side and the image's size. columns: some visible columns of one mask as the other system
-    computes them, and the box's row of their first pixel. is_set: of such values and the threshold. slack: how far that
-    system's arithmetic may be from `_trace`, in units of two roundings; a pixel nearer than that is left to `columns`.
+    regions: returns the regions for boxes, the mask's side and the image's size. columns: returns some visible columns of one
+    mask as the other system computes them, and the box's row of their first pixel. is_set: compares such values with the
+    threshold. slack: maximum difference of that system's arithmetic from `_trace`, in units of two roundings; nearer pixels are
+    left to `columns`.
     """
 
     regions: Callable[[Tensor, int, tuple[int, int]], _PasteRegions]
@@ -382,13 +386,13 @@ class _Paste:
 
 _PASTES: Mapping[str, _Paste] = {
     "torchvision": _Paste(_whole_regions, _whole_columns, torch.gt, slack=1.0),
-    # Seven roundings from a pixel to its place in the mask, and four products of two weights each.
+    # Seven roundings from a pixel to its position in the mask, and four products of two weights each.
     "detectron2": _Paste(_real_regions, _sampled_columns, torch.ge, slack=4.0),
 }
 
 
 def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs]:
-    """Edges that meet an odd number of times, and how many each mask has: a run that ends where the next starts goes on."""
+    """Returns the edges that occur an odd number of times, and their number for each mask: runs that touch are one run."""
     first = np.ones(len(edges), dtype=bool)
     first[1:] = (edges[1:] != edges[:-1]) | (owners[1:] != owners[:-1])
     starts = np.flatnonzero(first)
@@ -397,7 +401,9 @@ def _cancel_pairs(edges: Longs, owners: Longs, masks: int) -> tuple[Longs, Longs
 
 
 def pack_edges(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes], Longs]:
-    """Returns COCO strings and areas of masks, given the numbers of edges of each, and of the pixels of their images."""
+    """Returns COCO strings and areas of masks. edges: of all masks, one after another; counts: number of edges of each mask;
+    pixels: number of pixels of each mask's image.
+    """
     runs, lengths = _runs(edges, counts, pixels)
     owner, place = _ragged(lengths)
     areas = np.bincount(owner, weights=runs * (place % 2), minlength=len(lengths)).astype(np.int64)
@@ -405,9 +411,9 @@ def pack_edges(edges: Longs, counts: Longs, pixels: Longs) -> tuple[list[bytes],
 
 
 def _runs(edges: Longs, counts: Longs, pixels: Longs) -> tuple[Longs, Longs]:
-    """Run lengths of all masks, one after another, and how many each has; ``pixels`` are those of each mask's image.
+    """Returns the run lengths of all masks, one after another, and the number of runs of each. Arguments: as in `pack_edges`.
 
-    A run of ones that reaches the last pixel has its edge there and needs no run of zeros behind it.
+    A run of ones that reaches the last pixel ends there; no run of zeros follows it.
     """
     owners = np.repeat(np.arange(len(counts)), counts)
     inner = edges < pixels[owners]
@@ -425,13 +431,13 @@ def _runs(edges: Longs, counts: Longs, pixels: Longs) -> tuple[Longs, Longs]:
 
 
 def _ragged(lengths: Longs) -> tuple[Longs, Longs]:
-    """For consecutive groups of these lengths: every element's group, and its place within the group."""
+    """Returns, for consecutive groups of these lengths, the group of every element and its position within the group."""
     group = np.repeat(np.arange(len(lengths)), lengths)
     return group, np.arange(len(group)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _group_counts(values: Longs) -> Longs:
-    """How many groups of five bits each signed value needs."""
+    """Returns the number of groups of five bits that each signed value needs."""
     magnitude = np.where(values < 0, ~values, values)
     groups = np.ones(len(values), dtype=np.int64)
     bits = 4

@@ -29,7 +29,7 @@ class Regions:
 
 
 class ProposalCounts(NamedTuple):
-    """How many boxes become proposals. per_level: the best of each level before suppression; in_all: of an image, after it."""
+    """Numbers of proposals. per_level: best boxes of each level before suppression; in_all: boxes of an image after it."""
 
     per_level: int
     in_all: int
@@ -39,7 +39,7 @@ class RPNHead(nn.Module):
     """3x3 convolutions, then objectness and box deltas for each anchor of a cell, shared by all levels."""
 
     def __init__(self, channels: int, anchors: int, convs: int) -> None:
-        """channels: of the maps; anchors: of a cell; convs: how many 3x3 convolutions."""
+        """channels: of the maps; anchors: number per cell; convs: number of 3x3 convolutions."""
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
         self.objectness = nn.Conv2d(channels, anchors, 1)
@@ -79,8 +79,9 @@ class RegionProposalNetwork(nn.Module):
         sampling: SampleRule,
         smooth_l1_beta: float,
     ) -> None:
-        """nms_iou: of suppression within a level; min_side: canvas pixels of a proposal's shorter side; rank: what proposals
-        are ranked by; score_threshold: minimum objectness (a probability) at inference; sampling: of anchors for the losses.
+        """nms_iou: of suppression within a level; min_side: minimum side of a proposal, in canvas pixels; rank: the value by
+        which proposals are ranked; score_threshold: minimum objectness (a probability) at inference; sampling: of anchors for
+        the losses.
         """
         super().__init__()
         self.head = head
@@ -137,8 +138,8 @@ class RegionProposalNetwork(nn.Module):
         canvas: tuple[int, int],
         truth: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Returns binary cross-entropy and smooth L1 on sampled anchors. truth: for each image float32 (G, 4), canvas
-        pixels.
+        """Returns binary cross-entropy and smooth L1 on sampled anchors. truth: float32 (G, 4) in canvas pixels for each image;
+        other arguments as in `propose`.
         """
         anchors = torch.cat(
             [

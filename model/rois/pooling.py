@@ -53,7 +53,7 @@ def _round(values: Tensor) -> Tensor:
 
 
 def _largest(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
-    """torchvision's operator, in single precision at least."""
+    """Returns the maximum of each bin by torchvision's operator, computed in at least float32."""
     pooled = torchvision_ops.roi_pool(feature.float() if feature.dtype != torch.float64 else feature, rois, scale, bins)
     return pooled.to(feature.dtype)
 
@@ -67,7 +67,7 @@ def _mean(feature: Tensor, rois: Tensor, scale: float, bins: int) -> Tensor:
     image = rois[:, 0].long()[:, None, None]
 
     def totals(values: Tensor) -> Tensor:
-        """Of each bin, (R, P, P, C): sums over all pixels above and left of a pixel, at the bin's four corners."""
+        """Returns the sum of each bin, (R, P, P, C), from the integral image at its four corners."""
         sums = torch.nn.functional.pad(values.double().cumsum(2).cumsum(3), (1, 0, 1, 0)).permute(0, 2, 3, 1)
 
         def at(y: Tensor, x: Tensor) -> Tensor:

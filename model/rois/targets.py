@@ -45,7 +45,7 @@ def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, config: ModelConf
 
 
 def _on_canvas(target: Target, ratio: Tensor, there: Tensor, config: ModelConfig, class_of: Mapping[int, int]) -> Truth:
-    """ratio: on the host, where instances are selected; there: the same on the device, to which they are sent."""
+    """Returns one target on the canvas. ratio: on the host, where instances are selected; there: the same on the device."""
     device = there.device
     _check(target, config, class_of)
     boxes = target.boxes.cpu().float().reshape(-1, 4) / ratio.repeat(2)
@@ -108,7 +108,7 @@ class Samples:
 
 
 def sample_regions(proposals: Regions, truths: Sequence[Truth], rule: SampleRule) -> Samples:
-    """Samples regions of each image from proposals and ground truth."""
+    """Returns regions of each image, sampled from proposals and ground truth."""
     candidates = [
         torch.cat([boxes, truth.boxes]) for boxes, truth in zip(_by_image(proposals, len(truths)), truths, strict=True)
     ]

@@ -26,7 +26,7 @@ from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.wording import agreeing, counted
 
 FORMAT = "masklake/1"
-LISTED = 20  # of the keys that do not fit, in a message
+LISTED = 20  # maximum number of keys in a message
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BY_CLASS = ("box_head.cls_score.", "box_head.bbox_pred.", "mask_head.logits.", "keypoint_head.deconv.")
 """Layers whose shape depends on the categories: on their number, and on their keypoints."""
@@ -68,7 +68,7 @@ def save_checkpoint(model: MaskRCNN, path: str | Path) -> None:
 
 
 def load_checkpoint(source: str | Path | bytes, device: str | torch.device = "cpu", name: str | None = None) -> MaskRCNN:
-    """Returns the model of a checkpoint file, or of its bytes, ready to predict. name: what messages call it.
+    """Returns the model of a checkpoint file, or of its bytes, ready to predict. name: name of the checkpoint in messages.
 
     Raises CheckpointError for a file that is missing, truncated, from another program, or of another architecture, and
     ConfigError for a device that this machine cannot use.
@@ -106,7 +106,10 @@ def has_safetensors_header(data: bytes) -> bool:
 
 
 def parse_checkpoint(data: bytes, name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Returns configuration and weights from the bytes of a checkpoint; `name` is what messages call it."""
+    """Returns configuration and weights from the bytes of a checkpoint. name: name of the checkpoint in messages.
+
+    Raises CheckpointError for bytes that are damaged, or not a MaskLake checkpoint.
+    """
     header = metadata(data)
     if header.get("format") != FORMAT:
         raise CheckpointError(
@@ -146,7 +149,7 @@ def renamed(state: Mapping[str, Tensor], our_name: Callable[[str], str]) -> dict
 
 
 def load_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Loads weights into a network that has exactly these; otherwise raises CheckpointError as in `check_state`.
+    """Loads weights into a model that has exactly these weights; otherwise raises CheckpointError as in `check_state`.
 
     Counters of batches, which are not weights, are ignored: frozen norms have none, nor do old files.
     """
@@ -158,10 +161,10 @@ def load_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded
 
 
 def check_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorded: str | None = None) -> None:
-    """Raises CheckpointError that names what does not fit, unless a network has exactly these weights by name and shape.
+    """Raises CheckpointError, which names what does not fit, unless the model has exactly these weights by name and shape.
 
-    Either may be on the meta device. recorded: the preset in our own checkpoint of these weights, which best explains why they
-    do not fit another one.
+    Both may be on the meta device. recorded: the preset that a MaskLake checkpoint of these weights records, which best
+    explains why they do not fit another one.
     """
     own = {key: tensor for key, tensor in model.network.state_dict().items() if not key.endswith(COUNTER)}
     state = {key: tensor for key, tensor in state.items() if not key.endswith(COUNTER)}
@@ -194,7 +197,7 @@ def check_state(model: MaskRCNN, state: Mapping[str, Tensor], name: str, recorde
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """Whether these are numbers, all of them: copying would cut complex ones in half, and has nothing to copy of others."""
+    """Returns whether all values are finite real numbers in a dense tensor: others cannot be copied without loss."""
     dense = tensor.dtype in _NUMBERS and tensor.layout == torch.strided and not tensor.is_meta
     return dense and bool(tensor.isfinite().all())
 

@@ -149,7 +149,7 @@ def test_targets_that_do_not_fit_are_named(model: MaskRCNN) -> None:
         model([image], [Target(target.boxes, target.labels, None, target.keypoints)])
     with pytest.raises(ConfigError, match="keypoint branch"):
         model([image], [Target(target.boxes, target.labels, target.masks, None)])
-    with pytest.raises(ConfigError, match="one target an image"):
+    with pytest.raises(ConfigError, match="one target per image"):
         model([image], [])
 
 
