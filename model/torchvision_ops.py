@@ -38,7 +38,7 @@ _load()
 
 
 def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Returns int64 indices of the boxes that non-maximum suppression keeps, best score first. boxes (N, 4) xyxy, scores (N,)."""
+    """Returns int64 indices of the boxes that non-maximum suppression keeps, best first. boxes (N, 4) xyxy, scores (N,)."""
     return torch.ops.torchvision.nms(boxes, scores, iou)
 
 

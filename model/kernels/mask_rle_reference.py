@@ -54,6 +54,6 @@ def _grown(box: Tensor, side: int) -> Tensor:
 
 
 def _edges(image: Tensor) -> Tensor:
-    """Returns int64 (E,): positions in column-major order at which pixels (H, W) differ from the previous one, at first zero."""
+    """Returns int64 (E,): positions in column-major order at which pixels (H, W) differ from the previous one, first from 0."""
     flat = image.T.reshape(-1)
     return torch.nonzero(flat != torch.cat((flat.new_zeros(1), flat[:-1]))).flatten()

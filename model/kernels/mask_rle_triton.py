@@ -212,7 +212,7 @@ def _walk(
     edges: Tensor,
     write: bool,
 ) -> None:
-    """Launches the kernel once: counts the changes of every stretch, or writes them. ends: one past the last of each stretch."""
+    """Launches the kernel once, which counts the changes of each stretch or writes them. ends: one past the last of each."""
     with torch.cuda.device_of(masks):  # Triton launches on the current device
         _walk_kernel[len(masks), triton.cdiv(widest, COLUMNS)](
             masks,

@@ -128,7 +128,7 @@ class _Axis:
         return _Axis(self.near[chosen], self.weights[chosen], self.grid[chosen], self.size[chosen])
 
     def spans(self) -> Tensor:
-        """Returns int64 (r,): the maximum number of neighbours from the first to the last of a bin. Each RoI must have lines."""
+        """Returns int64 (r,): the maximum number of neighbours from the first to the last of a bin. Every RoI needs lines."""
         return (self.near[:, :, -1, 1] - self.near[:, :, 0, 0]).amax(1) + 1
 
     def merged(self, count: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def _visiting_order(rois: Tensor, levels: Tensor) -> Tensor:
 def _bags(
     features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], sampling: Sampling, mode: str
 ) -> Iterator[_Bags]:
-    """Yields all sums. RoIs that are not finite, too far away, without samples, or of an unknown image or level are left out."""
+    """Yields all sums, without RoIs that are not finite, too far away, without samples, or of an unknown image or level."""
     exact = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
     maps = exact.new_tensor([(scale, f.shape[3], f.shape[2]) for scale, f in zip(scales, features, strict=True)])
     reach = exact[:, 1:].abs() * maps[levels.clamp(0, len(features) - 1), :1]
