@@ -197,10 +197,12 @@ def label(
     from masklake.jobs import label as command
     from masklake.jobs.labelling.plan import check_failures
     from masklake.jobs.labelling.progress import written_above
+    from masklake.jobs.labelling.standby import started
 
-    options = command.options(**values)
-    with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
-        report = command.run(options, say=written_above)
+    with started() as standby:  # before anything starts a thread
+        options = command.options(**values)
+        with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
+            report = command.run(options, say=written_above, standby=standby)
     print_report(report, as_json, command.describe)
     check_failures(report.statuses, max_failed)
 

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from masklake.jobs.cluster.blocks import data_set
-from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
+from masklake.jobs.cluster.connection import connect_ray, data_context, last_line, own_capacity
 from masklake.jobs.cluster.waiting import has_place, said_while_waiting
 from masklake.jobs.fields import LabelFields
 from masklake.jobs.labelling import plan as label_plan
 from masklake.jobs.labelling.lost_images import DEATHS, Alone
-from masklake.jobs.labelling.plan import Round, WorkerPlan
-from masklake.jobs.labelling.progress import progress_bar, start_counter
+from masklake.jobs.labelling.plan import Round, WorkerPlan, is_short
+from masklake.jobs.labelling.progress import own_progress_bar, progress_bar, start_counter
+from masklake.jobs.labelling.standby import Standby, Task
 from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.weights import read_detector
 from masklake.model.config import PredictOptions
@@ -110,11 +111,12 @@ class _Run:
     label_id: str
     checkpoint: bytes
     lease: Lease
+    standby: Standby | None
 
 
-def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
+def run(options: LabelOptions, say: Say = log.info, standby: Standby | None = None) -> LabelReport:
     """Labels the images that the table does not hold yet; returns when the run is committed. Calls `say` with a line on each
-    step.
+    step. standby: labels a short run on this machine.
 
     Raises the errors of `pipeline.errors`. After any of them, and after a kill, the same call continues the run. Images that
     failed are not an error here: see `jobs.labelling.plan.check_failures`.
@@ -123,6 +125,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     table = open_table(storage, options.table)
     checkpoint, model = read_detector(storage, options.weights)
     model_id = model.model_id
+    standby = _prepared(standby, options, checkpoint)
     options = with_precision(options)
     label_id = label_plan.label_id(model_id, model.settings(options.predict), options.limits)
     facts = {"model_id": model_id, "weights": options.weights}
@@ -136,7 +139,7 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
         retry_failed=options.retry_failed,
         facts=facts,
         left_out=left_out,
-        before_freeze=lambda images: _check_can_run(options, table, images),
+        before_freeze=lambda images: _check_can_run(options, table, images, standby),
     )
     if line := str(left_out):
         say(line)
@@ -147,15 +150,27 @@ def run(options: LabelOptions, say: Say = log.info) -> LabelReport:
     verb = "continues" if plan.resumed else "starts"
     say(f"run {plan.run_id} {verb}: {counted(plan.images, 'image')}, model {model_id}, precision {options.predict.precision}")
     with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
-        return _label(_Run(options, table, plan, model_id, label_id, checkpoint, lease), say).model_copy(update=left)
+        return _label(_Run(options, table, plan, model_id, label_id, checkpoint, lease, standby), say).model_copy(update=left)
 
 
-def _check_can_run(options: LabelOptions, table: Table, images: int) -> None:
+def _check_can_run(options: LabelOptions, table: Table, images: int, standby: Standby | None) -> None:
     """Raises, before anything is written, the storage's error if the table is not writable, and ClusterTooSmallError if the
-    run does not fit into the cluster. Called only if there is something to label, since it starts Ray.
+    run does not fit into the cluster. Called only if there is something to label, since it starts Ray, except for a short run.
     """
     table.storage.check_writable(table.uri)
-    label_plan.plan_workers(connect_ray(options.address), images, options.workers, options.device)
+    capacity = own_capacity() if standby is not None and is_short(images, options.block_rows) else connect_ray(options.address)
+    label_plan.plan_workers(capacity, images, options.workers, options.device)
+
+
+def _prepared(standby: Standby | None, options: LabelOptions, checkpoint: bytes) -> Standby | None:
+    """Lets the process load the model. Returns None, and ends it, if the options ask for Ray."""
+    on_a_cluster = options.address or os.environ.get("RAY_ADDRESS")
+    if standby is not None and (on_a_cluster or options.workers not in (None, 1)):
+        standby.close()
+        return None
+    if standby is not None:
+        standby.load(checkpoint, label_plan.device_of(options.device, own_capacity()))
+    return standby
 
 
 def with_precision(options: LabelOptions) -> LabelOptions:
@@ -234,6 +249,14 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     """Labels the images that `files` lack, in ever smaller blocks. An image that ends its workers even alone is `crashed`."""
     plan = run.plan
     missing = run_output.missing(files, plan.images)
+    if run.standby is not None and not is_short(len(missing), run.options.block_rows):
+        run.standby.close()  # its model takes memory
+    elif run.standby is not None:
+        files = _by_standby(run, run.standby, files, missing, say)
+        missing = run_output.missing(files, plan.images)
+        if not len(missing):
+            return files
+        say(label_plan.lost_line(len(missing), 1))
     capacity = connect_ray(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
     say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
@@ -261,6 +284,17 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
         neither = counted(absent, "image is", "images are")
         raise LabellingError(f"{neither} neither labelled nor `crashed`; run the same command again to continue")
     return files
+
+
+def _by_standby(run: _Run, standby: Standby, files: list[Finished], missing: NDArray[np.int64], say: Say) -> list[Finished]:
+    """Labels the missing images without Ray; returns all files. Images are still missing if the process ended."""
+    workers = label_plan.plan_workers(own_capacity(), len(missing), 1, run.options.device)
+    say(f"{counted(1, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
+    rows = pa.concat_tables(run_output.manifest_rows(run.table, run.plan.run_id, missing))
+    task = Task(_spec(run, workers), run.table, run.plan.run_id, rows)
+    with own_progress_bar(run.plan.images, run.plan.images - len(missing), run.options.progress) as add:
+        written = standby.label(task, add)
+    return _finished(run, [*files, *(written or ())])
 
 
 def _finished(run: _Run, known: list[Finished]) -> list[Finished]:

@@ -65,6 +65,13 @@ def connect_ray(address: str | None = None) -> Capacity:
     return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), EMBEDDED in total)
 
 
+def own_capacity() -> Capacity:
+    """Returns the capacity of the cluster that `connect_ray` would start in this process."""
+    import torch
+
+    return Capacity(float(cores() + RESERVED_CPUS), float(torch.cuda.device_count()), memory=0.0, embedded=True)
+
+
 def _start(address: str) -> None:
     import ray
 

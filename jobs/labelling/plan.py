@@ -99,13 +99,18 @@ def precision(requested: Precision | Literal["auto"], device: Device, cluster: b
     return "bf16" if on_gpu else "fp32"
 
 
+def device_of(device: Device, capacity: Capacity) -> Literal["cpu", "cuda"]:
+    """Returns the device that an option means on a cluster."""
+    return "cuda" if device == "cuda" or (device == "auto" and capacity.gpus >= 1) else "cpu"
+
+
 def plan_workers(capacity: Capacity, images: int, requested: int | None = None, device: Device = "auto") -> WorkerPlan:
     """Returns how a cluster is divided among model replicas: one per GPU, else one per core.
 
     images: number of images to process; a few images need few workers. requested: number of workers; None derives it. Raises
     ClusterTooSmallError if the plan does not fit, because Ray would wait for the missing resources forever.
     """
-    on_gpu = device == "cuda" or (device == "auto" and capacity.gpus >= 1)
+    on_gpu = device_of(device, capacity) == "cuda"
     spare = capacity.spare_cpus
     most = int(capacity.gpus) if on_gpu else spare
     workers = requested or max(1, min(most, math.ceil(images / RETRY_ROWS)))
@@ -120,7 +125,7 @@ def plan_workers(capacity: Capacity, images: int, requested: int | None = None, 
         workers=workers,
         cpus_each=cpus_each,
         gpus_each=int(on_gpu),
-        device="cuda" if on_gpu else "cpu",
+        device=device_of(device, capacity),
         concurrency=2 if on_gpu else 1,  # a GPU must not wait for a block's first bytes; on a CPU they share the core anyway
         decode_threads=min(8, max(2, spare // workers)) if on_gpu else cpus_each,
     )
@@ -144,12 +149,17 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
     A run of at most `RETRY_ROWS` images has no pass. One by one, they do not wait for Ray Data, which the driver and its worker
     would have to import.
     """
-    if block_rows is None and images <= RETRY_ROWS:
+    if is_short(images, block_rows):
         return
     rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
     yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
     if rows > RETRY_ROWS:
         yield Round(RETRY_ROWS, alone=True, max_lost=images)
+
+
+def is_short(images: int, block_rows: int | None = None) -> bool:
+    """Returns whether a run is labelled without Ray Data."""
+    return block_rows is None and images <= RETRY_ROWS
 
 
 def lost_line(images: int, rows: int) -> str:

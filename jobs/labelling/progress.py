@@ -97,19 +97,39 @@ def progress_bar(counter: Any, total: int, done: int, watch: Callable[[], None],
     `watch` is called in a thread of its own and must not raise.
     """
     stop = threading.Event()
+    with _bar(total, done, enabled) as bar:
+        thread = threading.Thread(target=_follow, args=(counter, bar, done, watch, stop), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextmanager
+def own_progress_bar(total: int, done: int, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Context manager that shows the same bar for a run without workers; the result takes numbers of finished and of failed
+    images.
+    """
+    failures = 0
+    with _bar(total, done, enabled) as bar:
+
+        def add(images: int, failed: int) -> None:
+            nonlocal failures
+            failures += failed
+            bar.set_postfix(failed=failures, refresh=False)
+            bar.update(images)
+
+        yield add
+
+
+def _bar(total: int, done: int, enabled: bool) -> Any:
     # In a log file every refresh is a line: two per minute are enough there.
     pause = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(
+    return tqdm(
         total=total, initial=done, unit=" images", desc="labelling", file=sys.stderr, disable=not enabled, mininterval=pause
     )
-    thread = threading.Thread(target=_follow, args=(counter, bar, done, watch, stop), name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        bar.close()
 
 
 def written_above(line: str) -> None:

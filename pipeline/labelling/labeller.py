@@ -212,20 +212,13 @@ class LabellingActor(Labeller):
         return report
 
     def alone(self, block: pa.Table) -> pa.Table:
-        """Labels and writes a block, for a caller that gives the block to no other worker.
+        """Labels and writes a block, for a caller that gives the block to no other worker. Returns REPORT_SCHEMA."""
+        return labelled_and_written(super().__call__, block, self._table, self._run_id, self._take_back)
 
-        Errors are returned, never raised: Ray would count an exception as a lost block, as it counts a dead worker.
-        """
-        rows: pa.Table | None = None
-        try:
-            rows = super().__call__(block)
-            return written(write_block(self._table, self._run_id, rows))
-        except Exception as error:
-            log.exception("a block was not labelled")
-            if rows is not None:  # its images were counted as they came
-                ended_ok = pc.sum(pc.equal(rows["status"], Status.OK.value)).as_py()
-                _told(self._progress.take_back.remote(rows.num_rows, rows.num_rows - ended_ok))
-            return failed(error)
+    def _take_back(self, rows: pa.Table) -> None:
+        """Tells the counter of rows that could not be written: their images were counted as they came."""
+        ended_ok = pc.sum(pc.equal(rows["status"], Status.OK.value)).as_py()
+        _told(self._progress.take_back.remote(rows.num_rows, rows.num_rows - ended_ok))
 
     def prove(self) -> str:
         """Labels a picture generated here and returns the id of the node. If this worker dies later, it was able to work
@@ -239,6 +232,29 @@ class LabellingActor(Labeller):
         image = decode(buffer.getvalue(), self._spec.limits).image
         self._model.predict([] if image is None else [image], self._spec.predict)
         return str(ray.get_runtime_context().get_node_id())
+
+
+def labelled_and_written(
+    label: Callable[[pa.Table], pa.Table],
+    block: pa.Table,
+    table: Table,
+    run_id: str,
+    on_unwritten: Callable[[pa.Table], object] = lambda rows: None,
+) -> pa.Table:
+    """Labels a block (`Labeller`) and writes it. Returns REPORT_SCHEMA with one row: the file, or the error.
+
+    Errors are returned, never raised: Ray would count an exception as a lost block, as it counts a dead worker. on_unwritten:
+    called with labelled rows that could not be written.
+    """
+    rows: pa.Table | None = None
+    try:
+        rows = label(block)
+        return written(write_block(table, run_id, rows))
+    except Exception as error:
+        log.exception("a block was not labelled")
+        if rows is not None:
+            on_unwritten(rows)
+        return failed(error)
 
 
 def _told(answer: Any) -> Any:
