@@ -1,4 +1,4 @@
-"""Blocks of rows as the driver hands them to workers through Ray Data."""
+"""Blocks of rows in the form in which the driver passes them to workers through Ray Data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK = "block"
 def packed(block: pa.Table) -> dict[str, bytes]:
     """Returns a block of rows as one item for `ray.data.from_items`.
 
-    Ray Data learns the size of items where they are made. For tables it starts a task each, which waits for a free CPU.
+    Ray Data learns the size of an item where it is created. For each table, it would start a task, which waits for a free CPU.
     """
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, block.schema) as stream:

@@ -15,7 +15,7 @@ MaskLakeError
 ├── TrainingError                 42   training stopped: diverged, or workers kept failing
 ├── LabellingError                43   Ray gave up a labelling run
 ├── ClusterUnusableError          44   no Ray cluster answers there, or this process cannot join it
-└── ClusterLostError              45   the Ray cluster went away during the run
+└── ClusterLostError              45   the Ray cluster was lost during the run
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class TrainingError(MaskLakeError):
 
 
 class LabellingError(MaskLakeError):
-    """Ray gave up a labelling run: its cluster went away, or it lost more blocks than allowed."""
+    """Ray gave up a labelling run: its cluster was lost, or more blocks were lost than allowed."""
 
     exit_code = 43
 
@@ -112,6 +112,6 @@ class ClusterUnusableError(MaskLakeError):
 
 
 class ClusterLostError(MaskLakeError):
-    """The Ray cluster's head, or this host's node of it, went away during the run; what was finished is kept."""
+    """The Ray cluster's head or this host's node was lost during the run; finished work is kept."""
 
     exit_code = 45

@@ -27,7 +27,7 @@ from masklake.model.errors import CheckpointError
 from masklake.model.weights.checkpoint import renamed
 
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How `torch.save`'s oldest format begins: a pickle as well, but torch's own to read."""
+"""First bytes of the oldest format of `torch.save`, which is a pickle, too, but is read by torch."""
 
 _NUMBERS = re.compile(r"[fiu][1248]|b1")
 
@@ -125,9 +125,10 @@ def our_name(key: str) -> str:
 
 
 def rename(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Returns the state dict under MaskLake's names and with its order of classes, for the model of `config`.
+    """Returns the state dict with MaskLake's names and order of classes, for the model of `config`.
 
-    Detectron2 has the background last, without boxes or masks; here it comes first everywhere, and what it lacks is zero.
+    In Detectron2 the background is the last class and has no boxes or masks; here it is the first, and its boxes and masks are
+    zero.
     """
     ours = renamed({key: tensor for key, tensor in state.items() if not _IGNORED.match(key)}, our_name)
     changes: dict[str, Callable[[Tensor], Tensor]]
@@ -175,21 +176,21 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _check_memo(data: bytes) -> None:
-    """Refuses numbers of remembered objects that no honest file of this length has: the reader makes room for them all."""
+    """Raises UnpicklingError for an object number above the file's length: the reader would allocate that many entries."""
     for operation, number, _ in pickletools.genops(data):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and number is not None and int(number) > len(data):
             raise pickle.UnpicklingError(f"it remembers an object number {number}")
 
 
 class _StandIn:
-    """What a pickle gets in place of a class that it names; one that sets attributes of the class itself is refused."""
+    """Base class of the stand-ins for classes that a pickle names. A pickle that sets attributes of a class is refused."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError(f"state for {type(self).__name__}")
 
 
 class _Kind(_StandIn):
-    """A dtype of numbers: `numpy.dtype`."""
+    """Stands in for `numpy.dtype`, for numbers only."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not _NUMBERS.fullmatch(code):
@@ -197,7 +198,7 @@ class _Kind(_StandIn):
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
-        """state: version, byte order, and what only structures have."""
+        """Sets the byte order. state: version, byte order, and fields of structured types."""
         self.dtype = self.dtype.newbyteorder(state[1])
 
     def read(self, data: bytes | str, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
@@ -206,19 +207,19 @@ class _Kind(_StandIn):
 
 
 class _Array(_StandIn):
-    """An array: what `numpy.core.multiarray._reconstruct` makes, empty until its state is set."""
+    """Stands in for `numpy.core.multiarray._reconstruct`: an array, empty until its state is set."""
 
     def __init__(self, *_: Any) -> None:
         self.numbers: NDArray[Any] | None = None
 
     def __setstate__(self, state: Any) -> None:
-        """state: version, shape, dtype, whether in Fortran's order, bytes."""
+        """Sets the numbers. state: version, shape, dtype, whether in Fortran order, bytes."""
         _, shape, kind, fortran, data = state
         self.numbers = kind.read(data, shape, "F" if fortran else "C")
 
 
 class _View(_StandIn):
-    """`numpy._core.numeric._frombuffer`: how protocol 5 writes an array."""
+    """Stands in for `numpy._core.numeric._frombuffer`, with which protocol 5 writes an array."""
 
     def __new__(cls, data: bytes | bytearray, kind: _Kind, shape: tuple[int, ...], order: str) -> Any:
         if not isinstance(data, bytes | bytearray):
@@ -227,14 +228,14 @@ class _View(_StandIn):
 
 
 class _Scalar(_StandIn):
-    """`numpy.core.multiarray.scalar`."""
+    """Stands in for `numpy.core.multiarray.scalar`."""
 
     def __new__(cls, kind: _Kind, data: bytes | str) -> Any:
         return kind.read(data, (), "C")
 
 
 class _Bytes(_StandIn):
-    """`_codecs.encode`: how protocol 2 writes bytes; without arguments `bytes`, how it writes none."""
+    """Stands in for `_codecs.encode`, with which protocol 2 writes bytes, and for `bytes` without arguments, for empty ones."""
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> Any:
         if encoding != "latin1":
@@ -255,10 +256,10 @@ _STAND_INS: Mapping[tuple[str, str], type] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Knows the stand-ins and nothing else: no other class or function is ever looked up."""
+    """An unpickler that looks up the stand-ins and no other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in; raises UnpicklingError for any other name."""
+        """Returns the stand-in. Raises UnpicklingError for any other name."""
         try:
             return _STAND_INS[module, name]
         except KeyError:

@@ -1,7 +1,7 @@
-"""Reads weight files of other programs: from the bytes of any container to tensors by name, or to the reason why not.
+"""Reads weight files of other programs: returns their tensors by name, or raises an error that says what the file is.
 
-Supports state dicts and training checkpoints of `torch.save`, bare or wrapped, safetensors, and the pickles of Detectron2's
-model zoo. No code in a file is executed: tensors are read as such, and other content, such as a run's options, becomes an empty
+Supports state dicts and training checkpoints of `torch.save`, alone or wrapped, safetensors, and the pickles of Detectron2's
+model zoo. No code in a file is executed: only tensors are read, and other content, such as a run's options, becomes an empty
 stand-in.
 """
 
@@ -32,7 +32,7 @@ NESTED = (
 _DEPTH = 4  # dictionaries within dictionaries
 
 _TRANSPARENT = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What `torch.compile` and FSDP put into the names of parts that they wrap."""
+"""Parts of names that `torch.compile` and FSDP insert for the modules that they wrap."""
 
 _FIRST_LAYERS = tuple(
     f"backbone.{layer}.weight" for layer in ("body.conv1", "bottom_up.stem.conv1", "stem.conv1", "body.stem.0")
@@ -64,7 +64,7 @@ def read_state(data: bytes, name: str) -> dict[str, Tensor]:
     """Returns the tensors of another program's file, by its names, without the prefixes of wrappers (`module.`, `_orig_mod.`,
     `model.`).
 
-    name: what messages call the file. Raises CheckpointError that says what the file is if it has no weights.
+    name: name of the file in messages. Raises CheckpointError, which says what the file is, if it contains no weights.
     """
     if (what := what_it_is(data)) is not None:
         raise CheckpointError(f"{name} is neither a MaskLake checkpoint nor a state dict of tensors: it is {what}")
@@ -77,7 +77,7 @@ def read_state(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def what_it_is(data: bytes) -> str | None:
-    """Returns what these bytes are if they are known not to be weights, else None."""
+    """Returns a description of these bytes if they are known not to be weights, else None."""
     if not data:
         return "empty"
     for beginning, what in _BEGINNINGS:
@@ -100,7 +100,7 @@ def what_it_is(data: bytes) -> str | None:
 
 
 def _kind_of_zip(data: bytes) -> str | None:
-    """What a zip archive is, unless `torch.save` wrote it."""
+    """Returns a description of a zip archive, or None if `torch.save` wrote it."""
     try:
         names = [name.partition("/")[2] or name for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
     except zipfile.BadZipFile:
@@ -135,7 +135,7 @@ def _read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 class _StandIn:
-    """What a class of another program becomes: nothing."""
+    """Stands in for an object of another program's class; ignores its content."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -145,7 +145,7 @@ class _StandIn:
 
 
 class _PlainDict(_StandIn):
-    """What a dictionary of another kind becomes: a plain one."""
+    """Stands in for another kind of dictionary; becomes a plain one."""
 
     def __new__(cls, *_: Any) -> Any:
         return {}
@@ -157,8 +157,8 @@ _TABLES = ("collections.defaultdict",)
 def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
     """Returns the tensors of a state dict written by `torch.save`, or of a training checkpoint that contains one, by name.
 
-    Objects of classes other than torch's are not unpickled: each becomes an empty stand-in, which the message names if it is in
-    the place of weights. Raises CheckpointError for a file without a state dict.
+    Objects of classes other than torch's are not unpickled: each becomes an empty stand-in, which the message names if it
+    stands where weights should be. Raises CheckpointError for a file without a state dict.
     """
     refused = f"{name} is neither a MaskLake checkpoint nor a state dict of tensors"
     try:
@@ -181,7 +181,7 @@ def read_pth(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _stand_ins(data: bytes) -> list[tuple[type, str]]:
-    """A stand-in for each class that the pickle in a zip archive names and torch does not know."""
+    """Returns a stand-in for each class that the pickle in a zip archive names and torch does not know."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # noqa: BLE001 - of any kind, for a file that is of the older form or damaged: its reader says what it is
@@ -190,7 +190,7 @@ def _stand_ins(data: bytes) -> list[tuple[type, str]]:
 
 
 def _find(content: Any, depth: int = _DEPTH) -> dict[str, Tensor] | None:
-    """The state dict in what a file holds."""
+    """Returns the state dict within the content of a file, or None."""
     if not isinstance(content, Mapping) or not depth:
         return None
     state = {key: value for key, value in content.items() if not str(key).endswith("_extra_state")}
@@ -201,9 +201,9 @@ def _find(content: Any, depth: int = _DEPTH) -> dict[str, Tensor] | None:
 
 
 def _only_network(content: Mapping[Any, Any], depth: int) -> dict[str, Tensor] | None:
-    """The one state dict under a key that is not known; None if there are several, as of a teacher and a student.
+    """Returns the only state dict under an unknown key; None if there are several, such as those of a teacher and a student.
 
-    The names of a network's weights have dots, those of an optimiser's state have none.
+    The names of a network's weights contain dots, those of an optimiser's state do not.
     """
     found = [_find(value, depth - 1) for value in content.values()]
     networks = [state for state in found if state is not None and any("." in name for name in state)]
@@ -211,7 +211,7 @@ def _only_network(content: Mapping[Any, Any], depth: int) -> dict[str, Tensor] |
 
 
 def _pickled(content: Any, depth: int = _DEPTH) -> Iterable[str]:
-    """The classes of the stand-ins that are where weights should be."""
+    """Yields the class names of stand-ins that stand where weights should be."""
     if isinstance(content, _StandIn):
         yield type(content).__name__
     elif isinstance(content, Mapping) and depth:
@@ -230,11 +230,11 @@ def _inventory(content: Any) -> str:
 
 
 def unwrapped(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Returns the state dict of the network itself, without what wrappers add before its names and beside it.
+    """Returns the state dict of the network itself, without the prefixes and the entries that wrappers add.
 
-    DistributedDataParallel adds `module.`, `torch.compile` `_orig_mod.`, Lightning the name of the attribute; an average of
-    weights holds the network beside its own counters. Averaged weights (`ema`) are used if there are no others. Raises
-    CheckpointError if the names contain several networks otherwise.
+    DistributedDataParallel adds `module.`, `torch.compile` `_orig_mod.`, and Lightning the name of the attribute; averaged
+    weights have counters beside the network. Averaged weights (`ema`) are used if there are no others. Raises CheckpointError
+    if there are several networks otherwise.
     """
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():

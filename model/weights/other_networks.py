@@ -1,4 +1,4 @@
-"""Recognises other networks by the names of their weights, so that a refusal can say what a file is."""
+"""Recognises other networks by the names of their weights, so that an error message can say what a file is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NAMES = {
 
 
 def other_network(state: Mapping[str, Tensor]) -> str | None:
-    """Returns what a state dict belongs to if its names are not those of a detector that can be converted, else None."""
+    """Returns a description of the network of a state dict that cannot be converted, or None if it is not known."""
     detector = any(_DETECTOR.match(key) for key in state)
     for pattern, what in _MARKS:
         if any(pattern.match(key) for key in state) and (not detector or what == _CASCADE):
@@ -51,8 +51,8 @@ def other_network(state: Mapping[str, Tensor]) -> str | None:
 
 
 def residual_network(state: Mapping[str, Tensor]) -> str:
-    """Returns the network of a classifier's state dict (`conv1.`, `layer1.0.`): `ResNet-50`, `ResNeXt-101 32x8d`, `Wide
-    ResNet-50`.
+    """Returns the name of the network of a classifier's state dict (`conv1.`, `layer1.0.`), such as `ResNet-50`, `ResNeXt-101
+    32x8d` or `Wide ResNet-50`.
     """
     blocks = [re.match(r"layer([1-4])\.(\d+)\.", key) for key in state]
     found = [(int(match[1]), int(match[2])) for match in blocks if match]
@@ -64,7 +64,7 @@ def residual_network(state: Mapping[str, Tensor]) -> str:
 
 
 def backbone_name(config: BackboneConfig) -> str:
-    """Returns the same for the backbone of a configuration."""
+    """Returns the name of a configuration's backbone, as in `residual_network`."""
     return _name(config.block == "basic", config.depths, config.groups, config.group_width)
 
 

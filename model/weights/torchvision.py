@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 _RESIDUAL = re.compile(r"(Wide_)?ResNe(t|Xt)\d")
-"""Classifiers of torchvision's whose weights may begin a backbone."""
+"""Names of torchvision's classifiers whose weights can initialise a backbone."""
 
 _ZERO_EPS_FILES = ("258fb6c6", "bf2d0c1e", "fc266e95")
 """SHA-256 prefixes of the COCO_V1 files (box, mask, keypoint), for which torchvision's builders set the norm's eps to 0."""
@@ -108,7 +108,7 @@ def norm_eps_of_file(data: bytes) -> float:
 
 
 def _named(weight_name: str) -> WeightsEnum:
-    """torchvision's entry of these weights. Raises CheckpointError for what it does not have or no model here can take."""
+    """Returns torchvision's entry for these weights. Raises CheckpointError if there is none, or no model here can use it."""
     from torchvision.models import get_weight  # here, because importing the package takes longer than importing torch
 
     said = f"torchvision has no weights called {weight_name!r}"

@@ -13,7 +13,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parent
 
 NAMED = 5
-"""Number of offenders that an error message names before it only counts them."""
+"""Maximum number of offenders that an error message names; it counts the others."""
 
 REPEATED_IMAGE, REPEATED_ROW = "repeated image rows", "repeated annotation rows"
 ZERO_AREA, OUTSIDE = "boxes without an area", "boxes outside their image"
@@ -30,12 +30,12 @@ DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
 """Reasons for leaving out an annotation that somebody drew."""
 
 MOST_UNUSABLE = 0.05
-"""Default maximum share of instances (or of images, where leaving out images is allowed) that may be left out."""
+"""Default maximum share of instances (or of images, if images may be left out) that may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class CocoAnnotation:
-    """One row of `annotations`. `bbox` is x, y, width, height in pixels; `keypoints` is x, y, visibility per keypoint, flat."""
+    """One row of `annotations`. bbox: x, y, width, height in pixels. keypoints: x, y, visibility of each keypoint, flat."""
 
     image_id: int
     category_id: int
@@ -99,8 +99,8 @@ class CocoDataset:
 
 
 def learnable(annotation: CocoAnnotation, image: CocoImage) -> bool:
-    """Returns whether an instance is used in training: it is no crowd, and its box covers at least a pixel of the image each
-    way.
+    """Returns whether an instance is used in training: it is not a crowd region, and the part of its box on the image is at
+    least one pixel wide and high.
     """
     x, y, width, height = annotation.bbox
     wide, high = min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0)

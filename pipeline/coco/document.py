@@ -13,7 +13,10 @@ from masklake.pipeline.errors import AnnotationError
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """Returns the region as one compressed run-length encoding of (height, width) pixels, as pycocotools draws it."""
+    """Returns the region as one compressed run-length encoding of (height, width) pixels, rasterised by pycocotools.
+
+    Raises AnnotationError for an annotation without an outline.
+    """
     if segmentation is None:
         raise AnnotationError("an annotation without an outline has no mask.")
     if isinstance(segmentation, list):
@@ -24,7 +27,7 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
 
 
 def to_document(dataset: CocoDataset, image_ids: Iterable[int] | None = None) -> dict[str, Any]:
-    """Returns the data set (or only these images) as a COCO document. Annotation ids start at 1: evaluators take 0 for
+    """Returns the data set (or only these images) as a COCO document. Annotation ids start at 1, because evaluators use 0 for
     "none".
     """
     kept = {image.id for image in dataset.images} if image_ids is None else set(image_ids)

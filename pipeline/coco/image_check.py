@@ -1,8 +1,8 @@
-"""Checks which images of a COCO file can be used: before a run is planned, and during the run; both are limited.
+"""Checks which images of a COCO file can be used, before a run is planned and during the run; both numbers are limited.
 
-Before the run, every file must exist, and its header must be that of an image of the annotated size. Only decoding finds the
-rest (a truncated file, or one that was removed meanwhile). The loader replaces such an image by another one, so that epochs
-keep their length, and reports it.
+Before the run, every file must exist, and its header must be that of an image of the annotated size. Other faults are found
+only by decoding (a truncated file, or one that was removed meanwhile). The loader then uses another image instead, so that
+epochs keep their length, and reports it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse_uri, relative_to
 
 HEAD_BYTES = 8192
-"""Bytes read of a remote object: they contain the size of nearly every JPEG and PNG."""
+"""Number of bytes read from a remote object: they contain the size of nearly every JPEG and PNG."""
 LOOKS_AT_ONCE = 32
 MISSING = "there is no such file"
 
@@ -86,20 +86,20 @@ def first_few(messages: Sequence[str], of: int | None = None) -> str:
 
 
 def listed_and_left_out(dataset: CocoDataset) -> tuple[int, int]:
-    """Returns how many images the file of a data set lists, and how many of them `usable_images` left out."""
+    """Returns the number of images that the file of a data set lists, and of those that `usable_images` left out."""
     left_out = sum(dataset.dropped.get(reason, 0) for reason in (MISSING_FILE, UNUSABLE_IMAGE))
     return len(dataset.images) + left_out, left_out
 
 
 def remedy(most: float) -> str:
-    """Returns how to leave out more images than the share `most`."""
+    """Returns the remedy for more unusable images than the share `most`."""
     if most == 0:
         return f"leave such images out with --allow-missing (up to {MOST_UNUSABLE:.0%} of all; --max-unusable says how many)"
     return f"allow more than {100 * most:.3g}% of the images to be left out with --max-unusable"
 
 
 def _look(storage: Storage, uri: str, image: CocoImage) -> str | None:
-    """Returns why an image cannot be used, as far as its header shows, or None. Raises StorageError if the storage is busy or
+    """Returns why an image cannot be used, as far as its header tells, or None. Raises StorageError if the storage is busy or
     out of reach.
     """
     limits = DecodeLimits()
@@ -140,8 +140,8 @@ def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bool]]:
 
 
 def wrong_size(size: tuple[int, int], row: CocoImage | Mapping[str, int], turned: bool = False) -> str | None:
-    """Returns what is wrong with the width and height of an upright image, given its row, or None. turned: they may be
-    swapped.
+    """Returns a message if the width and height of an upright image are not those of its row, else None. turned: whether the
+    two may be swapped.
     """
     width, height = (row.width, row.height) if isinstance(row, CocoImage) else (row["width"], row["height"])
     if size == (width, height) or (turned and size == (height, width)):

@@ -1,9 +1,9 @@
-"""Reads COCO annotation files: each is read and checked once, and is plain values afterwards.
+"""Reads COCO annotation files: each is read and checked once, and its values can be trusted afterwards.
 
 Cases that other readers accept and fail on later are decided here: repeated image rows, annotations of an unknown image or
 category, boxes without an area or outside their image, crowd regions in either run-length form, files without `info`.
-Contradictions raise an error that names the row (`pipeline.coco.values` checks each number). What can be left out is left out
-and counted (`CocoDataset.dropped`). An instance that lacks the ground truth of one task is kept for the others.
+Contradictions raise an error that names the row (`pipeline.coco.values` checks each number). Rows that can be left out are left
+out and counted (`CocoDataset.dropped`). An instance that lacks the ground truth of one task is kept for the others.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
 
 FEW_BOXES = 8
-"""Fewer boxes than this say too little about the format of all boxes."""
+"""Minimum number of boxes from which their format is inferred."""
 
 
 def read_coco(storage: Storage, uri: str) -> CocoDataset:
-    """Reads and checks the COCO JSON at `uri` (local path or s3://).
+    """Returns the checked COCO JSON file at `uri` (local or s3://).
 
     Raises InputNotFoundError, AccessDeniedError or StorageError if it cannot be fetched, AnnotationError if it cannot be used.
     """
@@ -53,7 +53,7 @@ def read_coco(storage: Storage, uri: str) -> CocoDataset:
 
 
 def parse_coco(document: Any, source: str) -> CocoDataset:
-    """Checks a decoded COCO document; `source` names it in messages. Raises AnnotationError."""
+    """Returns a checked COCO document, decoded from JSON. source: its name in messages. Raises AnnotationError."""
     if not isinstance(document, dict):
         raise AnnotationError(
             f"{source} holds a {type(document).__name__}, not a COCO object with images and annotations.{_list_hint(document)}"
@@ -94,7 +94,7 @@ class _Dropped:
 
 
 def _bytes_hint(data: bytes) -> str:
-    """Returns a guess what a file is that is not a JSON document."""
+    """Returns a guess at what a file is that is not JSON, and what to do."""
     start = data[:64].lstrip()
     if start.startswith(b"\x1f\x8b"):
         return "It is compressed: unpack it first."

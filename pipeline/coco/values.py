@@ -1,8 +1,8 @@
 """Checks the numbers of a COCO file against their types and against the image that they belong to.
 
-After this reader every number reaches code that trusts it: tables with 64-bit image ids and 32-bit category ids, and
-pycocotools, which draws coordinates in C (a polygon that extends to 1e9 ends the process) and adds up run lengths unchecked. So
-everything is checked here, once. What does not fit raises AnnotationError that names file, row, annotation and image.
+Code that follows trusts every number: tables with 64-bit image ids and 32-bit category ids, and pycocotools, which draws
+coordinates in C (a polygon that extends to 1e9 ends the process) and adds up run lengths unchecked. So everything is checked
+here, once. An invalid value raises AnnotationError, which names file, row, annotation and image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """One row of `images`: `file_name` is relative to the image folder; sizes are pixels."""
+    """One row of `images`. file_name: relative to the image folder. width, height: pixels."""
 
     id: int
     file_name: str
@@ -49,7 +49,7 @@ class CocoImage:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a value in the file; as text, the beginning of a message."""
+    """The place of a value in a file. Converted to text, it is the beginning of a message."""
 
     source: str
     part: str
@@ -75,7 +75,7 @@ def is_text(value: str) -> bool:
 
 
 def quoted(value: Any) -> str:
-    """Returns a value as a message shows it."""
+    """Returns a value as text for a message, shortened if it is long."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python prints
@@ -126,8 +126,8 @@ def image_of(row: Any, place: Place) -> CocoImage:
 
 
 def box_of(row: Mapping[str, Any], image: CocoImage, place: Place) -> tuple[float, float, float, float]:
-    """Returns x, y, width, height: four finite numbers. If any part of the box lies on the image, its corners must be near
-    it.
+    """Returns x, y, width, height: four finite numbers. If any part of the box lies on the image, its corners must be at most
+    REACH sides away from it.
     """
     bbox = row.get("bbox")
     numbers = [finite(side) for side in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]

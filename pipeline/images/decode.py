@@ -1,9 +1,9 @@
-"""Decodes compressed bytes of any origin to an RGB image, or to a status and a reason. It never raises, even for hostile bytes.
+"""Decodes compressed bytes of any origin to an RGB image, or to a status and a reason. Never raises, even for hostile bytes.
 
 The rules are the same for every format. The header is checked before a pixel is decoded. Only the first frame is used. The EXIF
-orientation is applied, so that boxes are in the pixels that a viewer shows. Alpha is dropped, not blended. More than 8 bits are
-scaled to 8 (`_scale_to_8_bits`). A truncated file is an error, never half an image. Colour profiles are ignored, except in
-CIELAB files, which have no other way to RGB.
+orientation is applied, so that boxes refer to the pixels that a viewer shows. Alpha is dropped, not blended. More than 8 bits
+are scaled to 8 (`_scale_to_8_bits`). A truncated file is an error, never half an image. Colour profiles are ignored, except in
+CIELAB files, which cannot be converted to RGB without one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EPS and WMF would start another program, and the rest have no decoder.
 """
 
 ORIENTATION_TAG = 0x0112
-# What makes each EXIF orientation upright (TIFF 6.0, section 8); from 5 on width and height change places.
+# The operation that makes each EXIF orientation upright (TIFF 6.0, section 8); from 5 on, width and height are swapped.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,18 +45,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ERROR_LENGTH = 300  # characters of a foreign message that a row keeps
+_ERROR_LENGTH = 300  # maximum number of characters of a library's message in a row
 
 
 class DecodeLimits(BaseModel, DecodeFields, frozen=True):
-    """What an image may cost. Each limit changes rows (`too_large`), so all of them are part of `label_id`."""
+    """Limits of an image's size. Each limit changes rows (`too_large`), so all of them are part of `label_id`."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says. Sizes are pixels as stored, before the orientation, unless `upright`; 0 if unknown."""
+    """What the header of a file says. Sizes are in pixels as stored, before the orientation, unless `upright`; 0 if unknown."""
 
     status: Status
     width: int = 0
@@ -85,7 +85,7 @@ class Decoded:
 
 
 def read_header(data: bytes, limits: DecodeLimits) -> Header:
-    """Checks `data` by its header: ok, too_large or decode_error. Takes microseconds and allocates no pixels."""
+    """Returns the status of `data` by its header: ok, too_large or decode_error. Takes microseconds and allocates no pixels."""
     if len(data) > limits.max_bytes:
         return Header(Status.TOO_LARGE, error=f"{len(data)} bytes; the limit is {limits.max_bytes}")
     try:
@@ -97,10 +97,10 @@ def read_header(data: bytes, limits: DecodeLimits) -> Header:
 
 
 def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
-    """`read_header` for a file, or for its first bytes, with the size of the upright image if the header contains the
+    """Same as `read_header` for a file, or for its first bytes, with the size of the upright image if the header contains the
     orientation.
 
-    A JPEG's header does. Other formats may store their orientation behind the pixels, and `upright` is False for them.
+    That is the case for JPEG. Other formats may store the orientation after the pixels, and `upright` is False for them.
     """
     _configure_pillow()
     _allow(limits.max_pixels)
@@ -118,7 +118,7 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
 
 
 def decode(data: bytes, limits: DecodeLimits | None = None) -> Decoded:
-    """Decodes `data` to an upright RGB image, or says why not. Releases the interpreter lock while decoding."""
+    """Returns the upright RGB image in `data`, or a status and a reason. Releases the interpreter lock while decoding."""
     limits = limits or DecodeLimits()
     header = read_header(data, limits)
     if header.status is not Status.OK:
@@ -133,7 +133,7 @@ def decode(data: bytes, limits: DecodeLimits | None = None) -> Decoded:
 
 @functools.cache
 def _configure_pillow() -> None:
-    """Pillow warns of what its errors and our limits already say; a truncated file must stay an error."""
+    """Silences Pillow's warnings, which its errors and our limits cover, and keeps truncated files an error."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -146,8 +146,8 @@ def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
 
 
 def _allow(pixels: int) -> None:
-    """Let Pillow open images of so many pixels. Its limit, which is the whole process's, is never lowered: others open images,
-    too, and `_size_status` knows ours.
+    """Lets Pillow open images of so many pixels. Its limit applies to the whole process, so it is never lowered: other code
+    opens images, too, and `_size_status` checks our own limit.
     """
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, (pixels + 1) // 2)  # it refuses twice as many
@@ -184,9 +184,9 @@ def _classify(error: Exception, limits: DecodeLimits) -> tuple[Status, str]:
 
 
 def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
-    """uint8 RGB (3, H, W), upright. Raises what Pillow raises."""
-    # torchvision's JPEG decoder gives the same pixels 20% faster in two threads (2.05 against 2.5 ms at 640 x 480), and its
-    # import costs a process 4.5 s: a worker would have to decode ten thousand images to win that back.
+    """Returns uint8 RGB (3, H, W), upright. Raises Pillow's errors."""
+    # torchvision's JPEG decoder returns the same pixels 20% faster in two threads (2.05 against 2.5 ms at 640 x 480), but its
+    # import takes 4.5 s: a worker would have to decode ten thousand images to make up for it.
     with _open(data, limits) as image:
         image.load()  # TIFF turns itself upright here, and PNG may state its orientation after the pixels
         inner = _size_status(image.size, limits)  # an image in a container (ICO) may be larger than promised
@@ -196,10 +196,10 @@ def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:
 
 
 def upright_rgb(image: Image.Image) -> torch.Tensor:
-    """The pixels of an image in any of Pillow's modes: uint8 RGB (3, H, W), upright. Raises what Pillow raises."""
+    """Returns the pixels of an image in any of Pillow's modes: uint8 RGB (3, H, W), upright. Raises Pillow's errors."""
     image.load()
     pixels = _to_rgb(image)
-    # Not `ImageOps.exif_transpose`: it rewrites the metadata, too, and raises where that is hostile.
+    # Not `ImageOps.exif_transpose`: it rewrites the metadata, too, and raises if they are hostile.
     if (turn := _TURNS.get(_orientation(image))) is not None:
         pixels = np.array(Image.fromarray(pixels).transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -215,11 +215,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) of a loaded image in any of Pillow's modes."""
+    """Returns uint8 (H, W, 3) for a loaded image in any of Pillow's modes."""
     if image.mode.startswith("I") or image.mode == "F":
         gray = _scale_to_8_bits(np.asarray(image))
         return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.mode in ("La", "RGBa"):  # premultiplied: undo that first, or what is transparent turns dark
+    if image.mode in ("La", "RGBa"):  # premultiplied: undo that first, or transparent pixels turn dark
         image = image.convert(image.mode.upper())
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
@@ -227,16 +227,16 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    """CIELAB (D50) to sRGB; Pillow's own `convert` has no such path."""
+    """Returns a CIELAB (D50) image in sRGB; Pillow's own `convert` does not support it."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    if converted is None:  # only with inPlace=True, which is not asked for
+    if converted is None:  # only with inPlace=True
         raise ValueError("CIELAB to RGB gave no image")
     return converted
 
 
 def _scale_to_8_bits(samples: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scales gray samples of more than 8 bits to uint8, by a rule that depends on this image alone.
+    """Returns gray samples of more than 8 bits, scaled to uint8 by a rule that depends on this image alone.
 
     Integers: full scale is the smallest of 8, 10, 12, 14, 16 (then 24, 32) bits that holds the largest sample, because cameras
     and microscopes store 12 bits in 16. Floats: full scale is 0..1 or 0..255 if it holds all samples, else the range of the

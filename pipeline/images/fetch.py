@@ -43,7 +43,8 @@ class Fetched:
 
 
 def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency: int = CONCURRENT_GETS) -> list[Fetched]:
-    """Fetches `uris`, in order, at most `concurrency` at a time. Must be called from a thread without an event loop.
+    """Returns the objects of `uris`, in order. Fetches at most `concurrency` at a time. Must be called from a thread without an
+    event loop.
 
     An object of more than `max_bytes` is too_large, and its body is not read. Retries and timeouts are those of the storage
     options.
@@ -52,7 +53,7 @@ def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency:
 
 
 def fetch_patiently(storage: Storage, uris: Sequence[str], *, max_bytes: int) -> list[Fetched]:
-    """Like `fetch`, but retries transient failures for up to a minute: for callers that cannot come back to an image later."""
+    """Same as `fetch`, but retries transient failures for up to a minute: for callers that cannot try an image again later."""
     found = fetch(storage, uris, max_bytes=max_bytes)
     for pause in PAUSES_S:
         again = [place for place, got in enumerate(found) if got.may_pass]
@@ -102,7 +103,7 @@ def _get_literal(found: LiteralObject, max_bytes: int) -> Fetched:
 
 
 def _read_local(path: str, max_bytes: int) -> Fetched:
-    """Reads one local file. Raises OSError. Files that are not regular are refused unopened: a pipe would block forever."""
+    """Returns one local file. Raises OSError. Files that are not regular are not opened: a pipe would block forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return Fetched(Status.FETCH_ERROR, error=f"{path}: not a regular file")
     with Path(path).open("rb") as file:

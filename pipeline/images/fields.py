@@ -13,7 +13,7 @@ MOST_SIDE = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DecodeFields:
-    """What an image may cost."""
+    """Limits of an image's size."""
 
     max_bytes: Annotated[int, Option("Maximum size of a compressed file, in bytes.", gt=0, le=2**40)] = 256 * 2**20
     max_pixels: Annotated[

@@ -8,7 +8,7 @@ from masklake.model.fields import Option
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class InputFields:
-    """Which images."""
+    """The images of a run."""
 
     uri: Annotated[
         str,
@@ -18,9 +18,9 @@ class InputFields:
             metavar="INPUT",
         ),
     ]
-    """Folders are read recursively. A glob has *, ?, [] and **. A single image is an input, too. With a trailing slash the URI
-    is a folder, even if an object has the same name."""
+    """Folders are read recursively. A glob may contain *, ?, [] and **. A single image is an input, too. With a trailing slash
+    the URI is a folder, even if an object has the same name."""
     column: Annotated[
         str | None, Option("Column (JSON: key) of the list that holds the URIs.", default="uri, or the only one", panel="Input")
     ] = None
-    """Without a header: its number, from 1."""
+    """In a list without a header: the number of the column, from 1."""

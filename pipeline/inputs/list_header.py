@@ -1,9 +1,9 @@
-"""Decides whether the first row of a CSV list is a header or an image, which must not be lost, and whether a text list is
+"""Decides whether the first row of a CSV list is a header or an image, which must not be lost, and whether a text list has
 columns.
 
-A field that ends like the name of an image decides. Where names have no suffix, rows that differ only in their numbers do:
-`IMG_001,cat` above `IMG_002,dog` is not a header. A bare number is weaker evidence than a name with a number, since columns may
-be called `0` or `2023`.
+A row with a field that ends like the name of an image is not a header. If names have no suffix, neither is a row that differs
+from the next only in numbers: `IMG_001,cat` above `IMG_002,dog`. A bare number is weaker evidence than a name with a number,
+since columns may be called `0` or `2023`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES, looks_like_image
 
 _LOOKED_AT = 20
-"""Lines of a text list that are looked at."""
+"""Number of lines of a text list that are checked."""
 _NUMBER = re.compile(r"[+-]?[\d.,]+")
 
 
@@ -35,7 +35,7 @@ def is_headless(first: Sequence[str], second: Sequence[str], wanted: str | None)
 
 
 def images_columns(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Returns the numbers (from 1) of the columns that may hold image names in a list without a header; one number if it is
+    """Returns the numbers (from 1) of the columns that may contain image names in a list without a header; only one if that is
     clear.
 
     Candidates are the columns whose first field ends like the name of an image; if there are none, those with paths; then those
@@ -53,10 +53,10 @@ def images_columns(first: Sequence[str], second: Sequence[str]) -> list[int]:
 
 
 def columns_sign(head: str) -> str | None:
-    """Returns the sign that separates columns in the first lines of a text list; None if each line may be a name.
+    """Returns the separator of columns in the first lines of a text list; None if each line may be a name.
 
-    Names may contain any sign. Lines are columns if a field of each ends like the name of an image while no line does, as in
-    `a.jpg 3`; or, with tabs, which names hardly contain, if a field does.
+    Names may contain any separator. Lines have columns if a field of each line ends like the name of an image but no line does,
+    as in `a.jpg 3`. With tabs, which names hardly contain, it suffices that a field does.
     """
     whole = head[: head.rfind("\n")] if "\n" in head else head
     lines = [line for line in whole.splitlines() if line.strip() and not line.startswith("#")][:_LOOKED_AT]
@@ -72,7 +72,7 @@ def _is_image(field: str) -> bool:
 
 
 def _alike(first: Sequence[str], second: Sequence[str]) -> list[bool]:
-    """For each field of a first row whether the one below differs in its numbers alone: `photos/000` and `photos/001`."""
+    """Returns for each field of a first row whether the one below differs only in numbers: `photos/000` and `photos/001`."""
     below = [*second, *[""] * len(first)]
     return [bool(re.search(r"\d", one)) and _form(one) == _form(two) for one, two in zip(first, below, strict=False)]
 
@@ -82,5 +82,5 @@ def _form(field: str) -> str:
 
 
 def _is_path(first: Sequence[str], wanted: str | None) -> bool:
-    """Whether a column was asked for by a number, and its first field is a path."""
+    """Returns whether the requested column is a number, and its first field is a path."""
     return any("/" in field for number, field in enumerate(first, 1) if str(number) == wanted)

@@ -1,6 +1,6 @@
 """Lists the images of an input: a folder, a pattern, a list, or one image.
 
-Everything is streamed as Arrow batches. What is not an image of the input, or could never be read, is left out here, once, and
+Everything is streamed as Arrow batches. Entries that are not images of the input, or could never be read, are left out here and
 counted by reason. A row that reaches a run can be requested by exactly its name.
 """
 
@@ -46,17 +46,17 @@ folders in which macOS, Windows, Synology and QNAP keep thumbnails and waste."""
 
 
 def nothing_found(storage: Storage, uri: str) -> str:
-    """Returns the message for an input without any image; where the path is right, it does not suggest to check the path."""
+    """Returns the message for an input without any image. It suggests checking the path only if the path may be wrong."""
     if is_glob(uri) and not storage.exists(uri):
         braces = "; braces are literal, so give a folder or a list instead" if "{" in uri else ""
         return f"matches no image; check the pattern{braces}"
     if list_kind(uri) is not None and not uri.endswith("/") and storage.is_file(uri):
-        return "is a list that names no image; write one a row"
+        return "is a list that names no image; write one per row"
     return "holds no image; check the path"
 
 
 class InputSpec(BaseModel, InputFields, frozen=True):
-    """What to label. A later start with an equal specification continues the run."""
+    """The images to label. A later start with an equal specification continues the run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -99,10 +99,10 @@ def is_glob(uri: str) -> bool:
 def list_inputs(storage: Storage, spec: InputSpec, left_out: LeftOut | None = None) -> Iterator[pa.RecordBatch]:
     """Yields every image of the input as OBJECT_SCHEMA batches. Names in a list may repeat, those in a folder do not.
 
-    Folders and prefixes give names with an image suffix, except hidden ones; a glob and a list give what they name. Relative
-    names in a list are below the list's own folder. Rows without an `etag` are looked up in the storage, in parallel; etag
-    stays null if nothing is there. left_out: counts the rest. Raises InputNotFoundError for a missing folder, bucket or list,
-    ConfigError for a missing column or an unknown kind of list.
+    In folders and prefixes, files with an image suffix are images, except hidden ones; a glob and a list may name any file.
+    Relative names in a list are relative to the list's folder. Rows without an `etag` are looked up in the storage, in
+    parallel; etag stays null if there is no such object. left_out: counts the other entries. Raises InputNotFoundError for a
+    missing folder, bucket or list, ConfigError for a missing column or an unknown kind of list.
     """
     left_out = LeftOut() if left_out is None else left_out
     spec = spec.resolved(storage)
@@ -154,7 +154,7 @@ def _check_no_text(storage: Storage, uri: str) -> None:
     with storage.open_input(uri) as source:
         head = source.read(_HEAD_BYTES)
     if head and is_text(head) and not _TEXT_IMAGE.match(head):
-        raise ConfigError(f"{uri}: is text and no image; if it is a list, name it .txt (a name a line), .csv or .jsonl")
+        raise ConfigError(f"{uri}: is text and no image; if it is a list, name it .txt (one name per line), .csv or .jsonl")
 
 
 # -- folders and patterns ----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def _without_hidden(batch: pa.RecordBatch, base: str, left_out: LeftOut) -> pa.R
 
 
 def _chosen(batch: pa.RecordBatch, mask: pa.BooleanArray, base: str, left_out: LeftOut, reason: Reason) -> pa.RecordBatch:
-    """The rows of the mask; the others are counted, and the first of them named by its path below `base`."""
+    """Returns the rows of the mask. The others are counted, and the first of them is named by its path below `base`."""
     chosen = batch.filter(mask)
     if chosen.num_rows < batch.num_rows:
         first = batch["uri"][pc.index(mask, False).as_py()].as_py()
@@ -216,7 +216,7 @@ def reaches(pattern: str, folder: str) -> bool:
 
 
 def _could_match(pattern: str, reason: Reason, name: str) -> bool:
-    """Returns whether what a listing left out belongs to the pattern. name: a local path, or a key of the pattern's bucket."""
+    """Returns whether a pattern could match an entry that a listing left out. name: a local path, or a key in the bucket."""
     at = parse_uri(pattern)
     uri = name if at.is_local else f"{at.scheme}://{at.bucket}/{name}"
     if reason in (Reason.UNREADABLE_FOLDERS, Reason.LINKED_FOLDERS):
@@ -286,8 +286,8 @@ def _unreadable(uri: str) -> Reason | None:
 
 
 def _unreadable_files(paths: Sequence[str]) -> dict[str, Reason]:
-    """Returns the local paths that could never be read. They are checked in parallel: network file systems are slow for
-    each.
+    """Returns the local paths that could never be read, with the reasons. They are checked in parallel, because network file
+    systems are slow.
     """
     with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
         reasons = pool.map(_unreadable_file, paths)
@@ -295,9 +295,7 @@ def _unreadable_files(paths: Sequence[str]) -> dict[str, Reason]:
 
 
 def _unreadable_file(path: str) -> Reason | None:
-    """Returns why this path cannot be read, or None. A path that does not exist (yet) or is forbidden (so far) is not such a
-    case.
-    """
+    """Returns why this path can never be read, or None. A path that does not exist or is forbidden may be readable later."""
     try:
         mode = Path(path).stat().st_mode
     except ValueError:  # a zero byte
@@ -310,12 +308,12 @@ def _unreadable_file(path: str) -> Reason | None:
 
 
 def _with_etags(storage: Storage, uris: Sequence[str], rows: Sequence[Named]) -> pa.RecordBatch:
-    """Returns OBJECT_SCHEMA rows; etag and bytes that the list does not give come from the storage."""
+    """Returns OBJECT_SCHEMA rows; etag and bytes that the list does not contain come from the storage."""
     unknown = [uri for uri, row in zip(uris, rows, strict=True) if row.etag is None]
-    asked = iter(storage.stat_many(unknown).to_pylist()) if unknown else iter(())
+    stats = iter(storage.stat_many(unknown).to_pylist()) if unknown else iter(())
     known: list[tuple[str | None, int | None]] = []
     for row in rows:
-        found = next(asked) if row.etag is None else None
+        found = next(stats) if row.etag is None else None
         known.append((found["etag"], found["bytes"]) if found is not None else (row.etag, row.bytes))
     columns = [list(uris), [etag for etag, _ in known], [size for _, size in known]]
     return pa.record_batch(columns, schema=OBJECT_SCHEMA)

@@ -72,7 +72,7 @@ _FIELD_LIMIT = 1 << 28  # characters; csv's own limit of 128 Ki is less than the
 
 @dataclass(frozen=True)
 class Named:
-    """A row of a list. name is not blank; etag has no quotes; etag and bytes are null if the list does not give them."""
+    """A row of a list. etag: without quotes. etag and bytes: None if the list does not contain them."""
 
     name: str
     etag: str | None = None
@@ -85,7 +85,7 @@ def list_kind(uri: str) -> str | None:
 
 
 def _suffix(uri: str) -> str:
-    """The suffix in small letters, without that of a compression."""
+    """Returns the suffix in lower case, without that of a compression."""
     base, end = os.path.splitext(uri.lower())
     return os.path.splitext(base)[1] if end in _COMPRESSED else end
 
@@ -132,7 +132,7 @@ def _list_errors(uri: str, kind: str) -> Iterator[None]:
 
 
 def _column(uri: str, wanted: str | None, names: Sequence[str], note: str = "") -> str:
-    """The column that names the images. note: behind the columns' names, where others are asked for."""
+    """Returns the column that names the images. Raises ConfigError if it is not clear. note: end of that message."""
     if not names:
         raise ConfigError(f"{uri}: has no columns, so it names no images")
     usual = [name for name in names if name.strip().casefold() == "uri"]
@@ -146,13 +146,13 @@ def _column(uri: str, wanted: str | None, names: Sequence[str], note: str = "") 
 
 
 def _etag(value: object) -> str | None:
-    """A version as tables hold it. Whatever else it is does no harm: it only never equals a version that the table holds."""
+    """Returns a version as in tables. A value of another kind is harmless: it never equals a version in a table."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) if value is not None else ""
     return unquoted(text.strip()) or None
 
 
 def _size(value: object) -> int | None:
-    """A size that can be one, else None."""
+    """Returns a valid size in bytes, else None."""
     try:
         size = int(value)  # type: ignore[call-overload]  # what no int can be made of is caught below
     except (TypeError, ValueError, OverflowError):
@@ -188,7 +188,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 @contextmanager
 def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bytes]]:
-    """The list's bytes, decompressed, and the first of them."""
+    """Context manager for the list's decompressed bytes, and the first of them."""
     with storage.open_input(uri) as source:
         magic = source.read(8)
         source.seek(0)
@@ -201,11 +201,13 @@ def _opened(storage: Storage, uri: str) -> Iterator[tuple[IO[bytes], bytes]]:
 
 @contextmanager
 def _lines(storage: Storage, uri: str, newline: str) -> Iterator[tuple[io.TextIOWrapper, str]]:
-    """The list as text, and the first of it. Bytes that are not UTF-8 become lone surrogates, as in Python's file names."""
+    """Context manager for the list as text, and its beginning. Bytes that are not UTF-8 become lone surrogates, as in Python's
+    file names.
+    """
     with _opened(storage, uri) as (stream, head):
         wide = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), None)
         if b"\0" in head and not wide:
-            raise ConfigError(f"{uri}: holds zero bytes, so it is no text; save it as UTF-8")
+            raise ConfigError(f"{uri}: holds zero bytes, so it is not text; save it as UTF-8")
         encoding, errors = (wide, "strict") if wide else ("utf-8-sig", "surrogateescape")
         if newline == "\n" and not wide and b"\n" not in head and b"\r" in head:
             newline = "\r"
@@ -214,7 +216,7 @@ def _lines(storage: Storage, uri: str, newline: str) -> Iterator[tuple[io.TextIO
 
 
 def _read_text(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut) -> Iterator[Named]:
-    """One name a line, as it is, spaces included; a line that begins with `#` is a comment."""
+    """Yields one name per line, spaces included. A line that begins with `#` is a comment."""
     if wanted is not None:
         raise ConfigError(f"{uri}: a text list has no columns; leave out --column {wanted}")
     with _lines(storage, uri, newline="\n") as (lines, head):
@@ -232,10 +234,10 @@ def _read_text(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut
 
 
 def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut) -> Iterator[Named]:
-    """Spaces around a field are no part of it, as in its header: people write `1, a.jpg`."""
+    """Yields the rows of a CSV list. Spaces around fields, and in the header, are ignored: people write `1, a.jpg`."""
     csv.field_size_limit(_FIELD_LIMIT)
     with _lines(storage, uri, newline="") as (lines, head):
-        separator = re.match(r"sep=(.)\r?\n", head)  # how Excel says it
+        separator = re.match(r"sep=(.)\r?\n", head)  # written by Excel
         if separator:
             lines.readline()
             head = head[separator.end() :]
@@ -264,7 +266,7 @@ def _read_csv(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut)
 
 
 def _first_row(rows: Iterable[list[str]]) -> list[str]:
-    """The first row that is neither blank nor a comment (`# ...`); empty where there is none."""
+    """Returns the first row that is neither blank nor a comment (`# ...`); empty if there is none."""
     return next((row for row in rows if row and not re.match(r"#(\s|#|$)", row[0])), [])
 
 
@@ -274,7 +276,7 @@ def _csv_row(row: Sequence[str], column: int, places: Mapping[str, int]) -> Name
 
 
 def _delimiter(uri: str, head: str, wanted: str | None) -> str:
-    """The sign that splits the first row best: so that it has the column that is looked for, then into the most fields."""
+    """Returns the delimiter that fits the first row best: it yields the wanted column, then the most fields."""
     order = ",;\t|" if _suffix(uri) == ".csv" else "\t,;|"
 
     def fit(sign: str) -> tuple[bool, int]:
@@ -286,7 +288,7 @@ def _delimiter(uri: str, head: str, wanted: str | None) -> str:
 
 
 def _only_image(uri: str, numbers: Sequence[int]) -> str:
-    """The only number of a column, as a name; ConfigError where a list without a header has several that may be images."""
+    """Returns the only column number, as a name. Raises ConfigError if several columns may contain images."""
     if len(numbers) > 1:
         found = ", ".join(map(str, numbers))
         raise ConfigError(f"{uri}: has no header, and images in columns {found}; choose with --column {numbers[0]}")
@@ -297,7 +299,7 @@ def _only_image(uri: str, numbers: Sequence[int]) -> str:
 
 
 def _read_json(storage: Storage, uri: str, wanted: str | None, left_out: LeftOut) -> Iterator[Named]:
-    """An array, or a value a line: names, or objects that hold one."""
+    """Yields the rows of a JSON array, or of one JSON value per line: names, or objects that contain one."""
     with _lines(storage, uri, newline="\n") as (lines, head):
         if head.lstrip().startswith("["):
             values: Iterable[tuple[int, Any]] = enumerate(_json(uri, 1, lines.read()), 1)
@@ -332,7 +334,7 @@ def _json_column(uri: str, wanted: str | None, value: Mapping[str, Any]) -> str:
 def _refuse_coco(uri: str, error: Exception | None) -> NoReturn:
     raise ConfigError(
         f"{uri}: is one JSON object (a COCO file?) and no list of names; give the folder of its images, "
-        "or write an array of names, or a name a line"
+        "or write an array of names, or one name per line"
     ) from error
 
 
@@ -340,7 +342,7 @@ def _json_row(uri: str, number: int, column: str, value: Mapping[str, Any]) -> N
     name = value.get(column)
     if isinstance(name, list):
         raise ConfigError(
-            f"{uri}: entry {number} has a list as {column!r}; write the names as an array of their own, or a name a line"
+            f"{uri}: entry {number} has a list as {column!r}; write the names as an array of their own, or one name per line"
         )
     if name is not None and not isinstance(name, str):
         raise ConfigError(

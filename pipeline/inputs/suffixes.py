@@ -10,7 +10,7 @@ IMAGE_SUFFIXES = (
     ".tif", ".tiff", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".pbm", ".pgm", ".ppm",
     ".pnm", ".pfm", ".tga", ".psd", ".qoi", ".sgi", ".pcx",
 )
-"""Suffixes that the listing of a folder takes for images, in any case. A list and a pattern may name any file."""
+"""Suffixes of images in the listing of a folder, in any case. A list and a pattern may name any file."""
 
 OTHER_SUFFIXES = (
     ".ico", ".icns", ".cur", ".dds", ".blp", ".fli", ".flc", ".ras", ".rgb", ".rgba", ".bw", ".icb", ".vda", ".vst",
@@ -35,5 +35,5 @@ _ADDRESS_OR_IMAGE = re.compile(f"^[a-z][a-z0-9+.-]*://|{IMAGE_REGEX}", re.IGNORE
 
 
 def looks_like_image(name: str) -> bool:
-    """Returns whether a text is an address or ends like the name of an image; names of columns do neither."""
+    """Returns whether a text is an address or ends like the name of an image, unlike the name of a column."""
     return _ADDRESS_OR_IMAGE.search(name.strip()) is not None

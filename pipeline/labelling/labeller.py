@@ -1,8 +1,8 @@
 """The labelling step: takes a block of manifest rows and returns a block of finished table rows.
 
-One labeller holds one model replica. It fetches its own images, so that neither compressed bytes nor pixels travel through
-Ray's object store, decodes them in threads (the decoders release the interpreter lock), and predicts while the next images are
-decoded. Whatever happens to an image, its row is returned, with a status and a reason.
+A labeller has one model replica. It fetches its own images, so that neither compressed bytes nor pixels pass through Ray's
+object store, decodes them in threads (the decoders release the interpreter lock), and predicts while the next images are
+decoded. Every image gets a row, with a status and a reason if it failed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.table import Table
 
 FETCH_WINDOW_BYTES = 128 * 2**20
-"""Maximum of compressed bytes that a labeller holds at once (a single larger file is held alone)."""
+"""Maximum number of compressed bytes in memory at once (a single file may be larger)."""
 DECODE_WINDOW_PIXELS = 32_000_000
-"""Pixels that are decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
+"""Number of pixels decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
 BATCHES_PER_WINDOW = 4
 """Number of batches in a window of decoded images: enough to find images of equal canvas, few enough to show progress."""
 _ERROR_LENGTH = 300
@@ -60,7 +60,7 @@ class LabelSpec:
     torch_threads: int = 1
     decode_threads: int = 2
     decode_timeout_s: float = 60.0
-    """Seconds after which an image counts as hanging its decoder (`crashed`)."""
+    """Seconds after which the decoder of an image is considered hung, and the image `crashed`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Source:
     bytes: int | None
 
     def outcome(self, fetched: Fetched, decoded: Decoded | None = None, instances: Instances | None = None) -> Outcome:
-        """Returns the row of this image, as far as it got, with the version that was read, not the one that was listed."""
+        """Returns the row of this image after its last step, with the version that was read, not the one that was listed."""
         last = decoded or fetched
         return Outcome(
             image_id=self.image_id,
@@ -103,7 +103,7 @@ class Labeller:
     """Labels blocks of the manifest with one model. Calls may overlap; the model itself serves one call at a time."""
 
     def __init__(self, spec: LabelSpec, model: Detector, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """`on_progress(images, failed)` is called with the numbers of images that were finished."""
+        """on_progress: called with the number of images that were just finished, and of the failed ones among them."""
         self._spec = spec
         self._model = model
         self._names = {category.id: category.name for category in model.categories}
@@ -111,7 +111,7 @@ class Labeller:
         self._model_lock = Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Takes MANIFEST_SCHEMA rows and returns FILE_SCHEMA rows: one for each, in the same order."""
+        """Returns FILE_SCHEMA rows, one for each of the MANIFEST_SCHEMA rows of a block, in the same order."""
         sources = [_Source(**row) for row in block.select(["image_id", "uri", "etag", "bytes"]).to_pylist()]
         outcomes: dict[int, Outcome] = {}
         for window in _windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES):
@@ -169,7 +169,7 @@ class Labeller:
             check_answers(answers, images, self._names)
             return answers
         except torch.AcceleratorError:
-            # The device's context is broken for good: every later image would fail. A fresh process may do better.
+            # The device's context is broken permanently: every later image would fail. A new process may succeed.
             log.exception("the accelerator failed; this worker ends so that another one replaces it")
             os._exit(1)
         except Exception as error:  # noqa: BLE001 - one image must not take its block with it; the row carries the reason
@@ -197,11 +197,11 @@ class LabellingActor(Labeller):
         _told(progress.ready.remote())
 
     def __call__(self, packed_block: pa.Table) -> pa.Table:
-        """Labels and writes a block. Returns REPORT_SCHEMA with one row: the file that holds the block, or why it could not be
+        """Labels and writes a block. Returns one REPORT_SCHEMA row: the file that contains the block, or why it could not be
         written.
 
-        packed_block: one row of `pipeline.blocks.packed`. Returns no row if workers died with this block: Ray would give it to
-        the next worker forever, so it is left out here.
+        packed_block: one row of `pipeline.blocks.packed`. Returns no row if too many workers died with this block: Ray would
+        give it to the next worker forever.
         """
         block = unpacked(packed_block)
         first = int(block["image_id"][0].as_py())
@@ -212,18 +212,16 @@ class LabellingActor(Labeller):
         return report
 
     def alone(self, block: pa.Table) -> pa.Table:
-        """Labels and writes a block, for a caller that gives the block to no other worker. Returns REPORT_SCHEMA."""
+        """Same as calling the actor, for a caller that gives this block, MANIFEST_SCHEMA rows, to no other worker."""
         return labelled_and_written(super().__call__, block, self._table, self._run_id, self._take_back)
 
     def _take_back(self, rows: pa.Table) -> None:
-        """Tells the counter of rows that could not be written: their images were counted as they came."""
+        """Subtracts labelled images that could not be written from the counter."""
         ended_ok = pc.sum(pc.equal(rows["status"], Status.OK.value)).as_py()
         _told(self._progress.take_back.remote(rows.num_rows, rows.num_rows - ended_ok))
 
     def prove(self) -> str:
-        """Labels a picture generated here and returns the id of the node. If this worker dies later, it was able to work
-        before.
-        """
+        """Labels a generated picture, and returns the id of the node. If this worker dies later, it is known to have worked."""
         import ray
 
         picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -241,7 +239,7 @@ def labelled_and_written(
     run_id: str,
     on_unwritten: Callable[[pa.Table], object] = lambda rows: None,
 ) -> pa.Table:
-    """Labels a block (`Labeller`) and writes it. Returns REPORT_SCHEMA with one row: the file, or the error.
+    """Labels a block (`Labeller`) and writes it. Returns one REPORT_SCHEMA row: the file, or the error.
 
     Errors are returned, never raised: Ray would count an exception as a lost block, as it counts a dead worker. on_unwritten:
     called with labelled rows that could not be written.
@@ -258,7 +256,7 @@ def labelled_and_written(
 
 
 def _told(answer: Any) -> Any:
-    """Waits until the counter has received it, because this process may end at any moment. Without a counter, continues."""
+    """Waits for the counter's answer, because this process may end at any moment, and returns it; None if there is none."""
     import ray
 
     try:
@@ -269,7 +267,7 @@ def _told(answer: Any) -> Any:
 
 
 def _job_or_outcome(source: _Source, fetched: Fetched, limits: DecodeLimits) -> _Job | Outcome:
-    """Returns a job if the image was fetched and its header is fine, else the row that says why not."""
+    """Returns a job if the image was fetched and its header is valid, else the outcome that says why not."""
     if fetched.data is None:
         return source.outcome(fetched)
     header = read_header(fetched.data, limits)
@@ -315,7 +313,7 @@ class _Decoder:
         return [self._pool.submit(decode, job.data, self._spec.limits) for job in jobs]
 
     def finish(self, jobs: Sequence[_Job], futures: list[Future[Decoded]]) -> list[Decoded]:
-        """Returns the results of `start`, in order. An image that hangs is `crashed`; those queued behind it are started
+        """Returns the results of `start`, in order. An image that hangs is `crashed`; those that wait behind it are started
         again.
         """
         late = wait(futures, timeout=self._spec.decode_timeout_s).not_done

@@ -1,15 +1,15 @@
 """The lease of a run, `_masklake/<run_id>/lease`: one writer per run (design, section 3.3).
 
-Two drivers on one run would each write every row; the checkpoint of Ray Data protects only sequential restarts. In an object
-store the lease is an object that is created and renewed by conditional puts, so the store itself refuses one of two drivers. On
-a local file system it is a lock of the operating system, which the kernel releases when the driver dies.
+Two drivers on one run would each write every row. In an object store the lease is an object that is created and renewed by
+conditional puts, so the store itself refuses one of the two drivers. On a local file system it is a lock of the operating
+system, which the kernel releases when the driver dies.
 
 If the reply to a put is lost, the object is read, so that our own put is never mistaken for another driver's
 (`pipeline.storage.conditional`).
 
-An expired lease is taken over. A holder on this host whose process has ended counts as expired at once. Of a holder on another
-host only the last renewal is known, and clocks differ between hosts, so the lease is watched for its whole lifetime on our own
-clock.
+An expired lease is taken over. The lease of a holder on this host whose process has ended is expired at once. Of a holder on
+another host only the last renewal is known, and the clocks of hosts differ, so the lease is watched for its whole lifetime on
+this host's clock.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse_uri
 
-if TYPE_CHECKING:  # it exists in obstore's stubs alone
+if TYPE_CHECKING:  # defined in obstore's stubs only
     from obstore import UpdateVersion
 
 logger = logging.getLogger(__name__)
 
 TTL_S = 30.0
-"""Seconds until a lease expires without renewal. A driver renews it three times in that time."""
+"""Seconds after which a lease expires without renewal. A driver renews it three times in that time."""
 
 OnWait = Callable[[str], None]
 
@@ -52,11 +52,16 @@ _HELD_HERE: set[str] = set()  # tokens of the leases in objects that this proces
 
 @dataclass(frozen=True)
 class Holder:
-    """The holder of a lease. host: name, boot and process namespace, so that equal pids in two containers are distinguished."""
+    """The holder of a lease, as its content stores it.
+
+    host: name, boot id and process namespace, so that equal pids in two containers are distinguished. pid_started: start tick
+    of the process, which distinguishes a later process with the same pid. token: unique to the lease. acquired_at, renewed_at:
+    ISO 8601, UTC. ttl_s: seconds from a renewal to the expiry. released: whether the holder has released the lease.
+    """
 
     host: str
     pid: int
-    pid_started: str  # the kernel's start tick: a later process of the same pid is another one
+    pid_started: str
     token: str
     acquired_at: str
     renewed_at: str
@@ -72,7 +77,7 @@ class Holder:
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> Holder:
-        """Reads the content of a lease. Raises StorageError if it is not one."""
+        """Returns the holder in the content of a lease. Raises StorageError if it is not one."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError) as error:
@@ -84,7 +89,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether this holder certainly writes no more: it said so, or it or its process on this host has ended."""
+        """Whether this holder certainly writes no more: it released the lease, or its process on this host has ended."""
         if self.released:
             return True
         if self.host != _this_host():
@@ -99,7 +104,7 @@ class Holder:
 
 
 class Lease(ABC):
-    """The right to write one run. A context manager that renews the lease and releases it at the end."""
+    """The exclusive right to write one run. As a context manager, it releases the lease at the end."""
 
     def __init__(self, uri: str, run_id: str, ttl_s: float) -> None:
         self.uri = uri
@@ -108,10 +113,9 @@ class Lease(ABC):
 
     @staticmethod
     def acquire(storage: Storage, table_uri: str, run_id: str, ttl_s: float = TTL_S, on_wait: OnWait | None = None) -> Lease:
-        """Acquires the lease of a run. Raises LeaseHeldError that names the holder if another driver has it.
+        """Returns the lease of a run. Raises LeaseHeldError, which names the holder, if another driver has it.
 
-        on_wait: called with the reason and the duration if the lease of a holder on another host has to be watched until it
-        expires.
+        on_wait: called with a line if the lease of a holder on another host has to be watched until it expires.
         """
         uri = storage.join(table_uri, "_masklake", run_id, "lease")
         if parse_uri(uri).is_local:
@@ -120,11 +124,13 @@ class Lease(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises LeaseLostError if the lease is known to be lost or too old. Asks no server, so it may be called often."""
+        """Raises LeaseLostError if the lease is known to be lost or too old. Sends no request, so it may be called often."""
 
     @abstractmethod
     def confirm(self) -> None:
-        """`check`, and asks the storage. Call it right before a commit. Raises StorageError if the storage does not answer."""
+        """Same as `check`, but also asks the storage; call it right before a commit. Raises StorageError if the storage does
+        not answer.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -168,7 +174,7 @@ class FileLease(Lease):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             content = self._path.read_bytes()
-            # The holder writes its name right after it locks: between the two the file may still be empty.
+            # The holder writes its name right after it locks the file, which may be empty until then.
             raise self._held_by(Holder.from_json(content, self.uri) if content else "another process") from None
 
     def _write(self, content: bytes) -> None:
@@ -177,7 +183,7 @@ class FileLease(Lease):
         self._file.flush()
 
     def check(self) -> None:
-        """Raises LeaseLostError if the lock's file was removed or replaced: another driver may hold the new one."""
+        """Raises LeaseLostError if the lock's file was removed or replaced: another driver may have locked the new one."""
         if self._file.closed:
             raise self._lost("it was released")
         try:
@@ -188,7 +194,7 @@ class FileLease(Lease):
             raise self._lost("its file was removed")
 
     def confirm(self) -> None:
-        """Same as `check`: the operating system is the storage."""
+        """Same as `check`, which already asks the operating system."""
         self.check()
 
     def release(self) -> None:
@@ -198,8 +204,8 @@ class FileLease(Lease):
         try:
             with self._file:
                 self._write(b"")
-        except OSError as error:  # closed all the same, and whoever comes next goes by the lock, not by the file's content
-            logger.warning("%s: still names this process, which gave the lease back (%s)", self.uri, reason_of(error))
+        except OSError as error:  # the file is closed nevertheless, and the lock counts, not the content
+            logger.warning("%s: still names this process, which has released the lease (%s)", self.uri, reason_of(error))
 
 
 class ObjectLease(Lease):
@@ -209,9 +215,9 @@ class ObjectLease(Lease):
         super().__init__(uri, run_id, ttl_s)
         self._on_wait = on_wait
         self._holder = Holder.this_process(ttl_s)
-        self._lock = threading.Lock()  # a renewal and a confirmation must not use one version twice
+        self._lock = threading.Lock()  # a renewal and a confirmation must not use the same version
         self._stop = threading.Event()
-        self._reason: str | None = None  # why it is lost
+        self._reason: str | None = None  # why the lease is lost
         self._trouble: MaskLakeError | None = None  # why the last renewal failed
         _HELD_HERE.add(self._holder.token)
         try:
@@ -220,13 +226,15 @@ class ObjectLease(Lease):
             with translated(uri):
                 self._version, self._renewed = self._take()
         except BaseException:
-            _HELD_HERE.discard(self._holder.token)  # should the put arrive after all, this process may take it over
+            _HELD_HERE.discard(self._holder.token)  # if the put arrives after all, this process may take the lease over
             raise
-        self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease-{run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, name=f"lease-{run_id}", daemon=True)
         self._thread.start()
 
     def _take(self) -> tuple[UpdateVersion, float]:
-        """Returns the version of our lease object, and when it was requested: others count its lifetime from a later moment."""
+        """Returns the version of our lease object, and the time before the request: other drivers count its lifetime from a
+        later time, so ours ends first.
+        """
         started = time.monotonic()
         try:
             return self._object.create(self._holder.to_json()), started
@@ -251,8 +259,8 @@ class ObjectLease(Lease):
         return Holder.from_json(refused.found.content, self.uri) if refused.found else "another driver"
 
     def _watch_until_expired(self, holder: Holder, version: UpdateVersion) -> None:
-        """Returns when the lease was not renewed for its lifetime. Raises LeaseHeldError as soon as it is, or at once on this
-        host.
+        """Returns after the lease was not renewed for its whole lifetime. Raises LeaseHeldError as soon as it is renewed, and
+        at once for a holder on this host.
         """
         if holder.host == _this_host():
             raise self._held_by(holder)
@@ -263,11 +271,12 @@ class ObjectLease(Lease):
         while time.monotonic() < deadline:
             time.sleep(min(1.0, holder.ttl_s / 10))
             now = self._object.read()
-            # Released just now: planning again is right, writing its run again is not.
+            # Even if it was just released: its run may be complete, so this driver must plan again.
             if now is None or now.version != version:
                 raise self._held_by(Holder.from_json(now.content, self.uri) if now else holder)
 
-    def _renew_for_ever(self) -> None:
+    def _keep_renewing(self) -> None:
+        """Renews the lease until it is released or lost; runs in a thread."""
         while not self._stop.wait(self.ttl_s / 3):
             try:
                 self._renew()
@@ -278,11 +287,9 @@ class ObjectLease(Lease):
                 return
 
     def _renew(self) -> None:
-        """Renews the lease; records the reason if another driver's lease, or none, is there. Raises StorageError and its
-        kin.
-        """
+        """Renews the lease; records the reason if its object was replaced or removed. Raises the storage's errors."""
         with self._lock, translated(self.uri):
-            started = time.monotonic()  # others count the lifetime from the put's arrival, which is later: ours ends first
+            started = time.monotonic()  # before the put: others count the lifetime from its arrival, so ours ends first
             self._holder = replace(self._holder, renewed_at=_now())
             try:
                 self._version = self._object.replace(self._holder.to_json(), self._version)
@@ -308,13 +315,13 @@ class ObjectLease(Lease):
             raise self._lost(f"it could not be renewed for {silent:.0f} s{why}")
 
     def confirm(self) -> None:
-        """`check`, then renews the lease."""
+        """Same as `check`, but also renews the lease."""
         self.check()
         self._renew()
         self.check()
 
     def release(self) -> None:
-        """Marks the lease as released, unless another driver has it by now."""
+        """Marks the lease as released, unless another driver has taken it over."""
         self._stop.set()
         self._thread.join()
         _HELD_HERE.discard(self._holder.token)
@@ -326,13 +333,13 @@ class ObjectLease(Lease):
             with translated(self.uri):
                 self._object.replace(content, self._version)
         except RefusedError:
-            return  # it had expired meanwhile, and is another driver's
+            return  # it has expired, and another driver has taken it over
         except MaskLakeError as error:
-            logger.warning("the lease of run %s could not be given back, it expires: %s", self.run_id, error)
+            logger.warning("the lease of run %s could not be released, and will expire: %s", self.run_id, error)
 
 
 def _impatient(storage: Storage, ttl_s: float) -> Storage:
-    """Returns the same storage with requests that end well within the lifetime: a silent one must not cost the lease."""
+    """Returns the same storage with a request timeout well below the lifetime: one lost request must not cost the lease."""
     limit = min(storage.options.request_timeout_s, max(ttl_s / 6, 1.0))
     return Storage(storage.options.model_copy(update={"request_timeout_s": limit}))
 
@@ -356,7 +363,7 @@ def _start_tick(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]  # field 22; the name in field 2 may hold spaces and brackets
+    return stat.rpartition(")")[2].split()[19]  # field 22; the name in field 2 may contain spaces and brackets
 
 
 def _lives(pid: int, started: str) -> bool:
@@ -365,6 +372,6 @@ def _lives(pid: int, started: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it lives and belongs to someone else
+        pass  # it is alive and belongs to another user
     tick = _start_tick(pid)
     return tick is None or not started or tick == started

@@ -40,7 +40,7 @@ MEMORY_LIMIT = "2GB"
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is ready to start. images: rows of its frozen manifest. listed: images in the input, None when resumed."""
+    """A run that is ready to start. images: rows of its frozen manifest. listed: images in the input; None if resumed."""
 
     run_id: str
     manifest_uri: str
@@ -64,11 +64,11 @@ def plan_run(
     """Returns the run to work on: an uncommitted one of the same input and label_id, else a new one; None if there is nothing
     to do.
 
-    tick: the id of the new run, for schedulers; a tick whose run is committed has nothing to do. facts: stored in the run's
-    record. left_out: counts what of the input is no image, also if an earlier start listed it. before_freeze: called with the
-    number of images of a new run before anything is written; if it raises, no trace is left. Raises EmptyInputError if the
-    input holds no image (no table is created then), ConfigError if input and table overlap, and LeaseHeldError while another
-    driver plans the same run.
+    tick: id of the new run, for schedulers; if its run is committed, there is nothing to do. facts: additional entries of the
+    run's record. left_out: counts entries of the input that are not images, also if an earlier start listed them.
+    before_freeze: called with the number of images of a new run before anything is written; if it raises, nothing is written.
+    Raises EmptyInputError if the input contains no image (no table is created then), ConfigError if input and table overlap,
+    and LeaseHeldError while another driver plans the same run.
     """
     left_out = LeftOut() if left_out is None else left_out
     spec = spec.resolved(storage)
@@ -162,10 +162,10 @@ def _spill(batches: Iterable[pa.RecordBatch], path: Path) -> None:
 def plan_manifest(table: Table, listing: Path, frozen: Path, label_id: str, retry_failed: bool = False) -> int:
     """Writes the listed images that the table does not hold yet to `frozen` (MANIFEST_SCHEMA, by uri); returns their number.
 
-    The table holds an image if the newest row of its uri and this label_id has a final status (`schema.FINAL_STATUSES`; with
-    retry_failed only `ok`) and the same etag. If the etag differs, the storage is asked: a listing may be older than the row or
-    use another kind of version (of a list's author), so only the storage's current answer counts as a change. A uri listed
-    twice is taken once.
+    The table holds an image if the newest row of its uri and this label_id has a final status (`FINAL_STATUSES`; with
+    retry_failed only `ok`) and the same etag. If the etag differs, the storage is asked: a listing may be older than the row,
+    or a list may use its own kind of version, so only the storage's current answer counts as a change. A uri that is listed
+    twice counts once.
     """
     folder = frozen.parent
     with connected() as connection:
@@ -198,7 +198,7 @@ def plan_manifest(table: Table, listing: Path, frozen: Path, label_id: str, retr
 
 
 def _asked_again(storage: Storage, candidates: Path) -> Iterable[pa.RecordBatch]:
-    """Returns OBJECT_SCHEMA rows, as the storage has them now, of the candidates that the table holds in another version."""
+    """Yields OBJECT_SCHEMA rows with the current version of each candidate that the table holds in another one."""
     with pq.ParquetFile(candidates) as file:
         for batch in file.iter_batches(LISTING_BATCH, columns=["uri", "held"]):
             changed = batch.filter(pc.is_valid(batch["held"]))
@@ -207,7 +207,7 @@ def _asked_again(storage: Storage, candidates: Path) -> Iterable[pa.RecordBatch]
 
 
 def _register_held(connection: duckdb.DuckDBPyConnection, table: Table, label_id: str, statuses: list[str]) -> None:
-    """Registers a table `held` (uri, etag): the newest row of each image that needs no work. Without an etag nothing was
+    """Creates a table `held` (uri, etag): the newest row of each image that need not be labelled. etag: null if nothing was
     read.
     """
     connection.execute("CREATE TEMP TABLE held (uri VARCHAR, etag VARCHAR)")
@@ -224,7 +224,7 @@ def _register_held(connection: duckdb.DuckDBPyConnection, table: Table, label_id
 
 
 def content_run_id(manifest: Path, label_id: str, spec: InputSpec, table_version: int) -> str:
-    """Returns the id of a run without a tick: 16 hex digits over its frozen rows and the settings that it is labelled with.
+    """Returns the id of a run without a tick: 16 hex digits of a hash of its frozen rows, its input and its label_id.
 
     The table's version is included: a retry of failed images is another run of the same rows.
     """

@@ -1,11 +1,11 @@
-"""The output of a run so far: which files count, which images are missing, and that each image appears exactly once.
+"""The output of a run: which files count, which images are missing, and that each image appears exactly once.
 
 A worker writes each block atomically as one file, `part-<first image>-<hash of all of them>.parquet`; a block that is labelled
-again gets the same name. The driver's own files (`driver-*`) are written atomically, too. No other file in a run's folder
-counts, and neither does a damaged file: its images are labelled again.
+again gets the same name. The driver's own files (`driver-*`) are written atomically, too. Other files in a run's folder do not
+count, and neither does a damaged file: its images are labelled again.
 
-Workers of a killed driver live on for up to half a minute and may finish a block whose images the restarted run has divided
-differently. So `settle` checks the number of every image before a commit.
+Workers of a killed driver run on for up to half a minute, and may finish a block whose images the restarted run has divided
+differently. So `settle` checks the id of every image before a commit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TARGET_FILE_BYTES = 256 * 2**20
 """Size of merged files: large enough that a query opens few, small enough that several readers share a table."""
 ROW_GROUP_ROWS = 10_000
 ROW_GROUP_BYTES = 128 * 2**20
-"""Maximum size (in memory) of a row group of a merged file: what a reader and the merging driver hold at once."""
+"""Maximum size of a row group of a merged file, in memory: readers and the merging driver need that much."""
 _WITH_STATISTICS = [field.name for field in FILE_SCHEMA if not pa.types.is_list(field.type)]  # none for masks: they only cost
 
 
@@ -62,7 +62,7 @@ REPORT_SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
-"""A worker's report on a block: the file that holds it, or an error of ours, which is never the fault of an image."""
+"""A worker's report on a block: the file that contains it, or an error, which is never caused by an image."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Finished:
 
 
 def checkpoint_uri(table: Table, run_id: str) -> str:
-    """Returns where runs of earlier versions recorded the blocks that were written (by Ray Data, in two phases)."""
+    """Returns the folder in which runs of earlier versions recorded written blocks (by Ray Data, in two phases)."""
     return table.private(run_id, "checkpoint")
 
 
@@ -202,13 +202,13 @@ def write_block(table: Table, run_id: str, rows: pa.Table) -> Finished:
 
 
 def written(block: Finished) -> pa.Table:
-    """Returns REPORT_SCHEMA: the block is in the run's folder."""
+    """Returns a REPORT_SCHEMA row for a written block."""
     file = block.file
     return pa.table([[file.path], [file.bytes], [block.image_ids], [None], [None]], schema=REPORT_SCHEMA)
 
 
 def failed(error: Exception) -> pa.Table:
-    """Returns REPORT_SCHEMA: the block was not written, because of an error of ours."""
+    """Returns a REPORT_SCHEMA row for a block that was not written because of an error."""
     ours = isinstance(error, MaskLakeError)
     message = (
         str(error) if ours else f"a block could not be labelled ({reason_of(error)}); run the same command again to continue"
@@ -217,7 +217,7 @@ def failed(error: Exception) -> pa.Table:
 
 
 def reported(report: pa.Table) -> list[Finished]:
-    """Returns the blocks of a report; raises the error that a worker reported instead, as the same class."""
+    """Returns the blocks of a report. Raises the error that a worker reported, as the same class."""
     blocks = []
     for row in report.to_pylist():
         if row["image_ids"] is None:
@@ -285,10 +285,10 @@ def _merge(table: Table, run_id: str, group: Sequence[DataFile]) -> DataFile:
 
 
 def _row_groups(table: Table, group: Sequence[DataFile]) -> Iterator[pa.Table]:
-    """Yields the rows of the files in pieces of at most a row group, but at least a file. Two files are read at a time."""
+    """Yields the rows of the files in pieces of at most one row group, but at least one file. Two files are read at a time."""
     held: list[pa.Table] = []
     with ThreadPoolExecutor(2) as pool:
-        # Two at a time, and never the whole group: block files are small, an earlier start's merged one may not be.
+        # Not the whole group at once: the files of blocks are small, but a merged file of an earlier start may be large.
         for start in range(0, len(group), 2):
             for rows in pool.map(lambda file: _read(table, file), group[start : start + 2]):
                 full = sum(part.num_rows for part in held) + rows.num_rows > ROW_GROUP_ROWS
@@ -301,7 +301,7 @@ def _row_groups(table: Table, group: Sequence[DataFile]) -> Iterator[pa.Table]:
 
 
 def manifest_rows(table: Table, run_id: str, image_ids: NDArray[np.int64], part_rows: int = 262_144) -> Iterator[pa.Table]:
-    """Yields MANIFEST_SCHEMA rows of these images (ascending), in tables of at most `part_rows`: the manifest may be large."""
+    """Yields MANIFEST_SCHEMA rows of these images, int64 (n,), ascending, in tables of at most `part_rows` rows."""
     if not len(image_ids):
         return
     wanted = np.zeros(int(image_ids[-1]) + 1, dtype=bool)
@@ -336,10 +336,10 @@ def _row_groups_of_manifest(table: Table, uri: str) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of a committed run: images by status (every status is present), and instances by category name, most frequent
-    first.
+    """Counts of a committed run.
 
-    likely: instances of at least LIKELY_SCORE. stored: all that the table holds.
+    statuses: images by status, including statuses without images. likely: instances with a score of at least LIKELY_SCORE, by
+    category name, most frequent first. stored: all instances in the table, likewise.
     """
 
     statuses: dict[str, int]

@@ -1,4 +1,4 @@
-"""Matches the images of a table with those of a COCO file, and returns the table's detections as COCO results."""
+"""Matches the images of a table with those of a COCO file, and converts the table's detections to COCO results."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from masklake.pipeline.table.stored_values import check_row
 class TableDetections:
     """COCO result rows of the images in the ground truth, and counts of the table's images.
 
-    labelled, failed: images of the ground truth whose row has status `ok`, or another. failures: the failed ones by status.
-    first_failure: URI and error of one of them. strangers: images of the table that the ground truth does not list. names: the
-    table's category names by id. sizes: width and height of the labelled images, by id.
+    labelled, failed: number of images of the ground truth whose row has the status `ok`, or another one. failures: failed
+    images by status. first_failure: URI and error of the first. strangers: number of images of the table that the ground truth
+    does not list. names: the table's category names by id. sizes: width and height of the labelled images, by id.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class TableDetections:
 
     @property
     def failed(self) -> int:
-        """Number of images of the ground truth whose row says that they could not be labelled."""
+        """Number of images of the ground truth whose row has another status than `ok`."""
         return self.failures.total()
 
 
@@ -134,7 +134,7 @@ def common_folder(uris: Iterable[str]) -> str:
 
 
 def collect(batches: Iterable[pa.RecordBatch], image_ids: Mapping[str, int]) -> TableDetections:
-    """Returns the detections of a table's rows (`COLUMNS`), each with the image id of the ground truth. image_ids: by URI.
+    """Returns the detections of a table's rows with the image ids of the ground truth. batches: `COLUMNS`. image_ids: by URI.
 
     Raises TableError for a row whose values cannot be scored (`pipeline.table.stored_values`).
     """
@@ -166,7 +166,7 @@ def _results(row: Mapping[str, Any], image_id: int) -> list[dict[str, Any]]:
             "score": instance["score"],
             "bbox": [box["x1"], box["y1"], box["x2"] - box["x1"], box["y2"] - box["y1"]],
         }
-        if row["rles"] and row["rles"][n] is not None:  # null where no masks were asked for
+        if row["rles"] and row["rles"][n] is not None:  # null if no masks were requested
             result["segmentation"] = {"size": [row["height"], row["width"]], "counts": row["rles"][n]}
         if row["keypoints"] and row["keypoints"][n]:
             result["keypoints"] = _flat(row["keypoints"][n])

@@ -46,9 +46,9 @@ PERSON_SKELETON: Skeleton = (
 # fmt: on
 """COCO's person skeleton (cocodataset.org, keypoint format) as pairs of indices from 0, used for any 17 keypoints."""
 
-READABLE_SIDE = 960  # pixels: an image is enlarged until its longer side has these
+READABLE_SIDE = 960  # pixels: an image whose longer side is shorter is enlarged
 MASK_OPACITY = 0.45
-CROWD = 40  # instances: beyond, a label is only drawn where its box has room for it
+CROWD = 40  # number of instances above which a label is only drawn if it fits into its box
 
 
 def draw_instances(
@@ -236,7 +236,7 @@ def _text_size(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Returns the text with its middle left out until it fits: the end of a path says more than its middle."""
+    """Returns the text, with its middle left out if it does not fit: paths mostly differ at their ends."""
     if _text_size(text, font)[0] <= width:
         return text
     for kept in range(len(text) - 1, 1, -1):

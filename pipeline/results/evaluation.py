@@ -57,8 +57,8 @@ OTHER_SIGMA = 0.05
 """Sigma of keypoints that COCO did not measure: the middle of its range."""
 
 PROPOSAL_COUNTS = (100, 1000)
-"""Numbers of proposals per image for which recall is measured: as many as detections are reported, and as an FPN's RPN
-makes.
+"""Numbers of proposals per image for which recall is measured: the usual number of detections, and the number of proposals of
+an RPN with FPN.
 """
 
 AREAS = ("all", "small", "medium", "large")
@@ -95,10 +95,10 @@ def coco_metrics(
     """Returns COCO's average precision and recall of `detections` against `truth`, by kind of result.
 
     detections: COCO result rows with image_id, category_id, score, and bbox (x, y, width, height), segmentation (run-length
-    encoding) or keypoints (x, y, score per keypoint, flat). Rows of images that the ground truth does not list are refused.
-    iou_types: the kinds to score; None scores those that both the ground truth and the detections have. max_dets: numbers of
-    detections per image, for boxes and masks. sigmas: by category name; default COCO's for its person, 0.05 otherwise. Raises
-    ConfigError for a kind that the ground truth or the detections do not have.
+    encoding) or keypoints (x, y, score of each keypoint, flat). iou_types: the kinds to score; None scores those that both the
+    ground truth and the detections have. max_dets: maximum numbers of detections per image, for boxes and masks. sigmas: one
+    per keypoint, by category name; default: COCO's for 17 keypoints, else 0.05. Raises ConfigError for detections in images
+    that the ground truth does not list, and for a kind that the ground truth or the detections do not have.
     """
     if not max_dets or not all(1 <= count <= MOST_DETECTIONS for count in max_dets):
         raise ConfigError(f"max_dets are numbers of detections from 1 to {MOST_DETECTIONS}, not {list(max_dets)}.")
@@ -159,7 +159,7 @@ def _score(
     if kind != "keypoints":
         arrays = [_evaluate(document, rows, kind, max_dets, [numbers.categories[c.id] for c in truth.categories], None)]
         return _summarise(arrays, list(truth.categories), max_dets, AREAS)
-    # One pass a category: each has its own number of keypoints, and so its own sigmas.
+    # One pass per category, because each has its own keypoints and sigmas.
     categories = [category for category in truth.categories if category.keypoints]
     arrays = [
         _evaluate(document, rows, kind, KEYPOINT_MAX_DETS, [numbers.categories[c.id]], keypoint_sigmas(c, sigmas))
@@ -169,11 +169,10 @@ def _score(
 
 
 def _ignoring_incomplete(document: dict[str, Any], kind: IouType, truth: CocoDataset) -> dict[str, Any]:
-    """Returns the document with instances that lack this kind's ground truth marked so that finding or missing them does not
-    count.
+    """Returns the document with instances that lack the ground truth of this kind marked so that they do not count.
 
-    Without an outline, the box becomes a crowd region for masks. Without keypoints, it has no labelled ones, and COCO's
-    evaluators ignore it.
+    For masks, the box of an instance without an outline becomes a crowd region. For keypoints, an instance without any gets
+    unlabelled ones, and COCO's evaluators ignore it.
     """
     counts = {category.id: len(category.keypoints) for category in truth.categories}
     for row in document["annotations"]:
@@ -185,8 +184,8 @@ def _ignoring_incomplete(document: dict[str, Any], kind: IouType, truth: CocoDat
 
 
 class _Numbers:
-    """Consecutive numbers from 1 for images and categories, in the order of their ids: the evaluator's are narrower than COCO's
-    ids.
+    """Consecutive numbers from 1 for images and categories, in the order of their ids, because the evaluator's integers are
+    narrower than COCO's ids.
     """
 
     def __init__(self, truth: CocoDataset) -> None:
@@ -340,7 +339,7 @@ def _area(rle: dict[str, Any]) -> int:
 
 
 def result_rows(image_id: int, found: Instances, categories: Mapping[int, Category]) -> list[dict[str, Any]]:
-    """Returns COCO result rows for a model's answer on one image. `categories` says which of them have keypoints."""
+    """Returns COCO result rows for a model's instances in one image. categories: by id, with their keypoints."""
     rows: list[dict[str, Any]] = []
     for n, (box, score, label) in enumerate(
         zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)

@@ -38,7 +38,7 @@ from masklake.pipeline.training.run import TrainingRun, Worker
 from masklake.pipeline.training.run_folder import best_uri, write_latest
 
 COMPARED = ("mask AP", "box AP", f"proposal AR{PROPOSAL_COUNTS[-1]}")
-"""Scores by which epochs are compared: the first of these that exists."""
+"""Names of the scores by which epochs are compared: the first that exists counts."""
 
 EVALUATION_IMAGES = 16
 """Number of images fetched together while the previous ones are evaluated."""
@@ -46,7 +46,7 @@ EVALUATION_IMAGES = 16
 
 @dataclass(frozen=True)
 class Validation:
-    """The data that a run is scored on: ground truth and the folder of its images."""
+    """Validation data: ground truth and the folder of its images. most_unusable: share of the images that may be unusable."""
 
     truth: CocoDataset
     folder: str
@@ -59,8 +59,8 @@ Validate = Callable[[], Validation | None]
 
 
 def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCNN, history: list[dict[str, Any]]) -> None:
-    """Scores the model of the last epoch in `history`, which is saved, if it is due and not done yet; adds and stores the
-    scores.
+    """Scores the model of the last epoch in `history`, if that is due and not done yet; adds the scores to the history and
+    stores them. The epoch must have been saved.
     """
     row = history[-1]
     if not run.is_scored(row["epoch"]) or row.keys() & {"scores", "recall"}:
@@ -82,10 +82,10 @@ def score(run: TrainingRun, worker: Worker, validation: Validate, model: MaskRCN
 
 
 def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoStageDetector, worker: Worker) -> dict[str, Any]:
-    """Returns the scores of a model from the answers of all workers: on the first worker; the others return an empty
-    dictionary.
+    """Returns the scores of a model on the first worker, from the results of all workers; an empty dictionary on the others.
 
-    Scores are the AP of detections or, for an RPN that is trained alone, the recall of its proposals.
+    Scores are the AP of detections or, for an RPN that is trained alone, the recall of its proposals. Raises AnnotationError if
+    too many images cannot be used, and StorageError if the storage is out of reach.
     """
     start = time.perf_counter()
     share = propose_share if phase.trains == "rpn" else predict_share
@@ -119,9 +119,7 @@ def evaluate(validation: Validation, storage: Storage, phase: Phase, model: TwoS
 
 
 def _scored(validation: Validation, unusable: Mapping[int, str]) -> tuple[Validation, list[str]]:
-    """Returns the validation data without the images that could not be used, and the reasons. Raises AnnotationError for too
-    many.
-    """
+    """Returns the validation data without unusable images, and the reasons. Raises AnnotationError for too many."""
     truth = validation.truth
     listed, left_out = listed_and_left_out(truth)
     check_unusable(list(unusable.values()), listed, validation.most_unusable, truth.source, left_out)
@@ -146,8 +144,8 @@ def predict_share(
     world: int = 1,
     unusable: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns COCO result rows of every `world`-th image from `rank` on. unusable: receives images without an answer, and
-    why.
+    """Returns COCO result rows of every `world`-th image from `rank` on. unusable: receives the reasons for images that cannot
+    be used, by id.
     """
     categories = {category.id: category for category in model.categories}
     most = max(validation.max_dets)
@@ -179,8 +177,8 @@ def propose_share(
 def _share(
     validation: Validation, storage: Storage, rank: int, world: int, unusable: dict[int, str] | None
 ) -> Iterator[list[tuple[int, Tensor]]]:
-    """Yields a worker's images with their ids, a few at a time, while the next ones are loaded; `unusable` receives the
-    others.
+    """Yields a worker's images with their ids, a few at a time, while the next ones are loaded; `unusable` receives the reasons
+    for the others.
     """
     mine = validation.truth.images[rank::world]
     chunks = [mine[start : start + EVALUATION_IMAGES] for start in range(0, len(mine), EVALUATION_IMAGES)]
@@ -224,5 +222,5 @@ def _is_best(history: Sequence[Mapping[str, Any]]) -> bool:
 
 def best_score(row: Mapping[str, Any]) -> float | None:
     """Returns the score that `--keep best` compares: mask AP if there is any, else box AP; for an RPN alone, its recall."""
-    first_few = row.get("ap") or row.get("recall") or {}
-    return next((first_few[name] for name in COMPARED if first_few.get(name) is not None), None)
+    scores = row.get("ap") or row.get("recall") or {}
+    return next((scores[name] for name in COMPARED if scores.get(name) is not None), None)

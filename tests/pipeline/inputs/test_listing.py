@@ -356,7 +356,7 @@ def test_what_an_input_without_an_image_is_told_names_what_to_check(tmp_path: Pa
     (tmp_path / "header.csv").write_bytes(b"uri\n")
     storage = Storage()
     assert read(f"{tmp_path}/header.csv")[0] == []
-    assert nothing_found(storage, f"{tmp_path}/header.csv") == "is a list that names no image; write one a row"
+    assert nothing_found(storage, f"{tmp_path}/header.csv") == "is a list that names no image; write one per row"
     assert nothing_found(storage, f"{tmp_path}/[") == "matches no image; check the pattern"
     assert nothing_found(storage, str(tmp_path)) == "holds no image; check the path"
 
