@@ -1,7 +1,7 @@
 """Conditional puts that survive a lost reply, and a check that a store supports them.
 
-A put whose reply is lost may have succeeded. Repeating it is then refused because of the object that the first attempt wrote. A
-refusal therefore counts only after the object was read: content that carries our own token is ours.
+A put whose reply is lost may have succeeded. If it is repeated, the store refuses it because of the object that the first
+attempt wrote. So a refusal counts only after the object was read: content that contains our own token is ours.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from masklake.pipeline.storage.errors import fault, is_known, reason_of, transla
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse_uri
 
-if TYPE_CHECKING:  # they exist in its stubs alone
+if TYPE_CHECKING:  # defined in obstore's stubs only
     from obstore import PutMode, PutResult, UpdateVersion
 
 logger = logging.getLogger(__name__)
 
 _REFUSALS = (AlreadyExistsError, PreconditionError)
-_PAUSES_S = (0.1, 0.5, 2.0)  # between puts of which no reply came
+_PAUSES_S = (0.1, 0.5, 2.0)  # after puts without a reply
 
 
 class RefusedError(Exception):
@@ -42,7 +42,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """An object as it was read. version: the condition for a later put."""
+    """The content of an object. version: the condition for a later put."""
 
     content: bytes
     version: UpdateVersion
@@ -88,7 +88,7 @@ class ConditionalObject:
                     raise
                 found = self._read_after(error)
                 if found is not None and found.content == content:
-                    return found.version  # it had been done, and only the reply was lost
+                    return found.version  # the put succeeded, and only the reply was lost
                 pause = next(pauses, None)
                 if pause is None:
                     if refused:
@@ -100,16 +100,18 @@ class ConditionalObject:
                     time.sleep(pause)
 
     def _read_after(self, error: BaseException) -> Found | None:
-        """The object after a put that failed; `error` itself where that cannot be told either."""
+        """Returns the object after a put that failed. Raises `error` again if it cannot be read either."""
         try:
             return self.read()
         except (BaseError, OSError):
             raise error from None
 
     def _next_condition(self, condition: PutMode, found: Found | None, error: BaseException) -> PutMode:
-        """What to put under after a refusal: an earlier put of ours, of which no reply came, moved the object on."""
+        """Returns the condition after a refusal that an earlier put of ours without a reply explains. Raises RefusedError if it
+        does not.
+        """
         if found is None and condition == "create":
-            return "create"  # what stood in the way is gone
+            return "create"  # the other object was removed
         if found is None or self._token not in found.content or found.version == condition:
             raise RefusedError(self.uri, found) from error
         return found.version
@@ -175,7 +177,7 @@ def _is_refused(put: Callable[[], object]) -> bool:
 
 @contextmanager
 def _implemented(uri: str) -> Iterator[None]:
-    """A store that says itself that it has no such puts; a bad key or an expired token is another matter."""
+    """Context manager that translates the answer of a store without conditional puts; other refusals are raised unchanged."""
     try:
         yield
     except BaseError as error:
@@ -194,5 +196,5 @@ def _lacks(uri: str, what: str) -> StorageError:
 def _remove(storage: Storage, uri: str) -> None:
     try:
         storage.delete(uri)
-    except MaskLakeError as error:  # what ended the proof, or will end the run, is told by itself
-        logger.warning("the probe of conditional puts was left behind: %s", error)
+    except MaskLakeError as error:  # the same fault ended the check, or will end the run with its own error
+        logger.warning("the object that tests conditional puts could not be removed: %s", error)

@@ -1,7 +1,7 @@
 """Translates the exceptions of storage clients into MaskLake's errors: what happened, and a remedy that fits.
 
-botocore, obstore, pyarrow and deltalake each word the same answer of a store differently. `fault` extracts its status and code
-from any of them, and `_MEANINGS` holds the meaning of each code. For local files the operating system's error number decides.
+botocore, obstore, pyarrow and deltalake word the same answer of a store differently. `fault` extracts status and code from any
+of them, and `_MEANINGS` contains the meaning of each code. For local files the operating system's error number decides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def translated(uri: str) -> Iterator[None]:
 
 
 def is_vague(error: BaseException) -> bool:
-    """Returns whether a store refused without a reason: the answer to a HEAD has no body, and pyarrow drops that of a GET."""
+    """Returns whether a refusal contains no reason: the answer to a HEAD has no body, and pyarrow drops that of a GET."""
     found, text = fault(error), str(error)
     if "AWS Error" in text:
         return found.code in (None, "AccessDenied") and bool(re.search(r"ACCESS_DENIED|HTTP status [34]|Failed to flush", text))
@@ -46,8 +46,8 @@ def is_vague(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """A store's answer. status: the HTTP status. code: the store's own, such as `ExpiredToken`. Each is None where the error
-    lacks it.
+    """A store's answer. status: the HTTP status. code: the store's own, such as `ExpiredToken`. Each is None if the exception
+    does not contain it.
     """
 
     status: int | None = None
@@ -55,7 +55,7 @@ class Fault:
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the store answered and would answer the same again: a 4xx status, except for those that ask to retry."""
+        """Whether the store would give the same answer again: a 4xx status, except for those that may pass."""
         return self.status is not None and 400 <= self.status < 500 and self.status not in (408, 409, 412, 429)
 
     def __str__(self) -> str:
@@ -197,7 +197,7 @@ _BY_STATUS = {301: _WRONG_REGION, 401: _DENIED, 403: _DENIED, 404: _NOT_FOUND, 4
 
 _NO_LOGIN = Meaning(
     AccessDeniedError,
-    "the credentials cannot be had or renewed",
+    "the credentials cannot be obtained or renewed",
     "log in again (`aws sso login`), or check the profile and the role",
 )
 _LOGIN_FAILED = re.compile(
@@ -210,7 +210,7 @@ _REFUSED = _UNKNOWN._replace(remedy="the documentation of the store says what th
 
 
 def meaning(error: BaseException) -> Meaning:
-    """Returns the meaning of `error`; if it holds no known answer, that the store cannot be reached."""
+    """Returns the meaning of `error`; if it contains no known answer, that the store cannot be reached."""
     if isinstance(error, botocore.exceptions.ParamValidationError) and "bucket name" in str(error):
         return _NO_NAME
     found = fault(error)
@@ -235,7 +235,7 @@ def meaning(error: BaseException) -> Meaning:
 
 
 def is_known(error: BaseException) -> bool:
-    """Returns whether the store gave a reason that has a remedy of its own."""
+    """Returns whether the store's answer has a specific remedy."""
     return meaning(error) not in (_LACKS, _UNKNOWN, _UNREACHABLE, _REFUSED)
 
 
@@ -269,9 +269,7 @@ _NAMED_NUMBERS: dict[type[OSError], int] = {
 
 
 def os_error_number(error: BaseException) -> int | None:
-    """Returns the operating system's error number, even if a client put it into words (deltalake, pyarrow); None if there is
-    none.
-    """
+    """Returns the operating system's error number, also from a text (deltalake, pyarrow); None if there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if named := next((number for kind, number in _NAMED_NUMBERS.items() if isinstance(error, kind)), None):

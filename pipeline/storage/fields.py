@@ -8,7 +8,7 @@ from masklake.model.fields import Option
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StorageFields:
-    """Where storage is and who asks."""
+    """How storage is accessed."""
 
     endpoint_url: Annotated[
         str | None,
@@ -26,4 +26,6 @@ class StorageFields:
     anonymous: Annotated[bool, Option("Send unsigned requests, for public buckets.")] = False
     connect_timeout_s: Annotated[float, Option("Seconds to open a connection.", gt=0)] = 3.0
     request_timeout_s: Annotated[float, Option("Seconds for a whole request.", gt=0)] = 60.0
-    max_retries: Annotated[int, Option("Retries of a request after a connection error or a 5xx response.", ge=0)] = 3
+    max_retries: Annotated[
+        int, Option("Maximum number of retries of a request after a connection error or a 5xx response.", ge=0)
+    ] = 3

@@ -1,6 +1,6 @@
 """Clients for storage, all built from one set of options: obstore, pyarrow, botocore and deltalake.
 
-`docs/decisions/0003-storage-clients.md` says which client does what, and why. No function here returns or prints a credential
+`docs/decisions/0003-storage-clients.md` says which client does what, and why. No public function returns or prints a credential
 except `Handles.delta_options`, whose result is passed to `deltalake` and nowhere else.
 """
 
@@ -28,7 +28,7 @@ from masklake.pipeline.storage.literal_keys import LiteralObject, is_plain
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.uri import Location, parse_uri
 
-if TYPE_CHECKING:  # they exist in its stubs alone
+if TYPE_CHECKING:  # defined in obstore's stubs only
     from obstore.store import ClientConfig, RetryConfig
 
 DEFAULT_REGION = "us-east-1"
@@ -54,7 +54,7 @@ class _BotocoreCredentials:
 
 
 class Handles:
-    """Clients for each library, from one set of options. They are cached, and built again in a process that unpickles this
+    """Clients of each library, built from one set of options. They are cached, and built anew in a process that unpickles this
     object.
     """
 
@@ -75,7 +75,7 @@ class Handles:
     def object_store(self, uri: str) -> tuple[ObjectStore, str]:
         """Returns an obstore store and the key of `uri` in it. There is one store per bucket, and one for all local files.
 
-        Raises ConfigError for a key that obstore would take for another one; see `literal_object`.
+        Raises ConfigError for a key that obstore would change into another one; see `literal_object`.
         """
         at = parse_uri(uri)
         if at.key and not at.is_local and not is_plain(at.key.removesuffix("/")):
@@ -95,8 +95,8 @@ class Handles:
             return LiteralObject(self._botocore_client(at.bucket), at.bucket, at.key)
 
     def arrow(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-        """Returns a pyarrow file system and the path of `uri` in it (S3: bucket/key). It can be pickled, credentials
-        included.
+        """Returns a pyarrow file system and the path of `uri` in it (S3: bucket/key). It can be pickled, and then contains the
+        credentials.
         """
         at = parse_uri(uri)
         where = (at.scheme, at.bucket)
@@ -106,7 +106,7 @@ class Handles:
         return self._filesystems[where], at.key if at.is_local else f"{at.bucket}/{at.key}"
 
     def delta_options(self, uri: str | None = None) -> dict[str, str]:
-        """Returns `storage_options` for deltalake. They CONTAIN CREDENTIALS: pass them on, never print, log or store them."""
+        """Returns `storage_options` for deltalake. They CONTAIN CREDENTIALS: never print, log or store them."""
         if uri is not None and parse_uri(uri).scheme != "s3":
             return {}
         bucket = parse_uri(uri).bucket if uri is not None else ""
@@ -127,13 +127,13 @@ class Handles:
         return options | ({"AWS_SESSION_TOKEN": secrets.token} if secrets.token else {})
 
     def region(self, bucket: str) -> str:
-        """Returns the region to sign for: the configured one, else the profile's, else AWS is asked. Custom endpoints rarely
-        check it.
+        """Returns the region for signing requests: the configured one, else the profile's, else the one that AWS reports.
+        Custom endpoints rarely check it.
         """
         if self.options.region:
             return self.options.region
         if not self.options.anonymous:
-            _ = self._botocore_credentials  # without any, say so instead of asking the network for the bucket's region
+            _ = self._botocore_credentials  # raises if there are none, before the network is asked for the bucket's region
         if bucket not in self._regions:
             self._regions[bucket] = self._session.get_config_variable("region") or self._discover_region(bucket)
         return self._regions[bucket]
@@ -223,7 +223,7 @@ class Handles:
         return pyarrow.fs.S3FileSystem(**arguments, **self._arrow_credentials())
 
     def _arrow_credentials(self) -> dict[str, Any]:
-        """Returns static keys explicitly; where a role renews them, pyarrow uses its own chain, because it outlives one key."""
+        """Returns static keys; nothing if a role renews them: pyarrow then uses its own chain, since it outlives one key."""
         if self.options.anonymous:
             return {"anonymous": True}
         credentials = self._botocore_credentials
@@ -252,7 +252,7 @@ class Handles:
         if self.options.anonymous:
             config["signature_version"] = botocore.UNSIGNED
         else:
-            _ = self._botocore_credentials  # says what is missing before a request fails without it
+            _ = self._botocore_credentials  # raises if there are none, before a request fails
         return self._session.create_client(
             "s3",
             region_name=self.region(bucket),

@@ -1,4 +1,4 @@
-"""Counts what a listing leaves out, by reason: nobody should have to guess why 10,000 files gave 9,990 images."""
+"""Counts the entries that a listing leaves out, by reason, so that users know why 10,000 files are 9,990 images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from masklake.model.wording import counted
 
-_NAME_LENGTH = 120  # characters of a name that a line shows
+_NAME_LENGTH = 120  # maximum number of characters of a name in a line
 
 
 class Reason(StrEnum):
@@ -62,13 +62,13 @@ class LeftOut:
         self._first: dict[Reason, str] = {}
 
     def add(self, reason: Reason, name: str, count: int = 1) -> None:
-        """Counts `count` more entries for this reason; `name` is one of them."""
+        """Adds entries for a reason. name: one of them."""
         if count:
             self._counts[reason] += count
             self._first.setdefault(reason, name)
 
     def filtered(self, belongs: Callable[[Reason, str], bool]) -> LeftOut:
-        """Returns a view that counts here, but only what `belongs`."""
+        """Returns a counter that passes on to this one the entries for which `belongs` returns True."""
         return _Filtered(self, belongs)
 
     def counts(self) -> dict[str, int]:
@@ -107,6 +107,6 @@ class _Filtered(LeftOut):
 
 
 def _shown(name: str) -> str:
-    """A name on one line: control characters and foreign bytes escaped, long ones cut in the middle."""
+    """Returns a name on one line: control characters and foreign bytes are escaped, long names lose their middle."""
     text = name if name.isprintable() else repr(name)[1:-1]
     return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH // 2]}...{text[-_NAME_LENGTH // 2 :]}"

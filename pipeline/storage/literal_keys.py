@@ -1,7 +1,7 @@
 """S3 objects whose keys obstore cannot address, through botocore, which sends a key unchanged.
 
-obstore strips the leading slash of a key, and so reads ANOTHER object, and refuses `//`, `/./`, `/../` and control characters.
-Such keys exist in S3: one slash too many in an upload is enough.
+obstore strips the leading slash of a key, so that it reads ANOTHER object, and refuses `//`, `/./`, `/../` and control
+characters. Such keys exist in S3: an upload with one slash too many creates one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def is_plain(key: str) -> bool:
-    """Returns whether obstore addresses exactly this object by this key."""
+    """Returns whether obstore addresses exactly the object with this key."""
     return not _CONTROL.search(key) and not any(part in ("", ".", "..") for part in key.split("/"))
 
 
 @dataclass(frozen=True)
 class LiteralAnswer:
-    """An object's version (with the store's quotes), its size in bytes, and its data unless it is larger than requested."""
+    """An object's version (with the store's quotes), its size in bytes, and its data; None if it was not read."""
 
     etag: str | None
     size: int
@@ -71,7 +71,9 @@ class LiteralObject:
 
 @contextmanager
 def _file_errors() -> Iterator[None]:
-    """A HEAD's answer has no body, and so nothing but a status tells what is wrong."""
+    """Context manager that raises FileNotFoundError and PermissionError: without a body, the answer to a HEAD has only a
+    status.
+    """
     try:
         yield
     except botocore.exceptions.ClientError as error:

@@ -1,6 +1,6 @@
 """Atomic, durable writes of local files, with the permissions of the umask.
 
-`tempfile` creates files that only their owner may read, whatever the umask is: a colleague could not query such a table.
+`tempfile` creates files that only their owner may read, regardless of the umask: colleagues could not query such a table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def write(path: Path, data: bytes) -> None:
     """Writes a file atomically: a reader sees the old or the new bytes, never a part. Parent folders are created. Raises
     OSError.
 
-    The file of a link is replaced, not the link. A pipe or a device (`/dev/stdout`, `/dev/null`) is written to, as it is.
+    The target of a link is replaced, not the link. A pipe or a device (`/dev/stdout`, `/dev/null`) is written to directly.
     """
     with _replacing(path) as file:
         file.write(data)
@@ -35,7 +35,7 @@ def copy(source: Path, path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as device:  # replaced by a file, it would be gone: root may replace even /dev/null
+        with path.open("wb") as device:  # a rename would replace the device itself: root may replace even /dev/null
             yield device
         return
     if path.is_symlink():
@@ -54,9 +54,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises the OSError of creating a file in a folder. If there is no such folder, it would be made in the nearest one above,
-    which is tried instead. Leaves nothing behind.
-    """
+    """Raises OSError if no file can be created in a folder or, if it does not exist, the nearest one above. Leaves no trace."""
     while not os.path.lexists(folder):
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
@@ -83,7 +81,7 @@ def sync(path: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # one may write below a folder that one may not read
+    except PermissionError:  # a folder may be writable but not readable
         return
     try:
         os.fsync(descriptor)
@@ -94,4 +92,4 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems over a network or in user space that have none
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some file systems over a network or in user space

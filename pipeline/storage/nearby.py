@@ -21,8 +21,8 @@ def first_missing(storage: Storage, uri: str) -> str:
 
 
 def similar_folder(storage: Storage, missing: str, wanted: str, is_right: Callable[[str], bool]) -> str | None:
-    """Returns an existing folder that `wanted` may have meant, or None. missing: the first part of `wanted` that does not
-    exist.
+    """Returns an existing folder for which `wanted` may be a mistyped name, or None. missing: outermost folder of `wanted` that
+    does not exist.
 
     A folder for which `is_right` holds is preferred to one whose name is more similar. None if no name is similar or nothing
     can be listed.
@@ -34,12 +34,12 @@ def similar_folder(storage: Storage, missing: str, wanted: str, is_right: Callab
         alike = difflib.get_close_matches(name.casefold(), names, _CHOICES, _ALIKE)
         places = [place for match in alike if storage.exists(place := storage.join(above, names[match]) + rest)]
         return next((place for place in places if is_right(place)), places[0] if places else None)
-    except MaskLakeError:  # a hint must not hide what it belongs to
+    except MaskLakeError:  # a hint must not hide the error that it belongs to
         return None
 
 
 def folder_within(storage: Storage, uri: str, is_right: Callable[[str], bool]) -> str | None:
-    """Returns a folder directly below `uri` for which `is_right` holds, or None: for users who gave the folder around it."""
+    """Returns a folder directly below `uri` for which `is_right` holds, or None: users may have given its parent."""
     try:
         places = (storage.join(uri, name) for name in storage.folders(uri))
         return next((place for place in places if is_right(place)), None)

@@ -1,4 +1,4 @@
-"""What a listing returns for an object: URI, version and size."""
+"""The description of an object in a listing: URI, version and size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 OBJECT_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
 """One row per object. etag: the store's, without quotes; for local files, size and mtime_ns."""
 
-LISTING_BATCH = 10_000  # rows a batch of a listing: 1-2 MB of Arrow
+LISTING_BATCH = 10_000  # rows per batch of a listing: 1-2 MB of Arrow
 
 
 @dataclass(frozen=True)

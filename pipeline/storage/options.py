@@ -12,13 +12,13 @@ from masklake.pipeline.storage.fields import StorageFields
 
 
 class StorageOptions(BaseModel, StorageFields, frozen=True):
-    """Where storage is and who asks. Credentials are no part of it: they come from the environment or a profile."""
+    """How storage is accessed. Credentials are not included: they come from the environment or a profile."""
 
     model_config = ConfigDict(extra="forbid")
 
     def resolved(self) -> StorageOptions:
-        """Returns these options with the values of the environment filled in, so that a worker elsewhere reaches the same
-        storage.
+        """Returns these options, completed from the environment, so that workers on other hosts reach the same storage. Raises
+        ConfigError for an invalid endpoint.
         """
         env = os.environ.get
         endpoint = self.endpoint_url or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None

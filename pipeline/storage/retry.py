@@ -1,4 +1,4 @@
-"""Retries while a store is busy: a step that follows hours of work must not fail because of one 503."""
+"""Retries while a store is busy: a step after hours of work must not fail because of a single 503."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
 def patiently(step: Callable[[], T]) -> T:
-    """Returns the result of `step`, repeating it while its StorageError `may_pass`; raises the last one. Repeating must do no
-    harm.
+    """Returns the result of `step`, which is repeated while it raises a StorageError that `may_pass`. Raises the last one.
+
+    It must be safe to repeat the step.
     """
     for pause in PAUSES_S:
         try:

@@ -1,4 +1,4 @@
-"""Reads, writes and lists objects in storage, alike for local files and object stores."""
+"""Reads, writes and lists objects in storage, in the same way for local files and object stores."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ class Storage(Handles):
     """Reads, writes and lists objects by URI. Methods raise the errors of `pipeline.errors`."""
 
     @contextmanager
-    def reading(self, uri: str, asked: str | None = None) -> Iterator[None]:
-        """Context manager: `translated`, and if a store refused without a reason, a GET of one byte of `asked` (or `uri`) asks
-        for it.
+    def reading(self, uri: str, probe: str | None = None) -> Iterator[None]:
+        """Context manager like `translated`. If a store's refusal contains no reason, it is obtained by a GET of one byte of
+        `probe` (None: of `uri`).
         """
         with translated(uri):
             try:
                 yield
             except FOREIGN as error:
                 if parse_uri(uri).scheme == "s3" and is_vague(error):
-                    self._raise_reason(asked or uri)
+                    self._raise_reason(probe or uri)
                 raise
 
     def _raise_reason(self, uri: str) -> None:
+        """Raises the store's error for a GET of one byte, if it contains a reason."""
         try:
             if (literal := self.literal_object(uri)) is not None:
                 literal.get(max_bytes=0)
@@ -146,10 +147,8 @@ class Storage(Handles):
             return ObjectStat(unquoted(meta["e_tag"]), meta["size"])
 
     def stat_many(self, uris: Sequence[str]) -> pa.RecordBatch:
-        """Returns OBJECT_SCHEMA rows in the order of `uris`, by parallel HEAD requests. etag and bytes are null where no answer
-        came.
-
-        An object that is missing or forbidden raises nothing here: the fetch gives it its status and reason.
+        """Returns OBJECT_SCHEMA rows in the order of `uris`, by parallel HEAD requests. etag and bytes are null for an object
+        that is missing or cannot be accessed, which is not an error: fetching it later gives the reason.
         """
         with ThreadPoolExecutor(CONCURRENT_HEADS) as pool:
             stats = list(pool.map(self._stat_or_none, uris))
@@ -198,9 +197,9 @@ class Storage(Handles):
     ) -> Iterator[pa.RecordBatch]:
         """Yields everything below a folder or prefix, recursively, as OBJECT_SCHEMA batches in no particular order.
 
-        Results are streamed: a bucket with millions of objects takes the memory of one batch. left_out: counts what cannot be
-        listed; without it, a folder that cannot be read is an error that names the folder. enters: returns whether to list a
-        local folder below it. Raises InputNotFoundError if there is no such folder or bucket. An empty prefix yields no batch:
+        Results are streamed: a bucket with millions of objects takes the memory of one batch. left_out: counts entries that
+        cannot be listed; without it, a folder that cannot be read is an error that names the folder. enters: returns whether to
+        list a local subfolder. Raises InputNotFoundError if there is no such folder or bucket. An empty prefix yields no batch:
         object stores have no folders.
         """
         at = parse_uri(uri)
@@ -238,12 +237,12 @@ class Storage(Handles):
         reason: Reason | None = None
         if key.endswith("/"):
             if not size:
-                return False  # a folder's mark: nothing that anybody would miss
+                return False  # marks a folder
             reason = Reason.SLASH_AT_END
         elif at.scheme != "s3" and not is_plain(key):
             reason = Reason.NO_CLIENT
         elif REPLACEMENT in key and not self.is_file(f"{at.scheme}://{at.bucket}/{key}"):
-            reason = Reason.NOT_UTF8  # the listing's reader put that sign where bytes were none
+            reason = Reason.NOT_UTF8  # the client has replaced bytes that are not UTF-8
         if reason is not None and left_out is not None:
             left_out.add(reason, key)
         return reason is None
@@ -276,7 +275,7 @@ class Storage(Handles):
 
 
 def _list_local(folder: str, left_out: LeftOut | None, enters: Enters) -> Iterator[pa.RecordBatch]:
-    if not stat.S_ISDIR(os.stat(folder).st_mode):  # what may not be looked at is not missing: `isdir` says no to both
+    if not stat.S_ISDIR(os.stat(folder).st_mode):  # `isdir` does not distinguish a forbidden folder from a missing one
         raise NotADirectoryError(folder)
     found = walk(folder, left_out, enters)
     try:

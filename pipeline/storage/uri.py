@@ -60,7 +60,7 @@ def parse_uri(uri: str | os.PathLike[str]) -> Location:
 
 
 def _absolute(path: str) -> str:
-    """`os.path.abspath`, but a leading double slash, whose meaning POSIX leaves open, becomes a single one."""
+    """Returns `os.path.abspath`, but with a single leading slash: POSIX leaves the meaning of two open."""
     return re.sub("^//+", "/", os.path.abspath(path))
 
 

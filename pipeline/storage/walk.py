@@ -15,11 +15,11 @@ Enters = Callable[[str], bool]
 def walk(folder: str, left_out: LeftOut | None, enters: Enters = lambda folder: True) -> Iterator[tuple[str, os.stat_result]]:
     """Yields (path, stat) of every regular file below `folder`, by name. Raises OSError if the folder itself cannot be read.
 
-    enters: returns whether to list a folder below it.
+    enters: returns whether to list a subfolder. left_out: counts entries that cannot be listed. Without it, a folder or file
+    that cannot be read raises its OSError, for callers that must see everything.
 
-    Links to files are followed, links to folders are not (they may loop). left_out: counts whatever cannot be listed. Without
-    it, a folder or file that cannot be read raises its OSError, for callers that must see everything. Files removed meanwhile,
-    broken links, files that are not regular and names that are not UTF-8 are never listed.
+    Links to files are followed, links to folders are not (they may loop). Files removed meanwhile, broken links, files that are
+    not regular and names that are not UTF-8 are never listed.
     """
     pending = [folder]
     while pending:
@@ -41,7 +41,7 @@ def walk(folder: str, left_out: LeftOut | None, enters: Enters = lambda folder: 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
-    except OSError:  # asked of the disk where the file system does not say; the entry's own stat tells why it failed
+    except OSError:  # some file systems need a stat for this; that of the entry itself gives the reason
         return False
 
 
@@ -61,7 +61,7 @@ def _file_stat(entry: os.DirEntry[str], left_out: LeftOut | None) -> os.stat_res
 
 
 def _unusable(path: str, status: os.stat_result) -> Reason | None:
-    if stat.S_ISDIR(status.st_mode):  # a folder itself never comes here
+    if stat.S_ISDIR(status.st_mode):  # only links to folders reach this point
         return Reason.LINKED_FOLDERS
     if not stat.S_ISREG(status.st_mode):
         return Reason.NOT_REGULAR

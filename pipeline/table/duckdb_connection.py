@@ -12,22 +12,23 @@ from contextlib import contextmanager
 import duckdb
 
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-AGAIN_S = 0.05  # between calls for an interrupt: one that comes just before a statement starts is forgotten by it
+AGAIN_S = 0.05
+"""Seconds between interrupts: DuckDB forgets one that comes just before a statement starts."""
 
 
 @contextmanager
 def connected() -> Iterator[duckdb.DuckDBPyConnection]:
     """Context manager for a connection to an in-memory database.
 
-    While DuckDB computes, Python handles no signals, so a long query would continue after Ctrl-C. The number of a signal
-    arrives through a socket, whatever the main thread does; a second thread waits for it there and interrupts DuckDB. Only then
-    is an error that leaves the block raised as KeyboardInterrupt.
+    Python handles no signals while DuckDB computes, so a long query would continue after Ctrl-C. A second thread receives the
+    number of the signal through a socket, whatever the main thread does, and interrupts DuckDB. The error that then leaves the
+    block is raised as KeyboardInterrupt.
     """
     with duckdb.connect() as connection:
         if threading.current_thread() is threading.main_thread():
             with _interrupted(connection):
                 yield connection
-        else:  # no signal comes here
+        else:  # signals are handled in the main thread
             yield connection
 
 
@@ -39,7 +40,7 @@ def _interrupted(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
 
     def watch() -> None:
         while numbers := receiver.recv(64):
-            if before != -1:  # who waited for signals before us (`jobs.terminal.signals`) hears of them, too
+            if before != -1:  # pass them on to the previous receiver (`jobs.terminal.signals`)
                 os.write(before, numbers)
             if STOPS.intersection(numbers):
                 pressed.set()
@@ -57,7 +58,7 @@ def _interrupted(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
             signal.set_wakeup_fd(before)
             ended.set()
             sender.close()
-            watcher.join()  # it reads what was sent till now: DuckDB notices some signals itself and raises before it has
+            watcher.join()  # once it has read all signals: DuckDB may notice one and raise before that
             receiver.close()
     except Exception as error:
         if pressed.is_set():

@@ -20,8 +20,8 @@ from masklake.pipeline.storage.errors import os_error_number, reason_of, transla
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import RUN_COLUMN, TABLE_SCHEMA
 
-# A checkpoint of the log is a Parquet file in the table: whoever reads `**/*.parquet` would count its rows as images.
-# Without checkpoints no entry of the log may ever be cleaned up.
+# A checkpoint of the log is a Parquet file in the table: readers of `**/*.parquet` would count its rows as images. Without
+# checkpoints, no entry of the log may be cleaned up.
 _NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
 
@@ -112,7 +112,7 @@ class DeltaLog:
         except CommitFailedError as error:
             raise _CommitConflictError from error
         except DeltaError as error:
-            # deltalake takes whatever the file system says for a log that is not there.
+            # deltalake reports any error of the file system as a missing log.
             if os_error_number(error) not in (None, errno.ENOENT):
                 raise translate(error, self._uri) from error
             if isinstance(error, TableNotFoundError):

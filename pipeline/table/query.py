@@ -1,10 +1,10 @@
 """SQL queries over a table: DuckDB with four views, offline, for local and object storage alike.
 
-Rows are read through pyarrow from the file list of the log, so no DuckDB extension has to be downloaded and a query sees a
+Rows are read through pyarrow from the file list of the log, so no DuckDB extension has to be downloaded, and a query sees a
 single snapshot. Projections and filters are pushed down to the Parquet files: counting instances by category reads no masks.
 
-A query can access nothing but the views: the connection has no access to files or the network and its settings are locked, so
-`COPY ... TO`, `read_csv` and `ATTACH` fail. `masklake query --output` writes results.
+A query can access only the views: the connection has no access to files or the network, and its settings are locked, so `COPY
+... TO`, `read_csv` and `ATTACH` fail. `masklake query --output` writes results.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SELECT uri, image_id, {run}, model_id, label_id, labelled_at,
        instances[k].area AS area, rles[k] AS rle, keypoints[k] AS keypoints, width, height
 FROM (SELECT *, unnest(range(1, len(instances) + 1)) AS k FROM {images})
 """
-# An index is unnested and not the lists: the masks stay unread unless a query names them (0.5 MB instead of 31 MB, measured).
+# An index is unnested instead of the lists: masks are read only if a query names them (measured: 0.5 MB instead of 31 MB).
 
 _CURRENT_IMAGES = """
 CREATE VIEW current_images AS
@@ -54,7 +54,7 @@ SEMI JOIN (
     FROM images GROUP BY uri
 ) AS c ON i.{run} = c.newest.run AND i.image_id = c.newest.image_id
 """
-# The choice needs narrow columns only; joining back keeps masks out of the aggregation, and unread where nobody asks.
+# The aggregation needs narrow columns only; the join keeps masks out of it, and unread unless a query names them.
 
 VIEWS = ("images", "detections", "current_images", "current_detections")
 """images: one row per image and run. detections: one row per instance. current_*: for each uri, the newest row with status ok,
@@ -86,7 +86,7 @@ def connect_duckdb(storage: Storage, table_uri: str) -> Iterator[duckdb.DuckDBPy
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, dataset: pyarrow.dataset.Dataset) -> None:
-    # Not `register`, whose name behind the views would stand among them in SHOW TABLES.
+    # Not `register`, whose name would appear beside the views in SHOW TABLES.
     connection.from_arrow(dataset).project(_COLUMNS).create_view("images")
     connection.execute(_DETECTIONS.format(name="detections", images="images", run=RUN_COLUMN))
     connection.execute(_CURRENT_IMAGES.format(columns=_COLUMNS, run=RUN_COLUMN, ok=Status.OK))
@@ -97,7 +97,7 @@ Errors = Callable[[duckdb.DuckDBPyConnection], AbstractContextManager[None]]
 
 
 class Answer:
-    """A result as record batches, for results larger than memory. Iterating raises QueryError when the query fails at a row."""
+    """A result as record batches, for results larger than memory. Iterating raises QueryError if the query fails at a row."""
 
     def __init__(self, reader: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection, errors: Errors) -> None:
         self.schema: pa.Schema = reader.schema
@@ -106,7 +106,7 @@ class Answer:
         self._errors = errors
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        with self._errors(self._connection):  # its own errors alone: those of who reads the batches are raised elsewhere
+        with self._errors(self._connection):  # errors of the query only, not those of the caller's loop
             yield from self._reader
 
     def read_all(self) -> pa.Table:
@@ -117,7 +117,8 @@ class Answer:
 def query(storage: Storage, table_uri: str, sql: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
     """Returns the whole result in memory.
 
-    parameters: values for `$name` in the SQL. Raises QueryError with DuckDB's message and the list of views.
+    parameters: values for `$name` in the SQL. Raises QueryError with DuckDB's message and the list of views, TableError if
+    there is no table or no committed run, and the storage's errors.
     """
     with stream(storage, table_uri, sql, parameters) as answer:
         return answer.read_all()
@@ -147,9 +148,7 @@ _NESTED = frozenset({"struct", "tuple", "list", "array", "map", "union"})
 
 
 def with_exact_values(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """Returns the relation with DuckDB's own text (`::VARCHAR`) in place of values that would not survive the conversion to
-    Arrow.
-    """
+    """Returns the relation with values that Arrow cannot represent exactly converted to DuckDB's own text (`::VARCHAR`)."""
     kinds = [exact_type(kind) for kind in relation.types]
     if kinds == [str(kind) for kind in relation.types]:
         return relation
@@ -168,7 +167,7 @@ def exact_type(kind: DuckDBPyType) -> str:
         return str(kind)
     members = [(name, member) for name, member in kind.children if isinstance(member, DuckDBPyType)]
     exact = [exact_type(member) for _, member in members]
-    if kind.id == "union":  # a member's value loses its type on the way, so one that is not plain cannot be told
+    if kind.id == "union":  # values lose their member's type in Arrow, so only plain members can be converted
         return "VARCHAR" if any(member.id in _AS_TEXT | _NESTED for _, member in members) else str(kind)
     if exact == [str(member) for _, member in members]:
         return str(kind)
@@ -205,7 +204,7 @@ ELSEWHERE = "Write the answer of a SELECT to a file with --output (`masklake que
 
 
 def _a_data_file(storage: Storage, table_uri: str) -> str | None:
-    """Returns one of the files that a query reads, to ask the store why it refuses; None if the log cannot be read either."""
+    """Returns one of the files that a query reads, to obtain the reason of a refusal; None if the log cannot be read either."""
     try:
         files = open_table(storage, table_uri).files()
     except MaskLakeError:
@@ -217,9 +216,9 @@ def _a_data_file(storage: Storage, table_uri: str) -> str | None:
 def _query_errors(storage: Storage, table_uri: str, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
-    except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader hands DuckDB's errors on as Arrow's
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # a reader raises DuckDB's errors as Arrow's
         if _is_of_storage(error):
-            with storage.reading(table_uri, asked=_a_data_file(storage, table_uri)):
+            with storage.reading(table_uri, probe=_a_data_file(storage, table_uri)):
                 raise OSError(str(error)) from error
         if isinstance(error, duckdb.PermissionException):
             remedy = f"A query reads the table and nothing else. {ELSEWHERE}"
@@ -229,15 +228,13 @@ def _query_errors(storage: Storage, table_uri: str, connection: duckdb.DuckDBPyC
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    """Returns whether the error is that the table's files could not be read, which DuckDB rewords, rather than a fault of the
-    SQL.
-    """
+    """Returns whether the table's files could not be read, which DuckDB rewords, and the SQL is not at fault."""
     text = str(error)
     return "reading the Arrow source failed" in text and ("IOError" in text or os_error_number(error) is not None)
 
 
 def describe_views(connection: duckdb.DuckDBPyConnection) -> str:
-    """Returns the views and their columns, one view per line: what a query can use."""
+    """Returns the views and their columns, one kind of view per line."""
     lines = []
     for view in VIEWS[:2]:
         columns = connection.execute(

@@ -32,7 +32,7 @@ class Outcome:
 
 
 def outcome_rows(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, category_names: Mapping[int, str]) -> pa.Table:
-    """Returns FILE_SCHEMA rows in the given order, stamped with the current time."""
+    """Returns FILE_SCHEMA rows in the given order, labelled at the current time. category_names: by category id."""
     found = [outcome.instances for outcome in outcomes]
     now = datetime.now(UTC)
     columns = {
@@ -55,7 +55,7 @@ def outcome_rows(outcomes: Sequence[Outcome], *, model_id: str, label_id: str, c
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    """Returns where each list starts in the flat values, and where the last one ends."""
+    """Returns the offsets, int32 (n + 1,), of n lists of these lengths in the flat values."""
     return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
 
 

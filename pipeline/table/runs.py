@@ -1,4 +1,4 @@
-"""Records of a table's runs: what each run is to do, and which one a restart continues."""
+"""Records of a table's runs: their inputs, and the key by which a restart finds the run to continue."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 class RunRecord(BaseModel):
-    """What a run is to do, as stored in `_masklake/<run_id>/run.json`."""
+    """The record of a run, as stored in `_masklake/<run_id>/run.json`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     run_id: str
     label_id: str
-    input: dict[str, Any] = Field(description="The input's specification: what a restart must equal to continue this run.")
+    input: dict[str, Any] = Field(description="The input's specification. Only a restart with an equal one continues the run.")
     images: int = Field(description="Rows of the frozen manifest.")
     status: Literal["planned", "committed"] = "planned"
     planned_at: datetime
@@ -42,5 +42,5 @@ def valid_run_id(run_id: str, given: str = "run id") -> str:
 
 
 def input_key(label_id: str, spec: dict[str, Any]) -> str:
-    """Returns 16 hex digits over the label_id and the input's specification: runs with an equal key continue each other."""
+    """Returns 16 hex digits of a hash of label_id and input specification: a start continues a run with an equal key."""
     return hashlib.sha256(json.dumps([label_id, spec], sort_keys=True).encode()).hexdigest()[:16]

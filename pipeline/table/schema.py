@@ -30,7 +30,7 @@ INSTANCE = pa.struct(
         ("category", pa.string()),
         ("score", pa.float32()),
         ("box", BOX),
-        ("area", pa.int64()),  # mask pixels; null where no mask was asked for
+        ("area", pa.int64()),  # mask pixels; null if no masks were requested
     ]
 )
 
@@ -63,7 +63,7 @@ MANIFEST_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
         ("uri", pa.string()),
-        ("etag", pa.string()),  # null when the manifest's author gave none: the fetch fills it in
+        ("etag", pa.string()),  # null if there was none when the run was planned: the fetch sets it
         ("bytes", pa.int64()),
     ]
 )

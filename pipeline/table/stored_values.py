@@ -1,6 +1,6 @@
 """Checks the stored values of an instance before they reach code that trusts them (pycocotools and the drawing use C).
 
-Our own rows pass. A damaged file, or a table that another program wrote, raises TableError that names the image.
+Rows that MaskLake wrote pass. A damaged file, or a table that another program wrote, raises TableError, which names the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIDES = ("x1", "y1", "x2", "y2")
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Checks an `ok` row of `schema.FILE_SCHEMA` (uri, width, height, instances, rles and keypoints). Raises TableError."""
+    """Raises TableError if an `ok` row has invalid values. row: uri, width, height, instances, rles and keypoints."""
     instances = row["instances"]
     if instances is None:
         raise TableError(f"{row['uri']}: its row in the table has no list of instances. {REMEDY}")
@@ -41,7 +41,7 @@ def check_instance(
     keypoints: Sequence[Mapping[str, float | None] | None] | None,
     image: Mapping[str, Any],
 ) -> None:
-    """Checks one instance. Raises TableError; its message begins with `place`.
+    """Raises TableError, whose message begins with `place`, if an instance has invalid values.
 
     instance: category_id, score in 0..1, x1, y1, x2 and y2 (pixels). rle: COCO compressed counts. keypoints: x, y and score
     each. image: width and height (pixels).

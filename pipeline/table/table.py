@@ -3,7 +3,7 @@
     <table>/_delta_log/                   one transaction per run
     <table>/run=<run_id>/*.parquet        data; nothing else has the suffix
     <table>/_masklake/table.json          schema version
-    <table>/_masklake/open-<key>.json     the run that a (label_id, input) has begun and not committed
+    <table>/_masklake/open-<key>.json     the uncommitted run of a label_id and input
     <table>/_masklake/<run_id>/           manifest, lease, run record
 
 Readers see a run entirely or not at all: they follow the log, which gains all files of a run in one transaction.
@@ -95,9 +95,7 @@ class Table:
         return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
 
     def manifest_uri(self, run_id: str) -> str:
-        """Returns where a run's frozen manifest is written: Parquet under another suffix, so that `**/*.parquet` finds only
-        images.
-        """
+        """Returns the URI of a run's frozen manifest: Parquet with another suffix, so that `**/*.parquet` finds only images."""
         return self.private(run_id, "images.manifest")
 
     def find_manifest(self, run_id: str) -> str:
@@ -155,7 +153,7 @@ class Table:
 
         It is built from the file list of the log, never from a listing of folders, which also hold unfinished files.
         """
-        import pyarrow.dataset  # it imports pandas, which a worker that only writes has no use for
+        import pyarrow.dataset  # imports pandas, which a worker that only writes does not need
 
         files = self.files()
         if not files:
@@ -270,7 +268,7 @@ class Table:
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
         self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
-        lost: StorageError | None = None  # the last attempt's, of which nobody knows whether it was done
+        lost: StorageError | None = None  # of the last attempt, which may have succeeded
         for attempt in range(COMMIT_ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
@@ -305,7 +303,7 @@ class Table:
         """
         kept = {path for path, run in self.files() if run == run_id}
         present = {row["uri"][len(self.uri) + 1 :] for row in self._listed(run_id)} if kept else set()
-        if not kept <= present:  # a store that lists late, or names files otherwise than the log: then touch nothing
+        if not kept <= present:  # the store lists with a delay, or names files differently from the log
             logger.warning("run %s: its folder does not list all of its files yet, so nothing is removed from it", run_id)
             return
         leftovers = [self.storage.join(self.uri, path) for path in present - kept]

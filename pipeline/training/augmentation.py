@@ -1,7 +1,7 @@
-"""Augmentation: turns an image and its annotations into a training sample, by a random window of the image.
+"""Augmentation: makes a training sample of a random window of an image and its annotations.
 
-A sample's augmentation depends only on (seed, epoch, row): it is the same for any number of workers, and after a resume. Shape
-letters: G instances, K keypoints, P proposals, H x W pixels of the image that the model gets.
+The augmentation of a sample depends only on (seed, epoch, row): it is the same for any number of workers, and after a resume.
+Shape letters: G instances, K keypoints, P proposals, H x W pixels of the sample's image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from masklake.pipeline.training.fields import AugmentationFields
 
 
 class Augmentation(BaseModel, AugmentationFields, frozen=True):
-    """Random changes of training images. A mirror image swaps left and right keypoints."""
+    """Random changes to training images. Mirroring swaps left and right keypoints."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class Augmentation(BaseModel, AugmentationFields, frozen=True):
     @classmethod
     def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if scale[0] > scale[1]:
-            raise ValueError(f"the least, {scale[0]:g}, is above the greatest, {scale[1]:g}: exchange them")
+            raise ValueError(f"the minimum, {scale[0]:g}, is above the maximum, {scale[1]:g}: exchange them")
         return scale
 
 
@@ -40,7 +40,8 @@ class Augmentation(BaseModel, AugmentationFields, frozen=True):
 class SampleSpec:
     """What a sample contains: the model's categories and tasks, and how it is augmented.
 
-    keypoint_offset: pixels from a keypoint's coordinates to the point that is mirrored and resized (the model's own field).
+    masks: whether it has masks. keypoints: K. seed: of all random choices. keypoint_offset: pixels from a keypoint's
+    coordinates to the point that is mirrored and resized (`ModelConfig.keypoint_offset`).
     """
 
     categories: tuple[Category, ...]
@@ -60,21 +61,22 @@ class SampleSpec:
 class Sample:
     """One training image and its ground truth.
 
-    image: uint8 (3, H, W). rles: compressed counts, b"" for an instance without an outline; None without masks. proposals:
-    stored proposals, or None if the model makes its own.
+    image: uint8 RGB (3, H, W). boxes: (G, 4), xyxy in its pixels. labels: (G,), category ids. rles: compressed counts, b"" for
+    an instance without an outline; None without masks. keypoints: (G, K, 3) as x, y, visibility. proposals: stored proposals,
+    (P, 4), xyxy; None if the model computes its own.
     """
 
     image: torch.Tensor
-    boxes: NDArray[np.float32]  # (G, 4) xyxy
-    labels: NDArray[np.int64]  # (G,)
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
     rles: list[bytes] | None
-    keypoints: NDArray[np.float32]  # (G, K, 3)
-    proposals: NDArray[np.float32] | None = None  # (P, 4) xyxy
+    keypoints: NDArray[np.float32]
+    proposals: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class Window:
-    """The part of an image that is kept, and how it is changed. left, top, width, height: integer pixels of the image."""
+    """The part of an image that a sample shows, and its changes. left, top, width, height: whole pixels of the image."""
 
     left: int
     top: int
@@ -91,7 +93,7 @@ class Window:
 
     @property
     def zoom(self) -> tuple[float, float]:
-        """Factors for x and y: `scale`, apart from rounding to whole pixels."""
+        """Factors for x and y: `scale`, but rounded so that the result has whole pixels."""
         return self.size[1] / self.width, self.size[0] / self.height
 
 
@@ -102,7 +104,11 @@ def make_sample(
     seed: tuple[int, ...],
     proposals: NDArray[np.float64] | None = None,
 ) -> Sample:
-    """Returns the augmented sample of an image, uint8 (3, H, W), its annotation rows and stored proposals, (P, 4) xyxy."""
+    """Returns the augmented sample of an image.
+
+    image: uint8 RGB (3, H, W). annotations: category_id, bbox (x, y, width, height), segmentation and keypoints each, as in
+    COCO. seed: of this sample. proposals: stored proposals, (P, 4), xyxy in pixels of the image.
+    """
     random = np.random.default_rng(seed)
     boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -151,7 +157,7 @@ def _instance(
 ) -> tuple[NDArray[np.float64], int, bytes, NDArray[np.float64]] | None:
     """Returns box, label, counts and keypoints of an instance in the window; None if less than a pixel of it is left.
 
-    The counts are b"" if masks are not learnt, or if the instance has no outline or one without any pixel.
+    The counts are b"" if masks are not trained, or if the instance has no outline or one without any pixel.
     """
     inside = box - np.array([window.left, window.top] * 2)
     clipped = np.clip(inside, 0, [window.width, window.height] * 2)

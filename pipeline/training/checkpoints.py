@@ -23,7 +23,7 @@ from masklake.pipeline.training.validation import best_score
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: number of completed epochs, model, history, and the URI of its folder."""
+    """A checkpoint. epoch: number of completed epochs. history: one row per epoch. folder: its URI."""
 
     epoch: int
     model: MaskRCNN
@@ -32,7 +32,7 @@ class Checkpoint:
 
 
 def read_checkpoint(run: TrainingRun, device: torch.device) -> Checkpoint | None:
-    """Returns the newest complete checkpoint, or None; its history has the scores that `latest.json` holds."""
+    """Returns the newest complete checkpoint, or None; its history includes the scores in `latest.json`."""
     latest = read_latest(run.storage, run.uri)
     if latest is None:
         return None

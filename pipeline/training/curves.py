@@ -38,7 +38,9 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
 def _draw(
     axes: Axes, history: Sequence[Mapping[str, Any]], values: Sequence[Mapping[str, float | None]], title: str, unit: str
 ) -> None:
-    """values: by name, for each row of the history; empty where nothing was measured. Lines end where `learn` changes."""
+    """Draws one line per name. values: by name, for each row of the history; empty if nothing was measured. Lines end where
+    `learn` changes.
+    """
     changes = [a["epoch"] + 0.5 for a, b in itertools.pairwise(history) if a.get("learn") != b.get("learn")]
     names = sorted({name for numbers in values for name in numbers}, key=lambda name: (name != TOTAL, name))
     for name in names:

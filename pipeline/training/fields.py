@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 from masklake.model.fields import Option
 
 MOST_EPOCHS, MOST_BATCH = 1_000_000, 65_536
-"""Larger values are typing errors, and the numbers of samples would not fit 64 bits."""
+"""Maximum values: larger ones are typing errors, and the numbers of samples would not fit into 64 bits."""
 MOST_CROP = 65_536
 MOST_SCALE = 32
-"""For the sides of an image: a thousandfold in memory is the most that can be intended."""
+"""Maximum factor for the sides of an image, which takes a thousand times the memory."""
 
 Scale = Annotated[float, Option("Factor.", ge=1 / MOST_SCALE, le=MOST_SCALE)]
 
@@ -22,12 +22,12 @@ class RecipeFields:
     learning_rate: Annotated[float, Option("Peak learning rate.", gt=0, panel="Training")] = 0.02
     """For `reference_batch` images per step."""
     reference_batch: Annotated[
-        int | None, Option("Images per step that the learning rate is for.", default="it is not scaled", gt=0)
+        int | None, Option("Number of images per step that the learning rate is for.", default="it is not scaled", gt=0)
     ] = 16
     momentum: Annotated[float, Option("Momentum of SGD, beta1 of AdamW.", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Option("Weight decay. AdamW leaves out norms and biases.", ge=0)] = 1e-4
     clip_norm: Annotated[float | None, Option("Maximum norm of all gradients together.", default="no maximum", gt=0)] = None
-    warmup_steps: Annotated[int, Option("Steps of linear warm-up, at most a tenth of the run.", ge=0)] = 1000
+    warmup_steps: Annotated[int, Option("Number of steps of linear warm-up, at most a tenth of the run.", ge=0)] = 1000
     warmup_factor: Annotated[float, Option("Share of the learning rate at the first step.", gt=0, le=1)] = 0.001
     schedule: Annotated[Literal["step", "cosine"], Option("Schedule of the learning rate.")] = "step"
     milestones: Annotated[
@@ -42,7 +42,7 @@ class RecipeFields:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AugmentationFields:
-    """What training changes in an image."""
+    """Random changes to training images."""
 
     flip: Annotated[bool, Option("Mirror half of the images left to right.")] = True
     flip_vertical: Annotated[bool, Option("Mirror half of the images top to bottom (cells, aerial views).")] = False

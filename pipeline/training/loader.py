@@ -27,7 +27,7 @@ from masklake.pipeline.training.proposals import proposals_of
 from masklake.pipeline.training.samples import Unreachable, sample_rows
 
 REPLACEMENTS = 20
-"""Number of other images tried in place of an unusable one: if half of all images are bad, one in a million attempts fails."""
+"""Maximum number of images tried in place of an unusable one: if half of all images are bad, one in a million cases fails."""
 
 
 def training_rows(
@@ -36,9 +36,9 @@ def training_rows(
     """Returns one row per image: image_id, uri, width, height, annotations (JSON, without crowds), and stored proposals if
     given.
 
-    Images without an instance are left out unless `keep_empty`; so are instances that cannot be learnt
-    (`pipeline.coco.dataset.learnable`). proposals: PROPOSAL_SCHEMA rows. Raises EmptyInputError if nothing is left to learn
-    from, AnnotationError for an image without its proposals.
+    Instances that cannot be used in training are left out (`pipeline.coco.dataset.learnable`), and so are images without
+    instances, unless `keep_empty`. folder: of the images. proposals: PROPOSAL_SCHEMA rows. Raises EmptyInputError if no image
+    is left, AnnotationError for an image without proposals.
     """
     rows, names = [], []
     for image in dataset.images:
@@ -106,11 +106,11 @@ def _is_bad(sample: Sample | str) -> bool:
 def load_samples(
     rows: pa.Table, seeds: Sequence[tuple[int, int, int]], spec: SampleSpec, storage: Storage
 ) -> list[tuple[int, Sample | str]]:
-    """Returns row numbers and samples of `training_rows` rows, each augmented with its own seed (whose last part is the
-    number).
+    """Returns row numbers and samples of `training_rows` rows, each augmented with its own seed, whose last part is the row
+    number.
 
-    For an image that cannot be used, the reason takes the place of the sample: an exception would reach the trainer as Ray's,
-    with its traceback as the message.
+    For an image that cannot be used, the reason takes the place of the sample: Ray would wrap an exception, with its traceback
+    as the message.
     """
     limits = DecodeLimits()
     fetched = fetch_patiently(storage, rows["uri"].to_pylist(), max_bytes=limits.max_bytes)

@@ -34,7 +34,7 @@ def train_run(
     batches: Arrow tables of SAMPLE_SCHEMA rows. initial: returns the checkpoint bytes of the model before the first step.
     """
     state = restore(run, worker, initial, validation)
-    after = f"going on after epoch {state.epoch}" if state.epoch else "waiting for the first images"
+    after = f"continuing after epoch {state.epoch}" if state.epoch else "waiting for the first images"
     worker.say(f"the workers are up, {after}")
     while state.epoch < run.epochs:
         _run_phase(run, worker, state, batches, validation)
@@ -49,8 +49,8 @@ def restore(run: TrainingRun, worker: Worker, initial: Callable[[], bytes], vali
     checkpoint = read_checkpoint(run, worker.device)
     if checkpoint is None:
         return _first_state(run, 0, load_checkpoint(initial(), worker.device), [])
-    score(run, worker, validation, checkpoint.model, checkpoint.history)  # where the last start ended between the two
-    if checkpoint.epoch % run.recipe.epochs == 0 and checkpoint.epoch < run.epochs:  # the saved optimiser is the last phase's
+    score(run, worker, validation, checkpoint.model, checkpoint.history)  # if the last start ended after saving the epoch
+    if checkpoint.epoch % run.recipe.epochs == 0 and checkpoint.epoch < run.epochs:  # a new phase has a new optimiser
         return _first_state(run, checkpoint.epoch, checkpoint.model, checkpoint.history)
     return resume(run, checkpoint, worker.device)
 
@@ -77,7 +77,7 @@ def _run_phase(run: TrainingRun, worker: Worker, state: State, batches: Iterator
 
 
 def _seed(seed: int, epoch: int, rank: int) -> None:
-    """Seeds the sampling of anchors and regions: the same when an epoch is repeated, different on each worker."""
+    """Seeds the sampling of anchors and regions: equal if an epoch is repeated, different on each worker."""
     mixed = (seed * 1_000_003 + epoch) * 1_009 + rank
     torch.manual_seed(mixed)
     random.seed(mixed)

@@ -1,7 +1,7 @@
 """Stored proposals: the boxes of an RPN for each image, in one Parquet file, on which a detector is trained later.
 
-Training a detector on them saves running the RPN at every step (Mask R-CNN, section 3.1: "RPN is trained separately"). They are
-made from unaugmented images, and are transformed by the augmentation of their image.
+With them, the RPN need not run at every step (Mask R-CNN, section 3.1: "RPN is trained separately"). They are computed for
+unaugmented images, and are transformed with their image by the augmentation.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _check_boxes(rows: pa.Table, uri: str) -> None:
 def proposals_of(rows: pa.Table, names: Sequence[str], proposals: pa.Table) -> pa.ChunkedArray:
     """Returns the boxes of each training row. names: the file names of the rows.
 
-    Raises AnnotationError for rows without proposals, or whose image had another size when they were made.
+    Raises AnnotationError for rows without proposals, or whose image had another size when they were computed.
     """
     place = {name: number for number, name in enumerate(proposals["file_name"].to_pylist())}
     missing = [name for name in names if name not in place]

@@ -1,4 +1,4 @@
-"""Makes proposals: runs an RPN on blocks of images."""
+"""Computes proposals: runs an RPN on blocks of images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from masklake.pipeline.training.proposals import PROPOSAL_SCHEMA
 
 
 class Proposer:
-    """Runs a model's RPN on blocks of images, as Ray Data builds it on a worker."""
+    """Runs a model's RPN on blocks of images. Ray Data creates it on a worker."""
 
     def __init__(self, storage: Storage, checkpoint: Any, device: str, threads: int) -> None:
-        """checkpoint: a Ray object reference to the bytes; threads: torch's, on a CPU."""
+        """checkpoint: a Ray object reference to the bytes; threads: number of torch's threads on a CPU."""
         import ray
 
         torch.set_num_threads(threads)

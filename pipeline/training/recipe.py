@@ -13,14 +13,14 @@ from torch import nn
 from masklake.pipeline.training.fields import RecipeFields
 
 MOST_WARMUP = 0.1
-"""Maximum share of a run that the warm-up takes, however short the run is."""
+"""Maximum share of the warm-up in a run, for short runs."""
 
 
 class Recipe(BaseModel, RecipeFields, frozen=True):
     """Optimiser, learning rate and its schedule. Defaults: Mask R-CNN, section 3.1, with Detectron2's shorter warm-up.
 
-    A learning rate belongs to a number of images per step: `learning_rate` is for `reference_batch`, and the rate of the run is
-    scaled linearly from it (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
+    A learning rate belongs to a number of images per step: `learning_rate` is for `reference_batch`, and is scaled linearly to
+    that of the run (Goyal et al. 2017), so that more workers or larger batches need no other recipe.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -47,8 +47,8 @@ TINY = Recipe(
     epochs=12,
     batch_size=2,
 )
-"""For training from random weights on a CPU. On the generated shapes, batches of 2 did better than batches of 4 in equal
-time.
+"""For training from random weights on a CPU. On generated shapes, batches of 2 gave better results than batches of 4 in the
+same time.
 """
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({"tiny": TINY})

@@ -1,4 +1,4 @@
-"""A training run as its workers see it: its settings, its state, and the worker itself."""
+"""A training run in a worker: its settings, its state, and the worker itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Images:
         return Images(data.source, *listed_and_left_out(data), dict(data.dropped), most_unusable)
 
     def check(self, replaced: Collection[str]) -> None:
-        """Raises AnnotationError if too many images are unusable. replaced: messages on those that training met."""
+        """Raises AnnotationError if too many images are unusable. replaced: messages on images that training had to replace."""
         check_unusable(sorted(replaced), self.listed, self.most_unusable, self.source, self.left_out)
 
 
@@ -73,7 +73,7 @@ class TrainingRun:
         return self.phases[min(epoch // self.recipe.epochs, len(self.phases) - 1)]
 
     def is_scored(self, epoch: int) -> bool:
-        """Whether the model is scored after `epoch` (from 1): at the end of each phase, and every `evaluate_every` epochs."""
+        """Returns whether the model is scored after `epoch` (from 1): at the end of a phase, or by `evaluate_every`."""
         return epoch % self.recipe.epochs == 0 or bool(self.evaluate_every and epoch % self.evaluate_every == 0)
 
     def candidates(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ class TrainingRun:
 
 @dataclass
 class State:
-    """What changes during a run.
+    """The state of a run in a worker.
 
     epoch: number of completed epochs. history: one row per epoch. told: messages on replaced images that this start has shown.
     """
@@ -104,10 +104,11 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of a run, as its launcher (Ray Train) sets it up.
+    """One process of a run, set up by its launcher (Ray Train).
 
-    replica: wraps a model so that the gradients of all workers are averaged. show: shows a line to the user.
-    Where `count` is greater than 1, `torch.distributed` is initialised.
+    rank: its number, from 0. count: number of workers; if it is greater than 1, `torch.distributed` is initialised. replica:
+    wraps a model so that the gradients of all workers are averaged. report: stores a checkpoint. show: shows a line to the
+    user.
     """
 
     rank: int

@@ -26,15 +26,15 @@ def checkpoint_name(epoch: int) -> str:
 
 
 def best_uri(run_uri: str, epoch: int) -> str:
-    """Returns where the model of an epoch is kept while it is the best so far."""
+    """Returns the URI of the model of an epoch while it is the best so far."""
     return Storage.join(run_uri, f"best_{epoch:04d}.safetensors")
 
 
 def read_latest(storage: Storage, run_uri: str) -> dict[str, Any] | None:
-    """Returns `epoch` and `checkpoint` (the folder's name) of the newest checkpoint, and `row`, its row of history, if it was
-    scored.
+    """Returns `epoch` and `checkpoint` (name of the folder) of the newest checkpoint, and `row`: its row of the history if it
+    was scored, else None.
 
-    None before the first checkpoint. Raises TrainingError if the file is damaged.
+    Returns None before the first checkpoint. Raises TrainingError if the file is damaged.
     """
     uri = Storage.join(run_uri, LATEST)
     try:

@@ -1,7 +1,7 @@
-"""Training samples on their way from the loading tasks to the trainer: as Arrow rows, and as the model takes them.
+"""Training samples on their way from the loading tasks to the trainer: as Arrow rows, and as the model's arguments.
 
-Masks travel as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, 30 kB as runs. Shape letters: G instances, K keypoints,
-P proposals, H x W pixels of the image that the model gets.
+Masks are sent as run lengths: 100 masks of 640 x 480 are 30 MB as bytes, and 30 kB as runs. Shape letters: G instances, K
+keypoints, P proposals, H x W pixels of the sample's image.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from masklake.pipeline.training.augmentation import Sample, SampleSpec
 SAMPLE_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
-        ("error", pa.string()),  # why the image cannot be used; then the rest is empty
-        ("unreachable", pa.bool_()),  # whether that is the storage's fault and not the image's
-        ("replaced", pa.list_(pa.string())),  # images that could not be used, with reasons, in whose place this one is
+        ("error", pa.string()),  # why the image cannot be used; then the other columns are empty
+        ("unreachable", pa.bool_()),  # whether the storage is at fault and not the image
+        ("replaced", pa.list_(pa.string())),  # unusable images, with reasons, that this one replaces
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),  # uint8 (3, H, W)
@@ -31,19 +31,19 @@ SAMPLE_SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int64())),
         ("rles", pa.list_(pa.binary())),
         ("keypoints", pa.list_(pa.float32())),  # G x K x (x, y, visibility)
-        ("proposals", pa.list_(pa.float32())),  # P x (x1, y1, x2, y2), or null where the model makes its own
+        ("proposals", pa.list_(pa.float32())),  # P x (x1, y1, x2, y2), or null if the model computes its own
     ]
 )
 
 
 class Unreachable(str):
-    """Why an image could not be fetched if the storage is busy or out of reach: no other image replaces it."""
+    """The reason for an image that could not be fetched because the storage is busy or out of reach: it is not replaced."""
 
     __slots__ = ()
 
 
 def sample_rows(samples: Sequence[tuple[int, Sample | str]], replaced: Sequence[list[str]] = ()) -> pa.Table:
-    """Returns SAMPLE_SCHEMA rows of samples with their row numbers. replaced: for each, the images in whose place it is."""
+    """Returns SAMPLE_SCHEMA rows for samples with their row numbers. replaced: for each sample, the images that it replaces."""
     rows = [_to_row(row, sample) for row, sample in samples]
     for row, messages in zip(rows, replaced, strict=False):
         row["replaced"] = messages

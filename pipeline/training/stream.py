@@ -4,8 +4,8 @@ Only numbers are shuffled. Sample `i` of a run belongs to epoch `i // epoch_samp
 that depends on (seed, epoch). All epochs are one stream, so a new epoch needs no restart (of an executor, a barrier, a first
 batch), and a resume is a stream that starts later.
 
-Several processes of Ray unpickle the stream without ever loading a sample, so this module imports neither torch nor the model:
-what the loader needs is in the object store.
+Several processes of Ray unpickle the stream without loading a sample, so this module imports neither torch nor the model: the
+loader is in the object store.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from masklake.pipeline.training.loader import Loader
 
 LOADER_ROWS = 16
-"""Samples per loading task: enough to hide the latency of a request, few enough that the first batch arrives quickly."""
+"""Number of samples per loading task: enough to hide the latency of a request, few enough for a quick first batch."""
 RANGE_ROWS = 256 * LOADER_ROWS
-"""Sample numbers in a block before it is split into blocks of `LOADER_ROWS`."""
+"""Number of sample numbers in a block before it is split into blocks of `LOADER_ROWS`."""
 
 
 def epoch_order(rows: int, samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -54,7 +54,7 @@ class SampleStream:
     def dataset(self) -> ray.data.Dataset:
         """Returns a lazy data set: sample numbers in small blocks, which loading tasks turn into SAMPLE_SCHEMA rows."""
         samples = max(0, self.epochs - self.first_epoch) * self.epoch_samples
-        # Blocks are split here, but none are joined: left to itself Ray Data begins a small set with one or two rows in each.
+        # Repartitioning splits blocks but joins none: by default Ray Data begins a small set with one or two rows in each.
         blocks = max(1, -(-samples // RANGE_ROWS))
         numbers = ray.data.range(samples, override_num_blocks=blocks).repartition(target_num_rows_per_block=LOADER_ROWS)
         return numbers.map_batches(self.load, batch_size=None, batch_format="pyarrow", num_cpus=self.loader_cpus)

@@ -92,7 +92,7 @@ def test_a_killed_worker_is_said_and_changes_no_byte_of_the_model(tmp_path: Path
     [line] = said("start again")
     assert line.startswith("worker 0 ended (")
     assert line.endswith("; the workers start again (restart 1 of 2) after the last complete epoch")
-    assert said("the workers are up, going on after epoch ")
+    assert said("the workers are up, continuing after epoch ")
 
 
 @pytest.mark.faults
