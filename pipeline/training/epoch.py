@@ -28,54 +28,45 @@ def run_epoch(
 ) -> dict[str, Any]:
     """Trains for one epoch; returns its row of history (mean losses, seconds, images per second).
 
-    Raises TrainingError, on every worker alike, when the loss is not finite or the batches end early.
+    Raises TrainingError, on every worker alike, if the loss is not finite or the batches end early.
     """
-    first_step = state.epoch % run.recipe.epochs * run.steps_per_epoch  # in its phase
-    total_steps = run.recipe.epochs * run.steps_per_epoch
-    peak = peak_rate(run.recipe, run.recipe.batch_size * worker.count)
     state.model.train()
     known = {message for row in state.history for message in row.get("replaced", ())}
     replaced: set[str] = set()
-    sums, steps, look, rate = Losses(), 0, 1, 0.0
+    losses, steps, rate = Losses(), 0, 0.0
     batch = next(batches, None)  # before the clock starts: the first of a run waits for the loading tasks to start
-    start = said = time.perf_counter()
+    progress = _Progress(run, worker, state.epoch)
     while batch is not None and steps < run.steps_per_epoch:
         if unusable := replaced_in(batch):
             replaced.update(unusable)
             run.images.check(known | replaced)
         images, targets = to_training(batch, run.spec)
-        rate = peak * rate_factor(run.recipe, first_step + steps, total_steps)
+        rate = _rate(run, worker, state.epoch, steps)
         set_rate(state.optimizer, rate)
-        sums.add(step(replica, images, targets, state.optimizer, run.recipe))
+        losses.add(step(replica, images, targets, state.optimizer, run.recipe))
         steps += 1
         batch = next(batches, None) if steps < run.steps_per_epoch else None
-        if batch is None or steps == look:
-            means = sums.recent()
-            _check_finite(means, state.epoch + 1, steps, rate)
-            pace = steps / (time.perf_counter() - start)
-            look += _agreed(
-                min(steps, round(SECONDS_PER_LINE * pace)), worker
-            )  # at most twice as far: the first may have been fast
-            if steps < run.steps_per_epoch and time.perf_counter() - said < SECONDS_PER_LINE / 2:
-                continue
-            said = time.perf_counter()
-            _say_step(
-                run,
-                worker,
-                state.epoch,
-                steps,
-                means,
-                steps * run.recipe.batch_size * worker.count,
-                time.perf_counter() - start,
-            )
+        progress.look(losses, steps, rate, last=batch is None)
     if steps < run.steps_per_epoch:
         raise TrainingError(
             f"the images of epoch {state.epoch + 1} ended after {steps} of {counted(run.steps_per_epoch, 'step')}."
         )
-    seconds = time.perf_counter() - start
-    images_per_s = steps * run.recipe.batch_size * worker.count / max(seconds, 1e-9)
-    row = {"losses": sums.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
+    seconds = progress.seconds
+    images_per_s = _image_count(run, worker, steps) / max(seconds, 1e-9)
+    row = {"losses": losses.means(), "learning_rate": rate, "seconds": seconds, "images_per_s": images_per_s}
     return row | _replaced(run, worker, state, known, replaced)
+
+
+def _rate(run: TrainingRun, worker: Worker, epoch: int, step: int) -> float:
+    """Returns the learning rate at a step (from 0) of the epoch that follows `epoch` completed ones."""
+    peak = peak_rate(run.recipe, _image_count(run, worker, 1))
+    first_step = epoch % run.recipe.epochs * run.steps_per_epoch  # in its phase
+    return peak * rate_factor(run.recipe, first_step + step, run.recipe.epochs * run.steps_per_epoch)
+
+
+def _image_count(run: TrainingRun, worker: Worker, steps: int) -> int:
+    """Returns the number of images in so many steps of all workers."""
+    return steps * run.recipe.batch_size * worker.count
 
 
 def _replaced(run: TrainingRun, worker: Worker, state: State, known: set[str], met: set[str]) -> dict[str, Any]:
@@ -156,6 +147,49 @@ class Losses:
         return dict(zip(self._names, values.tolist(), strict=True))
 
 
+class _Progress:
+    """Checks that the losses of an epoch are finite and shows them, every few seconds, on all workers at the same step."""
+
+    def __init__(self, run: TrainingRun, worker: Worker, epoch: int) -> None:
+        """epoch: number of completed epochs. The clock starts now."""
+        self._run = run
+        self._worker = worker
+        self._epoch = epoch
+        self._next = 1  # the step at which to look
+        self._start = self._said = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def look(self, losses: Losses, steps: int, rate: float, last: bool) -> None:
+        """Checks and shows the losses if that is due after so many steps. last: whether no step follows.
+
+        Raises TrainingError, on every worker alike, if a loss is not finite.
+        """
+        if not last and steps != self._next:
+            return
+        means = losses.recent()
+        _check_finite(means, self._epoch + 1, steps, rate)
+        # At most twice as far as now: the first steps may have been fast.
+        self._next += _agreed(min(steps, round(SECONDS_PER_LINE * steps / self.seconds)), self._worker)
+        if steps == self._run.steps_per_epoch or time.perf_counter() - self._said >= SECONDS_PER_LINE / 2:
+            self._said = time.perf_counter()
+            self._say(means, steps)
+
+    def _say(self, losses: Mapping[str, float], steps: int) -> None:
+        if not losses:
+            return
+        run, epoch, seconds = self._run, self._epoch, self.seconds
+        parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
+        left = ((run.epochs - epoch) * run.steps_per_epoch - steps) * seconds / steps
+        phase = f" ({run.phase(epoch).trains})" if len(run.phases) > 1 else ""
+        line = f"epoch {epoch + 1}/{run.epochs}{phase}, step {steps}/{run.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
+        speed = _image_count(run, self._worker, steps) / seconds
+        self._worker.say(f"{line}; {speed:.1f} images/s, about {_duration(left)} left")
+
+
 def _agreed(steps: int, worker: Worker) -> int:
     """Returns the first worker's number, at least 1, on all workers: their clocks differ, and they must check at the same
     step.
@@ -176,19 +210,6 @@ def _check_finite(losses: Mapping[str, float], epoch: int, step: int, rate: floa
         f"training diverged in epoch {epoch} by step {step}: {wrong} is not finite at learning rate {rate:.3g}. "
         "Lower --learning-rate, lengthen the warm-up, or set recipe.clip_norm."
     )
-
-
-def _say_step(
-    run: TrainingRun, worker: Worker, epoch: int, step: int, losses: Mapping[str, float], images: int, seconds: float
-) -> None:
-    if not losses:
-        return
-    parts = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if name != TOTAL)
-    left = (run.epochs * run.steps_per_epoch - epoch * run.steps_per_epoch - step) * seconds / step
-    phase = f" ({run.phase(epoch).trains})" if len(run.phases) > 1 else ""
-    line = f"epoch {epoch + 1}/{run.epochs}{phase}, step {step}/{run.steps_per_epoch}: loss {losses[TOTAL]:.3f} ({parts})"
-    images = step * run.recipe.batch_size * worker.count
-    worker.say(f"{line}; {images / seconds:.1f} images/s, about {_duration(left)} left")
 
 
 def _duration(seconds: float) -> str:
