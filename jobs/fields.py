@@ -196,7 +196,7 @@ class LabelFields:
     device: ReplicaDevice = "auto"
     workers: Replicas = None
     block_rows: Annotated[
-        int | None, Option("Number of images per written file.", default="derived from the size of the run", gt=0)
+        int | None, Option("Number of images that a worker takes at a time.", default="512, fewer at the end", gt=0)
     ] = None
     address: Address = None
     progress: Annotated[bool, Option("Show a progress bar on stderr.")] = True

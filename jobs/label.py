@@ -381,7 +381,7 @@ def _dataset(run: _Run, workers: WorkerPlan, step: Round, part: pa.Table, counte
     import ray
 
     concurrency = 1 if step.alone else workers.concurrency
-    return data_set(part, step.rows).map_batches(
+    return data_set(part, step.sizes(part.num_rows)).map_batches(
         LabellingActor,
         fn_constructor_args=_actor_arguments(run, workers, counter),
         batch_size=None,

@@ -15,7 +15,7 @@ import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict
 
-from masklake.jobs.cluster.blocks import data_set
+from masklake.jobs.cluster.blocks import data_set, equal_sizes
 from masklake.jobs.cluster.connection import connect_ray, data_context, last_line
 from masklake.jobs.cluster.waiting import said_while_waiting
 from masklake.jobs.fields import ProposeFields
@@ -124,7 +124,7 @@ def _blocks(
     begun = threading.Event()
     arguments: tuple[Any, ...] = (storage, ray.put(checkpoint), workers.device, workers.cpus_each)
     with ray.data.DataContext.current(data_context()):
-        answers = data_set(rows, BLOCK_IMAGES).map_batches(
+        answers = data_set(rows, equal_sizes(rows.num_rows, BLOCK_IMAGES)).map_batches(
             Proposer,
             fn_constructor_args=arguments,
             batch_size=None,

@@ -63,7 +63,7 @@ def label(
         retry_failed: Retry images with permanent failures (decode_error, crashed, too_large).
         device: Device to run the model on.
         workers: Number of model replicas; default: one per GPU, else one per core.
-        block_rows: Number of images per written file; default: derived from the size of the run.
+        block_rows: Number of images that a worker takes at a time; default: 512, fewer at the end of a run.
         address: Address of a Ray cluster; default: RAY_ADDRESS, else this process.
         progress: Show a progress bar on stderr.
         **storage: Options of the storage, such as `endpoint_url` and `region` (`StorageKeywords`).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -9,13 +11,19 @@ import pyarrow as pa
 from masklake.pipeline.blocks import packed
 
 
-def data_set(rows: pa.Table, block_rows: int) -> Any:
-    """Returns a Ray data set with a block of `block_rows` rows in each item (`pipeline.blocks`).
+def data_set(rows: pa.Table, sizes: Iterable[int]) -> Any:
+    """Returns a Ray data set with a block of rows in each item (`pipeline.blocks`). sizes: numbers of rows, all in all.
 
     The blocks come from the driver, so that the death of another node loses none of them, and no task is needed for them. A
     task for each, as `from_arrow` starts, would take the workers' CPUs, and wait while other jobs hold them.
     """
     import ray
 
-    blocks = [packed(rows.slice(start, block_rows)) for start in range(0, rows.num_rows, block_rows)]
+    counts = list(sizes)
+    blocks = [packed(rows.slice(end - count, count)) for end, count in zip(accumulate(counts), counts, strict=True)]
     return ray.data.from_items(blocks, override_num_blocks=len(blocks))
+
+
+def equal_sizes(rows: int, block_rows: int) -> list[int]:
+    """Returns the numbers of rows in blocks of equal size; the last one may be smaller."""
+    return [min(block_rows, rows - start) for start in range(0, rows, block_rows)]

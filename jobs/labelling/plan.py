@@ -17,10 +17,14 @@ from masklake.pipeline.errors import ClusterTooSmallError, TooManyFailuresError
 from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 
-BLOCK_ROWS = 64
-"""Maximum number of images in a block: a killed driver labels at most these again, per worker."""
-BLOCKS_PER_WORKER = 4
-"""Minimum number of blocks per worker for short manifests, so that all workers finish at about the same time."""
+BLOCK_ROWS = 512
+"""Maximum number of images in a block. Workers write each block in parts, so that a large block does not make a death expensive
+(`pipeline.labelling.labeller.PART_S`).
+"""
+BLOCKS_LEFT = 2
+"""Number of blocks per worker among which the images that are left are divided, so that all workers finish at about the same
+time.
+"""
 RETRY_ROWS = 8
 """Number of images in a block when lost blocks run again, before each image runs alone."""
 FIRST_OPTIONS: Mapping[str, Any] = {"precision": "fp32", "limits": {}}
@@ -59,13 +63,22 @@ class WorkerPlan:
 class Round:
     """One pass of Ray Data over the images that are not labelled yet.
 
-    rows: images per block. alone: a worker gets one block at a time, so that a block that kills it takes no other along.
-    max_lost: blocks that may be lost before the run stops.
+    rows: images in the largest block. alone: a worker gets one block at a time, so that a block that kills it takes no other
+    along. max_lost: blocks that may be lost before the run stops. share: blocks shrink to this share of the images that are
+    left; None for blocks of equal size.
     """
 
     rows: int
     alone: bool
     max_lost: int
+    share: float | None = None
+
+    def sizes(self, images: int) -> Iterator[int]:
+        """Returns the numbers of images in the blocks of a data set of so many images."""
+        while images > 0:
+            size = min(images, self.rows if self.share is None else min(self.rows, math.ceil(images * self.share)))
+            yield size
+            images -= size
 
 
 def label_id(model_id: str, settings: Mapping[str, Any], limits: DecodeLimits) -> str:
@@ -151,8 +164,10 @@ def rounds(images: int, workers: int, block_rows: int | None = None) -> Iterator
     """
     if is_short(images, block_rows):
         return
-    rows = block_rows or min(BLOCK_ROWS, max(1, math.ceil(images / (workers * BLOCKS_PER_WORKER))))
-    yield Round(rows, alone=False, max_lost=max(LOST_BLOCKS, math.ceil(images / rows) // 20))
+    share = 1 / (workers * BLOCKS_LEFT)
+    rows = block_rows or min(BLOCK_ROWS, math.ceil(images * share))
+    max_lost = max(LOST_BLOCKS, math.ceil(images / rows) // 20)
+    yield Round(rows, alone=False, max_lost=max_lost, share=share if block_rows is None else None)
     if rows > RETRY_ROWS:
         yield Round(RETRY_ROWS, alone=True, max_lost=images)
 

@@ -57,14 +57,14 @@ class Counter:
         """Returns the workers that have ever started."""
         return sorted(self._workers)
 
-    def take(self, block: int) -> bool:
-        """Registers that a worker is about to start a block. Returns False if it must not, because `TAKES` others did not
-        finish it.
+    def take(self, block: int) -> int:
+        """Registers that a worker is about to start a block. Returns how often that has happened, or 0 if the worker must not,
+        because `TAKES` others did not finish it.
         """
         self._takes[block] = self._takes.get(block, 0) + 1
         allowed = self._takes[block] <= TAKES
         self._lost += not allowed
-        return allowed
+        return self._takes[block] if allowed else 0
 
     def lay_down(self, block: int) -> None:
         """Registers that a worker has finished a block, successfully or not."""

@@ -69,6 +69,10 @@ class Header:
         """Number of pixels to decode."""
         return self.width * self.height
 
+    def refused(self) -> Decoded:
+        """Returns the result of an image whose status is not ok."""
+        return Decoded(self.status, width=self.width or None, height=self.height or None, error=self.error)
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -117,12 +121,15 @@ def read_upright(file: IO[bytes], limits: DecodeLimits) -> Header:
         return Header(status, error=reason)
 
 
-def decode(data: bytes, limits: DecodeLimits | None = None) -> Decoded:
-    """Returns the upright RGB image in `data`, or a status and a reason. Releases the interpreter lock while decoding."""
+def decode(data: bytes, limits: DecodeLimits | None = None, header: Header | None = None) -> Decoded:
+    """Returns the upright RGB image in `data`, or a status and a reason. Releases the interpreter lock while decoding.
+
+    header: the result of `read_header` for the same arguments, if it is known.
+    """
     limits = limits or DecodeLimits()
-    header = read_header(data, limits)
+    header = header or read_header(data, limits)
     if header.status is not Status.OK:
-        return Decoded(header.status, width=header.width or None, height=header.height or None, error=header.error)
+        return header.refused()
     try:
         image = _decode_pixels(data, limits)
     except Exception as error:  # noqa: BLE001 - as above

@@ -7,7 +7,8 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import obstore
@@ -35,7 +36,7 @@ class Fetched:
     """
 
     status: Status
-    data: bytes | None = None
+    data: bytes | None = field(default=None, repr=False)  # asyncio formats results that nobody prints
     etag: str | None = None
     bytes: int | None = None
     error: str | None = None
@@ -49,7 +50,14 @@ def fetch(storage: Storage, uris: Sequence[str], *, max_bytes: int, concurrency:
     An object of more than `max_bytes` is too_large, and its body is not read. Retries and timeouts are those of the storage
     options.
     """
-    return asyncio.run(_fetch_all(storage, uris, max_bytes, concurrency))
+    found: dict[str, Fetched] = {}
+    local = [uri for uri in dict.fromkeys(uris) if _is_local(uri)]
+    if local:
+        with ThreadPoolExecutor(min(concurrency, len(local)), thread_name_prefix="read") as pool:
+            found |= zip(local, pool.map(lambda uri: _read_local(uri, max_bytes), local), strict=True)
+    if stored := [uri for uri in dict.fromkeys(uris) if uri not in found]:
+        found |= zip(stored, asyncio.run(_fetch_stored(storage, stored, max_bytes, concurrency)), strict=True)
+    return [found[uri] for uri in uris]
 
 
 def fetch_patiently(storage: Storage, uris: Sequence[str], *, max_bytes: int) -> list[Fetched]:
@@ -65,22 +73,31 @@ def fetch_patiently(storage: Storage, uris: Sequence[str], *, max_bytes: int) ->
     return found
 
 
-async def _fetch_all(storage: Storage, uris: Sequence[str], max_bytes: int, concurrency: int) -> list[Fetched]:
+def _is_local(uri: str) -> bool:
+    try:
+        return parse_uri(uri).is_local
+    except MaskLakeError:  # the fetch of this one says why
+        return False
+
+
+async def _fetch_stored(storage: Storage, uris: Sequence[str], max_bytes: int, concurrency: int) -> list[Fetched]:
     gate = asyncio.Semaphore(concurrency)
 
     async def fetch_one(uri: str) -> Fetched:
         async with gate:
             try:
                 with translated(uri):
-                    if parse_uri(uri).is_local:
-                        return await asyncio.to_thread(_read_local, parse_uri(uri).key, max_bytes)
                     return await _get(storage, uri, max_bytes)
             except MaskLakeError as error:
-                missing = isinstance(error, InputNotFoundError)
-                may_pass = isinstance(error, StorageError) and error.may_pass
-                return Fetched(Status.MISSING if missing else Status.FETCH_ERROR, error=str(error), may_pass=may_pass)
+                return _failed(error)
 
     return await asyncio.gather(*(fetch_one(uri) for uri in uris))
+
+
+def _failed(error: MaskLakeError) -> Fetched:
+    missing = isinstance(error, InputNotFoundError)
+    may_pass = isinstance(error, StorageError) and error.may_pass
+    return Fetched(Status.MISSING if missing else Status.FETCH_ERROR, error=str(error), may_pass=may_pass)
 
 
 async def _get(storage: Storage, uri: str, max_bytes: int) -> Fetched:
@@ -102,16 +119,21 @@ def _get_literal(found: LiteralObject, max_bytes: int) -> Fetched:
     return Fetched(Status.OK, answer.data, unquoted(answer.etag), answer.size)
 
 
-def _read_local(path: str, max_bytes: int) -> Fetched:
-    """Returns one local file. Raises OSError. Files that are not regular are not opened: a pipe would block forever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        return Fetched(Status.FETCH_ERROR, error=f"{path}: not a regular file")
-    with Path(path).open("rb") as file:
-        found = os.fstat(file.fileno())
-        etag = local_etag(found)
-        if found.st_size > max_bytes:
-            return _too_large(etag, found.st_size, max_bytes)
-        return Fetched(Status.OK, file.read(found.st_size), etag, found.st_size)
+def _read_local(uri: str, max_bytes: int) -> Fetched:
+    """Reads one local file. Files that are not regular are refused unopened: a pipe would block forever."""
+    path = parse_uri(uri).key
+    try:
+        with translated(uri):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                return Fetched(Status.FETCH_ERROR, error=f"{path}: not a regular file")
+            with Path(path).open("rb") as file:
+                found = os.fstat(file.fileno())
+                etag = local_etag(found)
+                if found.st_size > max_bytes:
+                    return _too_large(etag, found.st_size, max_bytes)
+                return Fetched(Status.OK, file.read(found.st_size), etag, found.st_size)
+    except MaskLakeError as error:
+        return _failed(error)
 
 
 def _too_large(etag: str | None, size: int, max_bytes: int) -> Fetched:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,16 +29,21 @@ from masklake.model.config import PredictOptions
 from masklake.model.detector import Detector, check_answers, load_detector
 from masklake.model.instances import Instances
 from masklake.pipeline.blocks import unpacked
-from masklake.pipeline.images.decode import Decoded, DecodeLimits, decode, read_header
+from masklake.pipeline.images.decode import Decoded, DecodeLimits, Header, decode, read_header
 from masklake.pipeline.images.fetch import Fetched, fetch
 from masklake.pipeline.images.status import Status
-from masklake.pipeline.labelling.run_output import REPORT_SCHEMA, failed, write_block, written
+from masklake.pipeline.labelling.run_output import REPORT_SCHEMA, Finished, failed, finished, write_block, written
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.table import Table
 
-FETCH_WINDOW_BYTES = 128 * 2**20
-"""Maximum number of compressed bytes in memory at once (a single file may be larger)."""
+FETCH_WINDOW_BYTES = 64 * 2**20
+FETCH_WINDOW_IMAGES = 256
+"""Maximum of compressed bytes, and of images, that are fetched together (a single larger file is fetched alone). Twice that is
+in memory, since the next window is fetched while one is labelled. Batches are filled from one window.
+"""
+PART_S = 10.0
+"""Seconds of work after which a worker writes what it has labelled: what its death may cost, whatever the size of a block."""
 DECODE_WINDOW_PIXELS = 32_000_000
 """Number of pixels decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
 BATCHES_PER_WINDOW = 4
@@ -95,8 +102,7 @@ class _Job:
     source: _Source
     fetched: Fetched
     data: bytes
-    width: int
-    height: int
+    header: Header
 
 
 class Labeller:
@@ -112,23 +118,43 @@ class Labeller:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Returns FILE_SCHEMA rows, one for each of the MANIFEST_SCHEMA rows of a block, in the same order."""
-        sources = [_Source(**row) for row in block.select(["image_id", "uri", "etag", "bytes"]).to_pylist()]
-        outcomes: dict[int, Outcome] = {}
-        for window in _windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES):
-            for outcome in self._label(window):
-                outcomes[outcome.image_id] = outcome
-        return outcome_rows(
-            [outcomes[source.image_id] for source in sources],
-            model_id=self._spec.model_id,
-            label_id=self._spec.label_id,
-            category_names=self._names,
-        )
+        [rows] = self.parts(block, math.inf)
+        return rows
 
-    def _label(self, sources: Sequence[_Source]) -> Iterator[Outcome]:
-        """Fetches images, checks their headers, then decodes and predicts window by window, images of similar shape
+    def parts(self, block: pa.Table, seconds: float = PART_S) -> Iterator[pa.Table]:
+        """Yields the same rows in parts: one whenever `seconds` have passed, and the rest. A part's rows keep their order."""
+        sources = [_Source(**row) for row in block.select(["image_id", "uri", "etag", "bytes"]).to_pylist()]
+        places = {source.image_id: place for place, source in enumerate(sources)}
+        outcomes: list[Outcome] = []
+        begun = time.monotonic()
+        for outcome in self._outcomes(sources):
+            if outcomes and time.monotonic() - begun >= seconds:
+                yield self._rows(outcomes, places)
+                outcomes, begun = [], time.monotonic()
+            outcomes.append(outcome)
+        yield self._rows(outcomes, places)
+
+    def _rows(self, outcomes: list[Outcome], places: Mapping[int, int]) -> pa.Table:
+        outcomes.sort(key=lambda outcome: places[outcome.image_id])
+        return outcome_rows(outcomes, model_id=self._spec.model_id, label_id=self._spec.label_id, category_names=self._names)
+
+    def _outcomes(self, sources: Sequence[_Source]) -> Iterator[Outcome]:
+        """Labels images in windows; while one is labelled, the next is fetched."""
+        windows = list(_windows(sources, lambda source: source.bytes or 0, FETCH_WINDOW_BYTES, FETCH_WINDOW_IMAGES))
+        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as ahead:
+            fetching = [ahead.submit(self._fetch, window) for window in windows[:1]]
+            for number, window in enumerate(windows):
+                found = fetching.pop().result()
+                fetching += [ahead.submit(self._fetch, later) for later in windows[number + 1 : number + 2]]
+                yield from self._label(window, found)
+
+    def _fetch(self, sources: Sequence[_Source]) -> list[Fetched]:
+        return fetch(self._spec.storage, [source.uri for source in sources], max_bytes=self._spec.limits.max_bytes)
+
+    def _label(self, sources: Sequence[_Source], found: Sequence[Fetched]) -> Iterator[Outcome]:
+        """Checks the headers of fetched images, then decodes and predicts window by window, images of similar shape
         together.
         """
-        found = fetch(self._spec.storage, [source.uri for source in sources], max_bytes=self._spec.limits.max_bytes)
         jobs: list[_Job] = []
         for source, fetched in zip(sources, found, strict=True):
             job = _job_or_outcome(source, fetched, self._spec.limits)
@@ -136,9 +162,9 @@ class Labeller:
                 yield from self._finished([job])
             else:
                 jobs.append(job)
-        jobs.sort(key=lambda job: self._model.batch_key((job.height, job.width)))
+        jobs.sort(key=lambda job: self._model.batch_key((job.header.height, job.header.width)))
         most = BATCHES_PER_WINDOW * self._spec.predict.batch_size
-        windows = list(_windows(jobs, lambda job: job.height * job.width, DECODE_WINDOW_PIXELS, most))
+        windows = list(_windows(jobs, lambda job: job.header.pixels, DECODE_WINDOW_PIXELS, most))
         with _decoder(self._spec) as decoder:
             for window, decoded in _one_ahead(windows, decoder):
                 yield from self._finished(self._predict(window, decoded))
@@ -205,15 +231,19 @@ class LabellingActor(Labeller):
         """
         block = unpacked(packed_block)
         first = int(block["image_id"][0].as_py())
-        if _told(self._progress.take.remote(first)) is False:
+        taken = _told(self._progress.take.remote(first))
+        if taken == 0:
             return REPORT_SCHEMA.empty_table()
-        report = self.alone(block)
+        report = self.alone(block, begun_before=taken is not None and taken > 1)
         self._progress.lay_down.remote(first)
         return report
 
-    def alone(self, block: pa.Table) -> pa.Table:
-        """Same as calling the actor, for a caller that gives this block, MANIFEST_SCHEMA rows, to no other worker."""
-        return labelled_and_written(super().__call__, block, self._table, self._run_id, self._take_back)
+    def alone(self, block: pa.Table, begun_before: bool = False) -> pa.Table:
+        """Same as calling the actor, for a caller that gives this block, MANIFEST_SCHEMA rows, to no other worker.
+
+        begun_before: whether another worker may have written a part of the block.
+        """
+        return labelled_and_written(self, block, self._table, self._run_id, self._take_back, begun_before)
 
     def _take_back(self, rows: pa.Table) -> None:
         """Subtracts labelled images that could not be written from the counter."""
@@ -233,26 +263,38 @@ class LabellingActor(Labeller):
 
 
 def labelled_and_written(
-    label: Callable[[pa.Table], pa.Table],
+    labeller: Labeller,
     block: pa.Table,
     table: Table,
     run_id: str,
     on_unwritten: Callable[[pa.Table], object] = lambda rows: None,
+    begun_before: bool = False,
 ) -> pa.Table:
-    """Labels a block (`Labeller`) and writes it. Returns one REPORT_SCHEMA row: the file, or the error.
+    """Labels a block and writes its parts. Returns REPORT_SCHEMA rows: the files, and the error that ended it, if any.
 
     Errors are returned, never raised: Ray would count an exception as a lost block, as it counts a dead worker. on_unwritten:
-    called with labelled rows that could not be written.
+    called with labelled rows that could not be written. begun_before: leaves out images that are in a file of the run.
     """
+    reports = [REPORT_SCHEMA.empty_table()]
     rows: pa.Table | None = None
     try:
-        rows = label(block)
-        return written(write_block(table, run_id, rows))
+        if begun_before:
+            block = _without(block, finished(table, run_id))
+        for rows in labeller.parts(block) if block.num_rows else ():
+            reports.append(written(write_block(table, run_id, rows)))
+            rows = None
     except Exception as error:
         log.exception("a block was not labelled")
         if rows is not None:
             on_unwritten(rows)
-        return failed(error)
+        reports.append(failed(error))
+    return pa.concat_tables(reports)
+
+
+def _without(block: pa.Table, files: Sequence[Finished]) -> pa.Table:
+    """Returns the rows of a block whose images are in none of the files."""
+    done = np.concatenate([np.empty(0, np.int64), *(file.image_ids for file in files)])
+    return block.filter(pa.array(~np.isin(block["image_id"].to_numpy(), done)))
 
 
 def _told(answer: Any) -> Any:
@@ -272,9 +314,8 @@ def _job_or_outcome(source: _Source, fetched: Fetched, limits: DecodeLimits) -> 
         return source.outcome(fetched)
     header = read_header(fetched.data, limits)
     if header.status is not Status.OK:
-        refused = Decoded(header.status, width=header.width or None, height=header.height or None, error=header.error)
-        return source.outcome(fetched, refused)
-    return _Job(source, fetched, fetched.data, header.width, header.height)
+        return source.outcome(fetched, header.refused())
+    return _Job(source, fetched, fetched.data, header)
 
 
 def _windows(items: Sequence[T], weight: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
@@ -310,7 +351,7 @@ class _Decoder:
 
     def start(self, jobs: Iterable[_Job]) -> list[Future[Decoded]]:
         """Starts decoding `jobs` in the background."""
-        return [self._pool.submit(decode, job.data, self._spec.limits) for job in jobs]
+        return [self._pool.submit(decode, job.data, self._spec.limits, job.header) for job in jobs]
 
     def finish(self, jobs: Sequence[_Job], futures: list[Future[Decoded]]) -> list[Decoded]:
         """Returns the results of `start`, in order. An image that hangs is `crashed`; those that wait behind it are started
@@ -325,7 +366,7 @@ class _Decoder:
         again = [jobs[number] for number in sorted(waiting)]
         redone = iter(self.finish(again, self.start(again)))
         reason = f"decoding did not end within {self._spec.decode_timeout_s:g} s"
-        hung = [Decoded(Status.CRASHED, width=job.width, height=job.height, error=reason) for job in jobs]
+        hung = [Decoded(Status.CRASHED, width=job.header.width, height=job.header.height, error=reason) for job in jobs]
         return [
             next(redone) if number in waiting else hung[number] if future in late else future.result()
             for number, future in enumerate(futures)

@@ -30,7 +30,7 @@ from masklake.pipeline.errors import (
     StorageError,
     TableError,
 )
-from masklake.pipeline.images.decode import Decoded, DecodeLimits
+from masklake.pipeline.images.decode import Decoded
 from masklake.pipeline.labelling import labeller
 from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec
 from masklake.pipeline.storage.errors import translated
@@ -157,10 +157,10 @@ class DeadlyActor(LabellingActor):
     def __init__(self, *arguments: Any) -> None:
         real = labeller.decode
 
-        def decode(data: bytes, limits: DecodeLimits) -> Decoded:
+        def decode(data: bytes, *rest: Any) -> Decoded:
             if data.endswith(POISON):
                 os._exit(7)
-            return real(data, limits)
+            return real(data, *rest)
 
         labeller.decode = decode
         super().__init__(*arguments)

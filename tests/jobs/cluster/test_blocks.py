@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from masklake.jobs.cluster.blocks import data_set
+from masklake.jobs.cluster.blocks import data_set, equal_sizes
 from masklake.pipeline.blocks import unpacked
 
 pytestmark = pytest.mark.slow
@@ -21,6 +21,12 @@ def test_blocks_need_no_tasks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("ray.data.read_api.cached_remote_fn", refused)
     rows = pa.table({"image_id": pa.array(range(7), pa.int64()), "etag": pa.array([None] * 6 + ["x"])})
-    blocks = [unpacked(item) for item in data_set(rows, 3).iter_batches(batch_size=None, batch_format="pyarrow")]
+    blocks = [unpacked(item) for item in data_set(rows, [3, 3, 1]).iter_batches(batch_size=None, batch_format="pyarrow")]
     assert [block.num_rows for block in blocks] == [3, 3, 1]
     assert pa.concat_tables(blocks).equals(rows)
+
+
+def test_blocks_of_equal_size_end_with_the_rest() -> None:
+    assert equal_sizes(7, 3) == [3, 3, 1]
+    assert equal_sizes(6, 3) == [3, 3]
+    assert equal_sizes(0, 3) == []

@@ -127,10 +127,10 @@ def test_a_block_that_two_workers_ended_with_is_begun_by_no_third() -> None:
     assert (counter.workers(), counter.starts()) == (["one"], 2)
     counter.ready()
     assert counter.starts() == 0
-    assert [counter.take(7) for _ in range(3)] == [True, True, False]
+    assert [counter.take(7) for _ in range(3)] == [1, 2, 0]
     assert counter.take(8)
     counter.lay_down(8)
-    assert [counter.take(8) for _ in range(3)] == [True, True, False]
+    assert [counter.take(8) for _ in range(3)] == [1, 2, 0]
 
 
 def test_what_a_labeller_needs_is_said() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from masklake.jobs.cluster.connection import RESERVED_CPUS, Capacity
 from masklake.jobs.labelling import plan as label_plan
@@ -126,20 +128,37 @@ def test_a_plan_that_does_not_fit_is_refused(capacity: Capacity, requested: int 
 
 def test_a_second_round_has_smaller_blocks() -> None:
     assert list(rounds(images=79, workers=2)) == [
-        Round(rows=10, alone=False, max_lost=LOST_BLOCKS),
+        Round(rows=20, alone=False, max_lost=LOST_BLOCKS, share=0.25),
         Round(rows=RETRY_ROWS, alone=True, max_lost=79),
     ]
-    assert next(rounds(10**6, workers=8)).rows == 64
-    assert next(rounds(10**6, workers=8)).max_lost == 781
-    assert [step.rows for step in rounds(9, workers=2)] == [2]
+    assert next(rounds(10**6, workers=8)).rows == 512
+    assert next(rounds(10**7, workers=8)).max_lost == 976
+    assert [step.rows for step in rounds(9, workers=2)] == [3]
     assert [step.rows for step in rounds(100, workers=2, block_rows=3)] == [3]
+
+
+def test_blocks_shrink_as_the_work_runs_out() -> None:
+    step = next(rounds(images=2000, workers=2))
+    sizes = list(step.sizes(2000))
+    assert sizes[:4] == [500, 375, 282, 211]
+    assert sizes[-4:] == [1, 1, 1, 1]
+    assert list(Round(rows=8, alone=True, max_lost=20).sizes(20)) == [8, 8, 4]
+
+
+@given(images=st.integers(1, 10**5), workers=st.integers(1, 64), block_rows=st.none() | st.integers(1, 1000))
+def test_the_blocks_of_a_round_hold_every_image_once(images: int, workers: int, block_rows: int | None) -> None:
+    for step in rounds(images, workers, block_rows):
+        sizes = list(step.sizes(images))
+        assert sum(sizes) == images
+        assert 1 <= min(sizes) <= max(sizes) <= step.rows
+        assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_run_of_a_few_images_has_no_pass_of_ray_data() -> None:
     assert list(rounds(8, workers=2)) == []
     assert list(rounds(1, workers=1)) == []
     assert [step.rows for step in rounds(8, workers=2, block_rows=1)] == [1]
-    assert [step.rows for step in rounds(9, workers=1)] == [3]
+    assert [step.rows for step in rounds(9, workers=1)] == [5]
 
 
 def test_a_short_run_outlives_the_loss_of_a_node() -> None:

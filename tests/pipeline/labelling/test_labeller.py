@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from PIL import Image
 from masklake.model import PRESETS, Instances, PredictOptions, create_model
 from masklake.model.detector import Detector, load_detector
 from masklake.model.fields import Task
+from masklake.pipeline.errors import StorageError
 from masklake.pipeline.images.decode import Decoded, DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.labelling import labeller as labeller_module
-from masklake.pipeline.labelling.labeller import Labeller, LabelSpec, _windows
+from masklake.pipeline.labelling.labeller import Labeller, LabelSpec, _windows, labelled_and_written
+from masklake.pipeline.labelling.run_output import Finished, finished, reported, write_block
 from masklake.pipeline.storage.objects import local_etag
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
+from masklake.pipeline.table.table import open_table
 from tests import second_detector
 
 # pytest puts its own filters over the one that `decode` sets for its process.
@@ -145,6 +149,98 @@ def test_an_empty_block_gives_no_rows() -> None:
     assert Labeller(SPEC, OneBox())(manifest([])).num_rows == 0
 
 
+def test_a_long_block_is_written_in_parts(tmp_path: Path) -> None:
+    uris = [write(tmp_path, f"{number}.png", number, size=(20 + number % 2, 30)) for number in range(20)]
+    labeller = Labeller(SPEC, OneBox())
+    parts = list(labeller.parts(manifest(uris), seconds=0))
+    assert len(parts) == 20
+    [whole] = labeller.parts(manifest(uris))
+    assert whole["image_id"].to_pylist() == list(range(20))
+    together = pa.concat_tables(parts).sort_by("image_id")
+    assert together.drop_columns("labelled_at").equals(whole.drop_columns("labelled_at"))
+
+
+def test_what_another_worker_wrote_of_a_block_is_not_labelled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [write(tmp_path, f"{number}.png", number, size=(20 + number % 3, 30)) for number in range(12)]
+    table, block = open_table(Storage(), str(tmp_path / "table")), manifest(uris)
+    monkeypatch.setattr(labeller_module, "write_block", dying_after(3))
+    labeller = Labeller(SPEC, OneBox())
+    monkeypatch.setattr(labeller, "parts", partial(labeller.parts, seconds=0))
+    with pytest.raises(Died):
+        labelled_and_written(labeller, block, table, "night")
+    before = {image for file in finished(table, "night") for image in file.image_ids}
+    assert len(before) == 3
+    monkeypatch.undo()
+
+    successor = OneBox()
+    report = labelled_and_written(Labeller(SPEC, successor), block, table, "night", begun_before=True)
+    [ids] = report["image_ids"].to_pylist()
+    assert set(ids) | before == set(range(12))
+    assert not set(ids) & before
+    assert sum(map(len, successor.batches)) == 9
+    again = labelled_and_written(Labeller(SPEC, OneBox()), block, table, "night", begun_before=True)
+    assert again.num_rows == 0
+
+
+class Died(BaseException):
+    """The process is gone."""
+
+
+def dying_after(parts: int) -> Callable[..., Finished]:
+    """`write_block` that works for a number of parts."""
+    written: list[Finished] = []
+
+    def write_some(*arguments: Any) -> Finished:
+        if len(written) == parts:
+            raise Died
+        written.append(write_block(*arguments))
+        return written[-1]
+
+    return write_some
+
+
+def test_a_part_that_cannot_be_written_ends_the_block_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [write(tmp_path, f"{number}.png", number) for number in range(6)]
+    table, unwritten = open_table(Storage(), str(tmp_path / "table")), list[pa.Table]()
+    written: list[Finished] = []
+
+    def full(*arguments: Any) -> Finished:
+        if len(written) == 2:
+            raise StorageError("no space left")
+        written.append(write_block(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(labeller_module, "write_block", full)
+    labeller = Labeller(SPEC, OneBox())
+    monkeypatch.setattr(labeller, "parts", partial(labeller.parts, seconds=0))
+    report = labelled_and_written(labeller, manifest(uris), table, "night", unwritten.append)
+    assert report["error"].to_pylist() == [None, None, "StorageError"]
+    assert [rows["image_id"].to_pylist() for rows in unwritten] == [[2]]
+    with pytest.raises(StorageError, match="no space left"):
+        reported(report)
+
+
+def test_the_next_images_are_fetched_while_some_are_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labeller_module, "FETCH_WINDOW_IMAGES", 2)
+    fetched = threading.Event()
+    real = labeller_module.fetch
+
+    def fetch(storage: Storage, uris: Sequence[str], **limits: Any) -> Any:
+        found = real(storage, uris, **limits)
+        if uris == wanted[2:4]:
+            fetched.set()
+        return found
+
+    class Waiting(OneBox):
+        def predict(self, images: Sequence[torch.Tensor], options: PredictOptions = DEFAULT) -> list[Instances]:
+            assert fetched.wait(30), "the second window is fetched only after the first is labelled"
+            return super().predict(images, options)
+
+    monkeypatch.setattr(labeller_module, "fetch", fetch)
+    wanted = [write(tmp_path, f"{number}.png", number) for number in range(5)]
+    assert Labeller(SPEC, Waiting())(manifest(wanted))["status"].to_pylist() == ["ok"] * 5
+
+
 def test_overlapping_calls_share_one_model(tmp_path: Path) -> None:
     uris = [write(tmp_path, f"{number}.png", number) for number in range(12)]
     labeller = Labeller(SPEC, OneBox())
@@ -165,10 +261,10 @@ def test_an_image_that_hangs_its_decoder_is_crashed_and_the_rest_are_labelled(
     forever = threading.Event()
     real = labeller_module.decode
 
-    def decode(data: bytes, limits: DecodeLimits) -> Decoded:
+    def decode(data: bytes, *rest: Any) -> Decoded:
         if data == hangs:
             forever.wait(30)
-        return real(data, limits)
+        return real(data, *rest)
 
     monkeypatch.setattr(labeller_module, "decode", decode)
     rows = Labeller(replace(SPEC, decode_timeout_s=0.3, decode_threads=1), OneBox())(manifest(uris)).to_pylist()
