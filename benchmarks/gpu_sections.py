@@ -667,7 +667,9 @@ def one_pass(model: MaskRCNN, pictures: Sequence[Tensor], options: PredictOption
 
     def boxes() -> None:
         logits, deltas = network.box_head(network.box_input(held["features"], held["proposals"]))
-        held["found"] = select(logits, deltas, held["proposals"], held["canvas"].sizes, config, settings)
+        coder = network.box_head.coder
+        sizes = held["canvas"].sizes
+        held["found"] = select(logits, deltas, held["proposals"], sizes, coder, config.box_min_side, settings)
 
     def mask_branch() -> None:
         found: Found = held["found"]

@@ -20,6 +20,7 @@ MaskOutput = Literal["sigmoid", "softmax", "agnostic"]
 RpnBackbone = Literal["shared", "own"]
 TrainedPart = Literal["joint", "rpn", "detector"]
 PasteKind = Literal["torchvision", "detectron2"]
+KeypointScore = Literal["logit", "probability"]
 
 Positive = Annotated[int, Field(gt=0)]
 Channels = Annotated[int, Field(gt=0, le=8192)]
@@ -232,7 +233,7 @@ class ModelConfig(_Frozen):
     """Channels of the 3x3 convolutions."""
     keypoint_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the keypoint loss, which starts at log(56 * 56) = 8, ten times the others."""
-    keypoint_score: Literal["logit", "probability"] = "logit"
+    keypoint_score: KeypointScore = "logit"
     """Score of the best pixel of the resized heat map: its logit, or its probability over the pixels of the map before
     resizing.
     """

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from masklake.model.boxes import clip_boxes, decode_boxes, has_area, suppress, wide_enough
-from masklake.model.config import ModelConfig, PasteKind, PredictOptions
+from masklake.model.boxes import BoxCoder, clip_boxes, has_area, suppress, wide_enough
+from masklake.model.config import KeypointScore, ModelConfig, PasteKind, PredictOptions
 from masklake.model.devices import constant, sent
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Task
@@ -99,13 +99,13 @@ def detect(network: Network, canvas: Canvas, config: ModelConfig, settings: Sett
     """Returns the detections on a canvas: runs both stages, then the other branches on the boxes that remain."""
     features = network.backbone(canvas.pixels)
     proposals = propose(network, canvas, features)
-    logits, deltas = classify(network, features, proposals, min(config.rpn_post_nms_test, PROPOSALS_AT_ONCE))
-    found = select(logits, deltas, proposals, canvas.sizes, config, settings)
+    logits, deltas = classify(network, features, proposals, min(network.rpn.at_inference.in_all, PROPOSALS_AT_ONCE))
+    found = select(logits, deltas, proposals, canvas.sizes, network.box_head.coder, config.box_min_side, settings)
     regions, at_once = Regions(found.boxes, found.images), min(settings.max_detections, DETECTIONS_AT_ONCE)
     masks = segment(network, features, regions, found.classes, at_once) if "mask" in settings.tasks else None
     keypoints = None
     if "keypoint" in settings.tasks:
-        keypoints = _keypoints(network, features, regions, found.classes, config, at_once)
+        keypoints = _keypoints(network, features, regions, found.classes, config.keypoint_score, at_once)
     return Detections(found.boxes, found.scores, found.classes, found.images, masks, keypoints)
 
 
@@ -146,37 +146,38 @@ def _blocks(regions: Regions, count: int) -> Iterator[Regions]:
 
 
 def select(
-    logits: Tensor, deltas: Tensor, proposals: Regions, sizes: Tensor, config: ModelConfig, settings: Settings
+    logits: Tensor, deltas: Tensor, proposals: Regions, sizes: Tensor, coder: BoxCoder, min_side: float, settings: Settings
 ) -> Detections:
     """Returns the detections for the box branch's output: threshold, suppression within a class, the best of each image.
 
-    logits (R, classes); deltas (R, classes, 4); sizes: float32 (B, 2), height and width of the images on the canvas. Only boxes
-    with a sufficient score are decoded.
+    logits (R, classes); deltas (R, classes, 4); sizes: float32 (B, 2), height and width of the images on the canvas; coder:
+    of the deltas; min_side: canvas pixels, boxes with a shorter side are dropped. Only boxes with a sufficient score are
+    decoded.
     """
     scores = logits.float().softmax(dim=1)
     region, label = torch.where(scores[:, 1:] > settings.score_threshold)
     label = label + 1
     images, chosen = proposals.images[region], scores[region, label]
-    boxes = decode_boxes(deltas[region, label], proposals.boxes[region], config.box_delta_weights, config.delta_clamp)
-    boxes = clip_boxes(boxes, sizes[images])
-    wide = wide_enough(boxes, config.box_min_side)
+    boxes = clip_boxes(coder.decode(deltas[region, label], proposals.boxes[region]), sizes[images])
+    wide = wide_enough(boxes, min_side)
     keep = suppress(boxes, chosen, label, images, settings.nms_iou, wide, settings.max_detections)
     return Detections(boxes[keep], chosen[keep], label[keep], images[keep])
 
 
 def _keypoints(
-    network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, config: ModelConfig, at_once: int
+    network: Network, features: Sequence[Tensor], regions: Regions, classes: Tensor, score: KeypointScore, at_once: int
 ) -> Tensor:
     """Returns float32 (N, K, 3) in canvas pixels; the branch runs only on classes that have keypoints."""
     counts = network.keypoint_counts[classes]
-    keypoints = regions.boxes.new_full((len(classes), config.num_keypoints, 3), torch.nan)
+    most = network.keypoint_head.keypoints
+    keypoints = regions.boxes.new_full((len(classes), most, 3), torch.nan)
     chosen = torch.where(counts > 0)[0]
     if len(chosen):
         some = Regions(regions.boxes[chosen], regions.images[chosen])
         parts = [network.keypoint_head(network.keypoint_input(features, block)) for block in _blocks(some, at_once)]
         logits = torch.cat(parts)[: len(chosen)]
-        keypoints[chosen] = sent(decode_heatmaps(logits, some.boxes, config.keypoint_score), keypoints.device)
-    beyond = torch.arange(config.num_keypoints, device=counts.device) >= counts[:, None]
+        keypoints[chosen] = sent(decode_heatmaps(logits, some.boxes, score), keypoints.device)
+    beyond = torch.arange(most, device=counts.device) >= counts[:, None]
     return keypoints.masked_fill(beyond[:, :, None], torch.nan)
 
 
@@ -192,7 +193,7 @@ def to_instances(
 
     originals: (height, width) of each image; category_ids: int64 (classes,), by class.
     """
-    found = _in_originals(found, canvas.ratios, originals, config)
+    found = _in_originals(found, canvas.ratios, originals, config.keypoint_offset, config.clip_to_image)
     table, encode = _to_host(found, originals, threshold, config.paste)
     images, classes = table[:, 0].long(), table[:, 1].long().numpy()
     counts = torch.bincount(images, minlength=len(originals)).tolist()
@@ -242,18 +243,18 @@ def _to_host(
     return table, encode
 
 
-def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], config: ModelConfig) -> Detections:
+def _in_originals(found: Detections, ratios: Tensor, originals: Sequence[Size], offset: float, clip: bool) -> Detections:
     """Returns the detections in pixels of the original images. ratios: of the canvas; originals: (height, width) of each
-    image.
+    image; offset: pixels to subtract from keypoints; clip: whether boxes are clipped to the images.
     """
     ratio = ratios[found.images].flip(1)  # horizontal, vertical: as x and y
     boxes, keypoints = found.boxes * ratio.repeat(1, 2), None
     if found.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:, :1])], dim=1)
-        shift = constant((config.keypoint_offset, config.keypoint_offset, 0.0), scale.device)
+        shift = constant((offset, offset, 0.0), scale.device)
         keypoints = found.keypoints * scale[:, None] - shift
     moved = replace(found, boxes=boxes, keypoints=keypoints)
-    if not config.clip_to_image:
+    if not clip:
         return moved
     sizes = sent(torch.tensor(originals, dtype=boxes.dtype), boxes.device)
     moved = replace(moved, boxes=clip_boxes(boxes, sizes[found.images]))

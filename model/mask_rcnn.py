@@ -26,7 +26,7 @@ from masklake.model.inference_network import DTYPES, fingerprint, for_inference
 from masklake.model.instances import Instances, Target
 from masklake.model.network import Network
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.targets import Samples, Truth, sample_regions, truth_on_canvas
+from masklake.model.rois.targets import Samples, TargetSpec, Truth, sample_regions, truth_on_canvas
 from masklake.model.sampling import SampleRule
 from masklake.model.transform import Canvas, Size, canvas_size, check_image, filled_up, make_canvas
 from masklake.model.wording import agreeing, counted_of
@@ -45,7 +45,13 @@ class MaskRCNN(nn.Module):
         super().__init__()
         self.config = config
         self.network = build_network(config)
-        self._class_of = {category.id: index for index, category in enumerate(config.categories, start=1)}
+        self._target_spec = TargetSpec(
+            model=config.preset,
+            class_of={category.id: index for index, category in enumerate(config.categories, start=1)},
+            masks="mask" in config.tasks,
+            keypoints=config.num_keypoints,
+            keypoint_offset=config.keypoint_offset,
+        )
         iou = config.roi_foreground_iou
         self._sampling = SampleRule(iou, iou, config.roi_samples, config.roi_positive_fraction)
         self._category_ids = np.array([0, *(category.id for category in config.categories)], dtype=np.int64)
@@ -116,7 +122,7 @@ class MaskRCNN(nn.Module):
             raise ConfigError(f"training needs at least one image and one target per image: {len(images)} and {len(targets)}")
         network, config = self.network, self.config
         canvas = self._canvas(images, random.choice(config.min_sizes))
-        truths = truth_on_canvas(targets, canvas, config, self._class_of)
+        truths = truth_on_canvas(targets, canvas, self._target_spec)
 
         if self._trained == "rpn":
             maps = network.proposal_maps(canvas.pixels)

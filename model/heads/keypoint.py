@@ -18,6 +18,7 @@ class KeypointHead(nn.Module):
     def __init__(self, channels: int, convs: Sequence[int], keypoints: int, norm: Norm) -> None:
         """channels: of a region; convs: widths of the 3x3 convolutions; keypoints: K; norm: of the convolutions."""
         super().__init__()
+        self.keypoints = keypoints
         widths = itertools.pairwise((channels, *convs))
         self.convs = nn.ModuleList(ConvNorm(c_in, c_out, 3, 1, norm) for c_in, c_out in widths)
         self.deconv = nn.ConvTranspose2d(convs[-1], keypoints, 4, stride=2, padding=1)

@@ -9,7 +9,7 @@ Shape letters: N people, n of them, K keypoints, S heat map side, M = n * K maps
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from masklake.model.config import KeypointScore
 from masklake.model.devices import to_host
 
 CUBIC = -0.75  # torch's bicubic coefficient
@@ -38,7 +39,7 @@ Longs = NDArray[np.int64]
 
 
 @np.errstate(invalid="ignore", over="ignore")  # of maps and boxes that are not finite
-def decode_heatmaps(logits: Tensor, boxes: Tensor, score: Literal["logit", "probability"] = "logit") -> Tensor:
+def decode_heatmaps(logits: Tensor, boxes: Tensor, score: KeypointScore = "logit") -> Tensor:
     """Returns the best position of every keypoint after resizing its heat map to its box (bicubic, torchvision's convention).
 
     logits: float32 (N, K, S, S). boxes: float32 (N, 4), xyxy in pixels. Returns float32 (N, K, 3) on the host: x and y in

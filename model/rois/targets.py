@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masklake.model.config import ModelConfig
 from masklake.model.devices import sent, to_host
 from masklake.model.errors import ConfigError
 from masklake.model.instances import Target
@@ -35,47 +34,61 @@ class Truth:
     proposals: Tensor | None
 
 
-def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, config: ModelConfig, class_of: Mapping[int, int]) -> list[Truth]:
-    """Returns targets scaled to the canvas. class_of: class by category id.
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a model needs from its targets.
+
+    model: its preset, for messages. class_of: class by category id. masks: whether it has a mask branch. keypoints: K, or 0
+    without a keypoint branch. keypoint_offset: pixels from a data set's keypoints to the model's.
+    """
+
+    model: str
+    class_of: Mapping[int, int]
+    masks: bool
+    keypoints: int
+    keypoint_offset: float
+
+
+def truth_on_canvas(targets: Sequence[Target], canvas: Canvas, spec: TargetSpec) -> list[Truth]:
+    """Returns targets scaled to the canvas.
 
     Raises ConfigError for a label that is not a category of the model, and for targets without the data that a branch needs.
     """
     ratios = zip(canvas.host_ratios.flip(1), canvas.ratios.flip(1), strict=True)
-    return [_on_canvas(target, *ratio, config, class_of) for target, ratio in zip(targets, ratios, strict=True)]
+    return [_on_canvas(target, *ratio, spec) for target, ratio in zip(targets, ratios, strict=True)]
 
 
-def _on_canvas(target: Target, ratio: Tensor, there: Tensor, config: ModelConfig, class_of: Mapping[int, int]) -> Truth:
+def _on_canvas(target: Target, ratio: Tensor, there: Tensor, spec: TargetSpec) -> Truth:
     """Returns one target on the canvas. ratio: on the host, where instances are selected; there: the same on the device."""
     device = there.device
-    _check(target, config, class_of)
+    _check(target, spec)
     boxes = target.boxes.cpu().float().reshape(-1, 4) / ratio.repeat(2)
     real = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    classes = torch.tensor([class_of[label] for label in target.labels.tolist()], dtype=torch.int64)
+    classes = torch.tensor([spec.class_of[label] for label in target.labels.tolist()], dtype=torch.int64)
     masks = keypoints = proposals = None
     if target.proposals is not None:
         proposals = sent(target.proposals.cpu().float().reshape(-1, 4) / ratio.repeat(2), device)
-    if "mask" in config.tasks and target.masks is not None:
+    if spec.masks and target.masks is not None:
         packed = target.masks if isinstance(target.masks, BitMasks) else BitMasks.pack(target.masks)
         masks = packed.to(real.device)[real].to(device)
-    if "keypoint" in config.tasks and target.keypoints is not None:
+    if spec.keypoints and target.keypoints is not None:
         scale = torch.cat([ratio, torch.ones_like(ratio[:1])])
-        shift = scale.new_tensor([config.keypoint_offset, config.keypoint_offset, 0.0])
+        shift = scale.new_tensor([spec.keypoint_offset, spec.keypoint_offset, 0.0])
         keypoints = sent(((target.keypoints.cpu().float() + shift) / scale)[real], device)
     return Truth(sent(boxes[real], device), sent(classes[real], device), masks, keypoints, there, proposals)
 
 
-def _check(target: Target, config: ModelConfig, class_of: Mapping[int, int]) -> None:
-    if unknown := sorted(set(target.labels.tolist()) - class_of.keys()):
+def _check(target: Target, spec: TargetSpec) -> None:
+    if unknown := sorted(set(target.labels.tolist()) - spec.class_of.keys()):
         raise ConfigError(
-            f"target labels {unknown[:5]} are not categories of model {config.preset!r}; "
-            "create it with categories=... of the data"
+            f"target labels {unknown[:5]} are not categories of model {spec.model!r}; create it with categories=... of the data"
         )
     count = len(target.labels)
-    if "mask" in config.tasks and (target.masks is None or len(target.masks) != count):
-        raise ConfigError(f"model {config.preset!r} has a mask branch: each target needs masks (G, H, W), one per instance")
-    shape = (count, config.num_keypoints, 3)
-    if "keypoint" in config.tasks and (target.keypoints is None or target.keypoints.shape != shape):
-        raise ConfigError(f"model {config.preset!r} has a keypoint branch: each target needs keypoints of shape {shape}")
+    if spec.masks and (target.masks is None or len(target.masks) != count):
+        raise ConfigError(f"model {spec.model!r} has a mask branch: each target needs masks (G, H, W), one per instance")
+    shape = (count, spec.keypoints, 3)
+    if spec.keypoints and (target.keypoints is None or target.keypoints.shape != shape):
+        raise ConfigError(f"model {spec.model!r} has a keypoint branch: each target needs keypoints of shape {shape}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, roi_align
 
 from masklake.model import create_model, load_checkpoint, save_checkpoint
+from masklake.model.boxes import BoxCoder
 from masklake.model.build import build_network
 from masklake.model.coco_categories import PERSON
 from masklake.model.config import Category, ModelConfig, PredictOptions
@@ -30,7 +31,7 @@ from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.presets import PRESETS
 from masklake.model.proposals.anchors import cell_anchors
 from masklake.model.proposals.rpn import Regions
-from masklake.model.rois.targets import truth_on_canvas
+from masklake.model.rois.targets import TargetSpec, truth_on_canvas
 from masklake.model.transform import Canvas, make_canvas
 from masklake.model.weights.detectron2 import conventions
 
@@ -695,7 +696,8 @@ def test_detections_stay_however_thin() -> None:
     logits = F.one_hot(torch.tensor([3]), 91).float() * 10
     for config, count in ((conventions(PRESETS["fasterrcnn_resnet50_fpn"]), 1), (PRESETS["fasterrcnn_resnet50_fpn"], 0)):
         settings, sizes = resolve(PredictOptions(), config), torch.tensor([[64.0, 64.0]])
-        found = select(logits, torch.zeros(1, 91, 4), regions, sizes, config, settings)
+        coder = BoxCoder(config.box_delta_weights, config.delta_clamp)
+        found = select(logits, torch.zeros(1, 91, 4), regions, sizes, coder, config.box_min_side, settings)
         assert len(found.boxes) == count
 
 
@@ -759,6 +761,7 @@ def test_keypoints_are_learnt_half_a_pixel_further(photo: Tensor) -> None:
     config = narrow("keypointrcnn_resnet50_fpn", SHAPES["keypointrcnn_resnet50_fpn"])
     canvas = make_canvas([photo], config, SHORT, torch.device("cpu"))
     target = Target(torch.tensor([[0.0, 0, 90, 90]]), torch.tensor([1]), keypoints=torch.full((1, 17, 3), 2.0))
-    truth = truth_on_canvas([target], canvas, config, {1: 1})[0]
+    spec = TargetSpec(config.preset, {1: 1}, masks=False, keypoints=17, keypoint_offset=config.keypoint_offset)
+    truth = truth_on_canvas([target], canvas, spec)[0]
     ratio = canvas.ratios[0].flip(0)
     torch.testing.assert_close(truth.keypoints[0, 0], torch.cat([2.5 / ratio, torch.tensor([2.0])]))
