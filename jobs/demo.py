@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from masklake.jobs import evaluate, label, train
+from masklake.jobs.fields import SHEET_IMAGES
 from masklake.jobs.shapes import CATEGORIES, generate
 from masklake.jobs.terminal.answers import write_shown_table
 from masklake.jobs.training.options import TrainOptions
@@ -27,15 +28,14 @@ from masklake.pipeline.results.drawing import contact_sheet, draw_instances
 from masklake.pipeline.results.evaluation import IouType
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.query import query, stream
-from masklake.pipeline.table.schema import LIKELY_SCORE
 
 Say = Callable[[str], None]
 
 SIZE = 128
 """Pixels of the longer side of an image."""
 TRAIN_SEED, VAL_SEED, UNSEEN_SEED = 1, 2, 3
-SHEET_IMAGES = 12
 
 QUESTIONS = (
     (
@@ -186,7 +186,7 @@ def indented(text: str) -> str:
 
 
 def draw_sheet(storage: Storage, places: Places) -> None:
-    """Draws a dozen labelled images with masks, boxes and keypoints, as one PNG."""
+    """Draws SHEET_IMAGES labelled images with masks, boxes and keypoints, as one PNG."""
     sql = "SELECT uri FROM current_images WHERE status = 'ok' ORDER BY uri LIMIT $count"
     images = query(storage, str(places.table), sql, {"count": SHEET_IMAGES})
     uris = images.column("uri").to_pylist()

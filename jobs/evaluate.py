@@ -16,7 +16,7 @@ from masklake.jobs.fields import EvaluateFields
 from masklake.jobs.terminal.counts import counted_instances
 from masklake.jobs.terminal.output import check_output
 from masklake.model.errors import ConfigError
-from masklake.model.wording import agreeing, counted, counted_of
+from masklake.model.wording import agreeing, counted, counted_of, percent
 from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason
 from masklake.pipeline.coco.reading import read_coco
 from masklake.pipeline.coco.values import quoted
@@ -32,8 +32,8 @@ from masklake.pipeline.results.coco_results import (
 )
 from masklake.pipeline.results.evaluation import KIND_NAMES, IouType, Score, coco_metrics, mean_iou
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.query import query, stream
-from masklake.pipeline.table.schema import LIKELY_SCORE
 
 
 class EvaluateReport(BaseModel):
@@ -277,8 +277,3 @@ def describe(report: EvaluateReport) -> str:
     if report.mean_iou is not None:
         lines += ["", f"  mean IoU of the foreground, detections of score >= {report.iou_score:g}: {percent(report.mean_iou)}"]
     return "\n".join(lines)
-
-
-def percent(value: float | None) -> str:
-    """Returns a percentage with one decimal; "-" if the ground truth has nothing of the kind."""
-    return "-" if value is None else f"{100 * value:.1f}"

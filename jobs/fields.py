@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from masklake.model.fields import Device, Group, Option, PredictFields, Task, TrainingMode
+from masklake.pipeline.coco.fields import MOST_UNUSABLE
 from masklake.pipeline.images.fields import DecodeFields
 from masklake.pipeline.inputs.fields import InputFields
-from masklake.pipeline.results.fields import MOST_DETECTIONS
+from masklake.pipeline.results.fields import MAX_DETS, MOST_DETECTIONS
 from masklake.pipeline.storage.fields import StorageFields
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.training.fields import AugmentationFields, RecipeFields
 
 TableArgument = Annotated[str, Option("The table: a local path or s3:// URI.", argument=True)]
@@ -22,6 +24,9 @@ ReportOutput = Annotated[
     str | None, Option("File to write the report to, as JSON, in addition to stdout.", panel="Output", short="-o")
 ]
 
+SHEET_IMAGES = 12
+"""Number of images on the demo's contact sheet."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DemoFields:
@@ -29,7 +34,7 @@ class DemoFields:
 
     output: Annotated[str, Option("Folder for all files of the demo.", panel="Output")] = "out/demo"
     train_images: Annotated[int, Option("Number of images to draw for training.", ge=8, panel="Input")] = 400
-    unseen_images: Annotated[int, Option("Number of images to draw for labelling.", ge=12, panel="Input")] = 500
+    unseen_images: Annotated[int, Option("Number of images to draw for labelling.", ge=SHEET_IMAGES, panel="Input")] = 500
     epochs: Annotated[int, Option("Passes over the training images.", gt=0, panel="Training")] = 10
 
 
@@ -91,7 +96,7 @@ class TrainFields:
     max_dets: Annotated[
         tuple[Annotated[int, Option("Number of detections.", gt=0, le=MOST_DETECTIONS)], ...],
         Option("Maximum numbers of detections per image.", min_length=1),
-    ] = (1, 10, 100)
+    ] = MAX_DETS
     keep: Annotated[
         Literal["last", "best"], Option("Epoch whose model is exported. `best` requires --val.", panel="Output")
     ] = "last"
@@ -100,7 +105,7 @@ class TrainFields:
         float | None,
         Option(
             "Maximum share of images, and of instances, that may be left out.",
-            default="0.05, but no images without --allow-missing",
+            default=f"{MOST_UNUSABLE:g}, but no images without --allow-missing",
             ge=0,
             le=1,
             panel="Input",
@@ -159,7 +164,7 @@ class ProposeFields:
         float | None,
         Option(
             "Maximum share of images that may be left out.",
-            default="0.05 with --allow-missing, else 0",
+            default=f"{MOST_UNUSABLE:g} with --allow-missing, else 0",
             ge=0,
             le=1,
             panel="Input",
@@ -240,7 +245,7 @@ class ShowFields:
     output: Annotated[str, Option("The picture to write, local or s3://: *.png, .jpg or .webp.", panel="Output", short="-o")]
     min_score: Annotated[
         float, Option("Minimum score of a drawn instance. 0 draws all stored instances.", ge=0, le=1, panel="Output")
-    ] = 0.5
+    ] = LIKELY_SCORE
     images: Annotated[str | None, Option("Folder of the images.", default="where they were labelled", panel="Input")] = None
     storage: StorageFields = StorageFields()
 
@@ -267,11 +272,19 @@ class EvaluateFields:
             le=MOST_DETECTIONS,
             panel="Metrics",
         ),
-    ] = (1, 10, 100)
-    iou_score: Annotated[float, Option("Minimum score of a detection in the mean IoU.", ge=0, le=1, panel="Metrics")] = 0.5
+    ] = MAX_DETS
+    iou_score: Annotated[float, Option("Minimum score of a detection in the mean IoU.", ge=0, le=1, panel="Metrics")] = (
+        LIKELY_SCORE
+    )
     max_unusable: Annotated[
         float | None,
-        Option("Maximum share of ground-truth instances that may be left out.", default="0.05", ge=0, le=1, panel="Input"),
+        Option(
+            "Maximum share of ground-truth instances that may be left out.",
+            default=f"{MOST_UNUSABLE:g}",
+            ge=0,
+            le=1,
+            panel="Input",
+        ),
     ] = None
     output: ReportOutput = None
     storage: StorageFields = StorageFields()

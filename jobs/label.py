@@ -49,9 +49,9 @@ from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.rows import Outcome, outcome_rows
 from masklake.pipeline.table.runs import valid_run_id
-from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.table import Table, open_table
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from masklake.pipeline.storage.errors import reason_of
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import below, canonical, parse_uri, real_place
 from masklake.pipeline.storage.walk import is_utf8
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.query import connect_duckdb
-from masklake.pipeline.table.schema import LIKELY_SCORE
 from masklake.pipeline.table.stored_values import check_instance
 
 NAMED = 3

@@ -19,7 +19,7 @@ from masklake.jobs.training.options import TrainOptions
 from masklake.jobs.training.record import RUN_RECORD, check_record, data_facts, file_facts, read_record, record_of
 from masklake.model.config import ModelConfig
 from masklake.model.errors import ConfigError, validated
-from masklake.model.wording import counted
+from masklake.model.wording import counted, percent
 from masklake.pipeline.coco.dataset import CocoDataset, check_dropped, counted_reason, image_folder
 from masklake.pipeline.coco.image_check import usable_images
 from masklake.pipeline.coco.reading import read_coco
@@ -242,8 +242,7 @@ def describe(report: TrainReport) -> str:
         f"({report.device}, {report.seconds:.0f} s of training)"
     ]
     for kind, score in report.scores.items():
-        ap, ap50 = ("-" if value is None else f"{100 * value:.1f}" for value in (score["ap"], score["ap50"]))
-        lines.append(f"  {KIND_NAMES[kind]:9} AP {ap}, AP50 {ap50}")
-    lines += [f"  {name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in report.recall.items()]
+        lines.append(f"  {KIND_NAMES[kind]:9} AP {percent(score['ap'])}, AP50 {percent(score['ap50'])}")
+    lines += [f"  {name} {percent(value)}" for name, value in report.recall.items()]
     lines += [f"  checkpoint  {report.checkpoint}", f"  metrics     {report.metrics}", f"  curves      {report.curves}"]
     return "\n".join(lines)

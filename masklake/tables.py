@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from masklake.options import StorageKeywords, storage_of
 from masklake.pipeline.errors import TableError
-from masklake.pipeline.table.schema import LIKELY_SCORE
+from masklake.pipeline.table.fields import LIKELY_SCORE
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""Counts in sentences: `1 image`, `3,109 images`, `2 of the 31 images`, `the only image`."""
+"""Numbers in text: counts in sentences (`1 image`, `3,109 images`, `2 of the 31 images`, `the only image`) and percentages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def counted_of(part: int, whole: int, one: str) -> str:
     A verb that follows agrees with `part`.
     """
     return f"the only {one}" if part == whole == 1 else f"{part:,} of the {counted(whole, one)}"
+
+
+def percent(value: float | None) -> str:
+    """Returns a score of 0..1 as a percentage with one decimal, as papers write it; "-" for None."""
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _plural(noun: str) -> str:

@@ -97,7 +97,7 @@ def write_file(answer: Batches, form: Format, path: Path, compressed: bool = Fal
 
 
 def write_text(answer: Batches, form: Format, out: TextIO) -> int:
-    """Writes the whole result as text; returns the number of rows. Raises ConfigError for Parquet, which is not text."""
+    """Writes the whole result as text; returns the number of rows. form: any but Parquet."""
     writers: dict[Format, Callable[[Batches, TextIO], int]] = {
         Format.TABLE: write_whole_table,
         Format.CSV: write_csv,
@@ -105,8 +105,6 @@ def write_text(answer: Batches, form: Format, out: TextIO) -> int:
         Format.JSON: write_json,
         Format.JSONL: write_json_lines,
     }
-    if form not in writers:
-        raise ConfigError(f"--format {form} needs a file: name it with --output")
     return writers[form](answer, out)
 
 

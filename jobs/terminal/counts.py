@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from masklake.model.wording import counted
-from masklake.pipeline.table.schema import LIKELY_SCORE
+from masklake.pipeline.table.fields import LIKELY_SCORE
 
 
 def counted_instances(likely: int, stored: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from masklake.model.config import Category
 from masklake.model.wording import agreeing, counted, counted_of
+from masklake.pipeline.coco.fields import MOST_UNUSABLE
 from masklake.pipeline.coco.values import CocoImage, Segmentation
 from masklake.pipeline.errors import AnnotationError
 from masklake.pipeline.storage.storage import Storage
@@ -28,9 +29,6 @@ _ONE = {
 }
 DROPPED_INSTANCES = (ZERO_AREA, OUTSIDE)
 """Reasons for leaving out an annotation that somebody drew."""
-
-MOST_UNUSABLE = 0.05
-"""Default maximum share of instances (or of images, if images may be left out) that may be left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ import obstore
 
 from masklake.model.errors import MaskLakeError
 from masklake.model.wording import agreeing, counted_of
-from masklake.pipeline.coco.dataset import MISSING_FILE, MOST_UNUSABLE, NAMED, UNUSABLE_IMAGE, CocoDataset, without_images
+from masklake.pipeline.coco.dataset import MISSING_FILE, NAMED, UNUSABLE_IMAGE, CocoDataset, without_images
+from masklake.pipeline.coco.fields import MOST_UNUSABLE
 from masklake.pipeline.coco.values import CocoImage
 from masklake.pipeline.errors import AnnotationError, InputNotFoundError, StorageError
 from masklake.pipeline.images.decode import DecodeLimits, read_upright

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
 
 from masklake.pipeline.images.fields import DecodeFields
-from masklake.pipeline.images.status import Status
+from masklake.pipeline.images.status import ERROR_LENGTH, Status
 
 # fmt: off
 FORMATS = (
@@ -45,7 +45,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ERROR_LENGTH = 300  # maximum number of characters of a library's message in a row
 
 
 class DecodeLimits(BaseModel, DecodeFields, frozen=True):
@@ -184,10 +183,10 @@ def _classify(error: Exception, limits: DecodeLimits) -> tuple[Status, str]:
         return Status.TOO_LARGE, str(error)
     if isinstance(error, Image.DecompressionBombError):
         size = str(error).partition(" exceeds limit")[0]  # what follows is Pillow's limit, not the one that was set
-        return Status.TOO_LARGE, f"{size}; the limit is {limits.max_pixels} in all"[:_ERROR_LENGTH]
+        return Status.TOO_LARGE, f"{size}; the limit is {limits.max_pixels} in all"[:ERROR_LENGTH]
     if isinstance(error, UnidentifiedImageError):
         return Status.DECODE_ERROR, "not an image of a known format"
-    return Status.DECODE_ERROR, f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
+    return Status.DECODE_ERROR, f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
 
 
 def _decode_pixels(data: bytes, limits: DecodeLimits) -> torch.Tensor:

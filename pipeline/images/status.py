@@ -19,3 +19,6 @@ class Status(StrEnum):
 
 FINAL_STATUSES = frozenset({Status.OK, Status.DECODE_ERROR, Status.TOO_LARGE, Status.CRASHED})
 """Statuses that the same bytes would get again: the next run skips these images and retries the others."""
+
+ERROR_LENGTH = 300
+"""Maximum number of characters of another library's message in the `error` of a row."""

@@ -31,7 +31,7 @@ from masklake.model.instances import Instances
 from masklake.pipeline.blocks import unpacked
 from masklake.pipeline.images.decode import Decoded, DecodeLimits, Header, decode, read_header
 from masklake.pipeline.images.fetch import Fetched, fetch
-from masklake.pipeline.images.status import Status
+from masklake.pipeline.images.status import ERROR_LENGTH, Status
 from masklake.pipeline.labelling.run_output import REPORT_SCHEMA, Finished, failed, finished, write_block, written
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.rows import Outcome, outcome_rows
@@ -48,7 +48,6 @@ DECODE_WINDOW_PIXELS = 32_000_000
 """Number of pixels decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
 BATCHES_PER_WINDOW = 4
 """Number of batches in a window of decoded images: enough to find images of equal canvas, few enough to show progress."""
-_ERROR_LENGTH = 300
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -200,7 +199,7 @@ class Labeller:
             os._exit(1)
         except Exception as error:  # noqa: BLE001 - one image must not take its block with it; the row carries the reason
             if len(images) == 1:
-                return [f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]]
+                return [f"{type(error).__name__}: {error}"[:ERROR_LENGTH]]
         return [answer for image in images for answer in self._answers([image])]
 
 

@@ -36,8 +36,9 @@ from masklake.pipeline.storage.errors import reason_of, translated
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse_uri
+from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.log import DataFile
-from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE, MANIFEST_SCHEMA, RUN_COLUMN
+from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA, RUN_COLUMN
 from masklake.pipeline.table.table import Table
 
 logger = logging.getLogger(__name__)

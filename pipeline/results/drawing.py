@@ -19,6 +19,8 @@ import pycocotools.mask
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from masklake.model.coco_categories import PERSON_KEYPOINTS, PERSON_SKELETON
+
 Colour = tuple[int, int, int]
 Skeleton = Sequence[tuple[int, int]]
 
@@ -37,14 +39,6 @@ PALETTE: tuple[Colour, ...] = (
     (0, 134, 97),
 )
 """Twelve colours that are easy to tell apart on photographs; instances use them in turn."""
-
-# fmt: off
-PERSON_SKELETON: Skeleton = (
-    (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10), (1, 2), (0, 1),
-    (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
-)
-# fmt: on
-"""COCO's person skeleton (cocodataset.org, keypoint format) as pairs of indices from 0, used for any 17 keypoints."""
 
 READABLE_SIDE = 960  # pixels: an image whose longer side is shorter is enlarged
 MASK_OPACITY = 0.45
@@ -147,7 +141,7 @@ def _draw_lines(
         pen.rectangle(_box(row, scale), outline=colour, width=width)
     for row, colour in zip(rows, colours, strict=True):
         points = [_point(keypoint, scale) for keypoint in row.get("keypoints") or ()]
-        joints = skeletons.get(row["category"]) or (PERSON_SKELETON if len(points) == 17 else ())
+        joints = skeletons.get(row["category"]) or (PERSON_SKELETON if len(points) == len(PERSON_KEYPOINTS) else ())
         for start, end in joints:
             if (first := points[start]) and (second := points[end]):
                 pen.line([first, second], fill=colour, width=width + 1)

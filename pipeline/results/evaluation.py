@@ -24,7 +24,8 @@ from masklake.model.wording import agreeing, counted
 from masklake.pipeline.coco.dataset import CocoDataset
 from masklake.pipeline.coco.document import box_outline, to_document, to_rle
 from masklake.pipeline.coco.values import CocoImage
-from masklake.pipeline.results.fields import MOST_DETECTIONS
+from masklake.pipeline.results.fields import MAX_DETS, MOST_DETECTIONS
+from masklake.pipeline.table.fields import LIKELY_SCORE
 
 IouType = Literal["bbox", "segm", "keypoints"]
 
@@ -89,7 +90,7 @@ def coco_metrics(
     truth: CocoDataset,
     detections: Iterable[Mapping[str, Any]],
     iou_types: Sequence[IouType] | None = None,
-    max_dets: Sequence[int] = (1, 10, 100),
+    max_dets: Sequence[int] = MAX_DETS,
     sigmas: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[IouType, Score]:
     """Returns COCO's average precision and recall of `detections` against `truth`, by kind of result.
@@ -287,7 +288,9 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def mean_iou(truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_threshold: float = 0.5) -> float | None:
+def mean_iou(
+    truth: CocoDataset, detections: Iterable[Mapping[str, Any]], score_threshold: float = LIKELY_SCORE
+) -> float | None:
     """Returns the foreground IoU: for each class the mean of intersection over union (pixels) over images, then the mean over
     classes.
 

@@ -15,12 +15,6 @@ RUN_COLUMN = "run"
 """The partition column: part of the folder's name and the Delta log, not of the files."""
 
 
-LIKELY_SCORE = 0.5
-"""Minimum score of an instance that summaries count and drawings show. Weaker ones, down to the model's threshold (0.05), are
-stored because average precision needs them; they outnumber the objects in the images several times.
-"""
-
-
 BOX = pa.struct([(side, pa.float32()) for side in ("x1", "y1", "x2", "y2")])
 """xyxy, in pixels of the original image."""
 

@@ -16,7 +16,7 @@ from masklake.model.detector import Detector, TwoStageDetector
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import Phase
 from masklake.model.weights.checkpoint import dumps
-from masklake.model.wording import counted
+from masklake.model.wording import counted, percent
 from masklake.pipeline.coco.dataset import UNUSABLE_IMAGE, CocoDataset, without_images
 from masklake.pipeline.coco.image_check import check_unusable, first_few, listed_and_left_out, wrong_size
 from masklake.pipeline.coco.values import CocoImage
@@ -133,7 +133,7 @@ def named_ap(kind: IouType, score: Score) -> dict[str, float | None]:
 
 def describe_scores(scores: Mapping[str, float | None]) -> str:
     """Returns one line of scores in percent, as papers write them."""
-    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.1f}'}" for name, value in scores.items())
+    return ", ".join(f"{name} {percent(value)}" for name, value in scores.items())
 
 
 def predict_share(

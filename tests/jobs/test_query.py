@@ -27,7 +27,8 @@ from masklake.model.masks.rle import pack_counts
 from masklake.pipeline.errors import EmptyInputError, InputNotFoundError, QueryError, TableError
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import below
-from masklake.pipeline.table.schema import FILE_SCHEMA, LIKELY_SCORE
+from masklake.pipeline.table.fields import LIKELY_SCORE
+from masklake.pipeline.table.schema import FILE_SCHEMA
 from masklake.pipeline.table.table import open_table
 
 ORIENTATION = 0x0112
