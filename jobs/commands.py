@@ -12,14 +12,17 @@ import typer
 from masklake.jobs.fields import (
     ConvertFields,
     DemoFields,
+    DropFields,
     EvaluateFields,
     LabelFields,
     ProposeFields,
     QueryFields,
+    RunsFields,
     ShowFields,
     TrainFields,
+    VacuumFields,
 )
-from masklake.jobs.terminal.help import Command, Commands, examples, paragraphs
+from masklake.jobs.terminal.help import Command, Commands, CommandsOfATable, examples, paragraphs
 from masklake.jobs.terminal.parameters import Values, takes
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Option
@@ -38,18 +41,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+runs_app = typer.Typer(cls=CommandsOfATable, no_args_is_help=True)
+
 AsJson = Annotated[bool, Option("Print the result as a JSON object on stdout.", panel="Output", name="json")]
 
 
 R = TypeVar("R", bound="BaseModel")
 
 
-def command(fields: type, *lines: str, own_defaults: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command whose parameters are those of `fields` (`takes`). lines: examples, for its help."""
+def command(
+    fields: type, *lines: str, own_defaults: bool = True, of: typer.Typer = app, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command, of `masklake` or of one of its groups, whose parameters are those of `fields` (`takes`). lines:
+    examples, for its help. name: default, that of the function.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         declared = takes(fields, own_defaults)(function)
-        return app.command(cls=Command, help=paragraphs(function.__doc__ or ""), epilog=examples(*lines))(declared)
+        return of.command(name, cls=Command, help=paragraphs(function.__doc__ or ""), epilog=examples(*lines))(declared)
 
     return register
 
@@ -268,3 +277,78 @@ def evaluate(values: Values, as_json: AsJson = False) -> None:
     storage = opened(values)
     report = command.run(storage, **values)
     print_report(report, as_json, command.describe)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+app.add_typer(
+    runs_app,
+    name="runs",
+    help="List the runs of a table (`masklake runs TABLE`), remove runs from it, and delete files that nobody reads any more.",
+    short_help="List the runs of a table, or remove some.",
+    epilog=examples("masklake runs labels", "masklake runs drop labels 2026-01-31"),
+)
+
+
+@command(RunsFields, "masklake runs labels", "masklake runs list s3://bucket/labels --json", of=runs_app, name="list")
+def list_runs(values: Values, as_json: AsJson = False) -> None:
+    """List the runs of a table: state, images, time, speed, GPU hours, cost, statuses, model, and who started it.
+
+    `masklake runs TABLE` is the same.
+    """
+    from masklake.jobs import runs as command
+
+    storage = opened(values)
+    print_report(command.run(storage, **values), as_json, command.describe)
+
+
+@command(
+    DropFields,
+    "masklake runs drop labels 2026-01-31",
+    "masklake runs drop s3://bucket/labels 9f86d081884c7d65 --dry-run",
+    of=runs_app,
+)
+def drop(values: Values, as_json: AsJson = False) -> None:
+    """Remove a run from a table, in one transaction.
+
+    Its images have their rows of earlier runs again, and the next `masklake label` labels them anew. Its files stay until
+    `masklake runs vacuum`. Refused while a run is being written.
+    """
+    from masklake.jobs import runs as command
+
+    storage = opened(values)
+    report = command.drop(storage, **values, say=lambda line: typer.echo(line, err=True))
+    print_report(report, as_json, command.describe_drop)
+
+
+@command(
+    DropFields, "masklake runs rollback labels 2026-01-30", "masklake runs rollback labels 2026-01-30 --dry-run", of=runs_app
+)
+def rollback(values: Values, as_json: AsJson = False) -> None:
+    """Remove all runs that were committed after RUN, in one transaction.
+
+    Runs that were dropped before stay dropped. Refused while a run is being written.
+    """
+    from masklake.jobs import runs as command
+
+    storage = opened(values)
+    report = command.rollback(storage, **values, say=lambda line: typer.echo(line, err=True))
+    print_report(report, as_json, command.describe_drop)
+
+
+@command(
+    VacuumFields,
+    "masklake runs vacuum labels --dry-run",
+    "masklake runs vacuum s3://bucket/labels --older-than 30",
+    of=runs_app,
+)
+def vacuum(values: Values, as_json: AsJson = False) -> None:
+    """Delete data files that the table does not list any more: those of dropped runs, and remains of killed workers.
+
+    Files of unfinished runs are their work, and are kept. Refused while a run is being written.
+    """
+    from masklake.jobs import runs as command
+
+    storage = opened(values)
+    report = command.vacuum(storage, **values, say=lambda line: typer.echo(line, err=True))
+    print_report(report, as_json, command.describe_vacuum)

@@ -19,6 +19,7 @@ Replicas = Annotated[
 ]
 Address = Annotated[str | None, Option("Address of a Ray cluster.", default="RAY_ADDRESS, else this machine", panel="Cluster")]
 Images = Annotated[str | None, Option("Folder of the images.", default="images, beside the JSON file", panel="Input")]
+DryRun = Annotated[bool, Option("Say what would be done, and change nothing.", panel="Run")]
 AllowMissing = Annotated[bool, Option("Leave out images that are missing or unusable.", panel="Input")]
 ReportOutput = Annotated[
     str | None, Option("File to write the report to, as JSON, in addition to stdout.", panel="Output", short="-o")
@@ -200,6 +201,10 @@ class LabelFields:
     )
     device: ReplicaDevice = "auto"
     workers: Replicas = None
+    price_per_hour: Annotated[
+        float | None,
+        Option("Price of the machines per hour, for the cost in `masklake runs`.", default="unknown", ge=0, panel="Run"),
+    ] = None
     block_rows: Annotated[
         int | None, Option("Number of images that a worker takes at a time.", default="512, fewer at the end", gt=0)
     ] = None
@@ -233,6 +238,37 @@ class QueryFields:
             short="-o",
         ),
     ] = None
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RunsFields:
+    """`masklake runs list`."""
+
+    table: TableArgument
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DropFields:
+    """`masklake runs drop` and `masklake runs rollback`."""
+
+    table: TableArgument
+    run: Annotated[str, Option("ID of a committed run, as `masklake runs TABLE` shows it.", argument=True)]
+    dry_run: DryRun = False
+    storage: StorageFields = StorageFields()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VacuumFields:
+    """`masklake runs vacuum`."""
+
+    table: TableArgument
+    older_than: Annotated[
+        float,
+        Option("Days since the run was dropped. 0 may break queries that are running now.", ge=0, le=36_500, panel="Run"),
+    ] = 7.0
+    dry_run: DryRun = False
     storage: StorageFields = StorageFields()
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,15 @@ from masklake.pipeline.labelling import run_output
 from masklake.pipeline.labelling.labeller import LabellingActor, LabelSpec
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, plan_run
-from masklake.pipeline.labelling.run_output import Finished
+from masklake.pipeline.labelling.run_output import Finished, Summary
+from masklake.pipeline.labelling.start_clock import StartClock
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.rows import Outcome, outcome_rows
-from masklake.pipeline.table.runs import valid_run_id
+from masklake.pipeline.table.runs import Start, this_user, valid_run_id
 from masklake.pipeline.table.table import Table, open_table
 
 log = logging.getLogger(__name__)
@@ -220,12 +222,7 @@ def _label(run: _Run, say: Say) -> LabelReport:
     if before and not table.is_committed(plan.run_id):
         files = _stream_and_complete(run, files, say)
     seconds = time.perf_counter() - started
-    if not table.is_committed(plan.run_id):
-        settled = run_output.settle(table, plan.run_id, files, plan.images)
-        run.lease.check()
-        merged = run_output.merge(table, plan.run_id, settled)
-        patiently(lambda: table.commit_run(plan.run_id, merged, run.lease.confirm))
-    summary = patiently(lambda: run_output.summarise(table, plan.run_id))
+    summary = _commit(run, files)
     return LabelReport(
         table=table.uri,
         run_id=plan.run_id,
@@ -245,8 +242,23 @@ def _label(run: _Run, say: Say) -> LabelReport:
     )
 
 
+def _commit(run: _Run, files: list[Finished]) -> Summary:
+    """Settles and merges the run's files, writes its summary into its record, and commits it, unless it is committed."""
+    table, run_id = run.table, run.plan.run_id
+    if table.is_committed(run_id):
+        return patiently(lambda: run_output.summarise(table, run_id))
+    settled = run_output.settle(table, run_id, files, run.plan.images)
+    run.lease.check()
+    merged = run_output.merge(table, run_id, settled)
+    summary = patiently(lambda: run_output.summarise(table, run_id, merged))
+    known = {"statuses": summary.statuses, "categories": summary.likely, "categories_stored": summary.stored}
+    patiently(lambda: table.update_record(run_id, **known))
+    patiently(lambda: table.commit_run(run_id, merged, run.lease.confirm))
+    return summary
+
+
 def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Finished]:
-    """Labels the images that `files` lack, in ever smaller blocks. An image that ends its workers even alone is `crashed`."""
+    """Labels the images that `files` lack: a few in the process that stands by, others in Ray's workers."""
     plan = run.plan
     missing = run_output.missing(files, plan.images)
     if run.standby is not None and not is_short(len(missing), run.options.block_rows):
@@ -260,6 +272,28 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
     capacity = connect_ray(run.options.address)
     workers = label_plan.plan_workers(capacity, len(missing), run.options.workers, run.options.device)
     say(f"{counted(workers.workers, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
+    with _noted(run, workers):
+        return _label_missing(run, workers, files, missing, say)
+
+
+def _noted(run: _Run, workers: WorkerPlan) -> StartClock:
+    """Returns a context manager that notes in the run's record how long these workers have worked, and for whom."""
+    start = Start(
+        started_at=datetime.now(UTC),
+        by=this_user(),
+        workers=workers.workers,
+        gpus=workers.workers * workers.gpus_each,
+        device=workers.device,
+        price_per_hour=run.options.price_per_hour,
+    )
+    return StartClock(run.table, run.plan.run_id, start, run.lease.check)
+
+
+def _label_missing(
+    run: _Run, workers: WorkerPlan, files: list[Finished], missing: NDArray[np.int64], say: Say
+) -> list[Finished]:
+    """Labels the missing images in ever smaller blocks. An image that ends its workers even alone is `crashed`."""
+    plan = run.plan
     steps = list(label_plan.rounds(len(missing), workers.workers, run.options.block_rows))
     for number, step in enumerate(steps):
         if number:
@@ -292,7 +326,8 @@ def _by_standby(run: _Run, standby: Standby, files: list[Finished], missing: NDA
     say(f"{counted(1, 'model replica')} on {workers.device}, {counted(len(missing), 'image')} left")
     rows = pa.concat_tables(run_output.manifest_rows(run.table, run.plan.run_id, missing))
     task = Task(_spec(run, workers), run.table, run.plan.run_id, rows)
-    with own_progress_bar(run.plan.images, run.plan.images - len(missing), run.options.progress) as add:
+    bar = own_progress_bar(run.plan.images, run.plan.images - len(missing), run.options.progress)
+    with _noted(run, workers), bar as add:
         written = standby.label(task, add)
     return _finished(run, [*files, *(written or ())])
 

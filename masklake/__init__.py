@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         LeaseHeldError,
         LeaseLostError,
         QueryError,
+        RunNotFoundError,
         StorageError,
         TableError,
         TooManyFailuresError,
         TrainingError,
     )
+    from masklake.pipeline.labelling.run_list import RunInfo, RunState
     from masklake.prediction import Predictor, decode_mask, load_model
     from masklake.runs import label, train
     from masklake.tables import MaskTable, QueryAnswer, open_table
@@ -57,6 +59,9 @@ __all__ = [
     "Predictor",
     "QueryAnswer",
     "QueryError",
+    "RunInfo",
+    "RunNotFoundError",
+    "RunState",
     "StorageError",
     "TableError",
     "TooManyFailuresError",
@@ -76,6 +81,7 @@ _HOMES = {
     "masklake.jobs.train": ("TrainReport",),
     "masklake.model.errors": ("CheckpointError", "ConfigError", "MaskLakeError", "UnknownPresetError"),
     "masklake.model.instances": ("Instances",),
+    "masklake.pipeline.labelling.run_list": ("RunInfo", "RunState"),
     "masklake.prediction": ("Predictor", "decode_mask", "load_model"),
     "masklake.runs": ("label", "train"),
     "masklake.tables": ("MaskTable", "QueryAnswer", "open_table"),

@@ -35,6 +35,7 @@ def label(
     retry_failed: bool = False,
     device: Device = "auto",
     workers: int | None = None,
+    price_per_hour: float | None = None,
     block_rows: int | None = None,
     address: str | None = None,
     progress: bool = True,
@@ -63,6 +64,7 @@ def label(
         retry_failed: Retry images with permanent failures (decode_error, crashed, too_large).
         device: Device to run the model on.
         workers: Number of model replicas; default: one per GPU, else one per core.
+        price_per_hour: Price of the machines per hour, for the cost in the list of runs.
         block_rows: Number of images that a worker takes at a time; default: 512, fewer at the end of a run.
         address: Address of a Ray cluster; default: RAY_ADDRESS, else this process.
         progress: Show a progress bar on stderr.
@@ -96,6 +98,7 @@ def label(
         "retry_failed": retry_failed,
         "device": device,
         "workers": workers,
+        "price_per_hour": price_per_hour,
         "block_rows": block_rows,
         "address": address,
         "progress": progress,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from masklake.pipeline.labelling.run_list import RunInfo
     from masklake.pipeline.storage.storage import Storage
 
 
@@ -77,6 +78,13 @@ class MaskTable:
         from masklake.pipeline.table.query import query
 
         return QueryAnswer(query(self._storage, self.uri, sql, parameters))
+
+    def runs(self) -> list[RunInfo]:
+        """The table's runs, in the order in which they were planned: what `masklake runs` lists."""
+        from masklake.pipeline.labelling.run_list import list_runs
+        from masklake.pipeline.table.table import open_table
+
+        return list_runs(open_table(self._storage, self.uri))
 
     def masks(self, uri: str, *, min_score: float = 0.0) -> NDArray[np.bool_]:
         """Returns the masks of an image's current instances, bool (N, H, W), in the order of `current_detections`.

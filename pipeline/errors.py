@@ -10,6 +10,7 @@ MaskLakeError
 ├── LeaseHeldError                31   another driver is writing this run
 ├── LeaseLostError                32   this driver's lease was taken over; it stopped without committing
 ├── QueryError                    33   SQL that DuckDB refuses
+├── RunNotFoundError              34   the table holds no run of that name
 ├── ClusterTooSmallError          40   the plan needs more CPUs, GPUs or memory than the cluster has
 ├── TooManyFailuresError          41   more images failed than --max-failed allows (the table is committed)
 ├── TrainingError                 42   training stopped: diverged, or workers kept failing
@@ -79,6 +80,12 @@ class QueryError(MaskLakeError):
     """SQL that DuckDB refuses."""
 
     exit_code = 33
+
+
+class RunNotFoundError(MaskLakeError):
+    """The table holds no run of that name: there never was one, or it is not committed, or it was dropped."""
+
+    exit_code = 34
 
 
 class ClusterTooSmallError(MaskLakeError):

@@ -44,3 +44,17 @@ class Command(_QuickFlags, TyperCommand):
 
 class Commands(_QuickFlags, TyperGroup):
     """The group of all commands."""
+
+
+class CommandsOfATable(Commands):
+    """Commands with a table as their first argument. The first of them is meant where none is named, and `TABLE COMMAND` is
+    taken as `COMMAND TABLE`.
+    """
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Names the command first. A table that is called as a command needs a path: `./drop`."""
+        first, *_ = self.commands
+        if args and args[0] not in (*self.commands, *context.help_option_names):
+            named = len(args) > 1 and args[1] in self.commands
+            args = [args[1], args[0], *args[2:]] if named else [first, *args]
+        return super().parse_args(context, args)

@@ -14,6 +14,7 @@ AFTER_A_STOP: Mapping[str, str] = {
     "label": CONTINUE,
     "propose": f"{NOTHING_WRITTEN} The same command starts from the beginning.",
     "query": "The table is as it was, and no file was written.",
+    "runs": "A run is dropped or not, in one transaction: `masklake runs TABLE` shows it.",
     "show": NOTHING_WRITTEN,
     "train": "Run the same command again to continue after the last complete epoch.",
 }

@@ -25,11 +25,20 @@ def usage_line(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     context = error.ctx
-    command = context.info_name if context is not None and context.parent is not None else None
+    command = _command(context)
     parts = [_message(error), _hint(command, error)]
     text = ". ".join(part for part in parts if part)
     path = f"masklake {command}" if command else "masklake"
     return f"{f'{command}: ' if command else ''}{text}{'' if text.endswith('?') else '.'} See {path} --help"
+
+
+def _command(context: Any) -> str | None:
+    """Returns the names of a command and the groups that it is in, without the program's; None for the program itself."""
+    names = []
+    while context is not None and context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return " ".join(reversed(names)) or None
 
 
 def _message(error: Any) -> str:

@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 TTL_S = 30.0
 """Seconds after which a lease expires without renewal. A driver renews it three times in that time."""
 
+UPKEEP = "runs.upkeep"
+"""Name of the lease of who drops runs or deletes files. It is no valid run id."""
+
 OnWait = Callable[[str], None]
 
 _HELD_HERE: set[str] = set()  # tokens of the leases in objects that this process holds or is about to take
@@ -92,11 +95,16 @@ class Holder:
         """Whether this holder certainly writes no more: it released the lease, or its process on this host has ended."""
         if self.released:
             return True
-        if self.host != _this_host():
+        if not self.is_here:
             return False
         if (self.pid, self.pid_started) == (os.getpid(), _start_tick(os.getpid()) or ""):
             return self.token not in _HELD_HERE
         return not _lives(self.pid, self.pid_started)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process on this host, of which the operating system knows whether it lives."""
+        return self.host == _this_host()
 
     def __str__(self) -> str:
         age = (datetime.now(UTC) - datetime.fromisoformat(self.acquired_at)).total_seconds()
@@ -143,9 +151,8 @@ class Lease(ABC):
         self.release()
 
     def _held_by(self, holder: Holder | str) -> LeaseHeldError:
-        return LeaseHeldError(
-            f"run {self.run_id} is being written by {holder}; wait until it ends, or stop it and start again ({self.uri})"
-        )
+        what = "the runs of this table are being changed" if self.run_id == UPKEEP else f"run {self.run_id} is being written"
+        return LeaseHeldError(f"{what} by {holder}; wait until it ends, or stop it and start again ({self.uri})")
 
     def _lost(self, reason: str) -> LeaseLostError:
         return LeaseLostError(
@@ -262,7 +269,7 @@ class ObjectLease(Lease):
         """Returns after the lease was not renewed for its whole lifetime. Raises LeaseHeldError as soon as it is renewed, and
         at once for a holder on this host.
         """
-        if holder.host == _this_host():
+        if holder.is_here:
             raise self._held_by(holder)
         self._on_wait(
             f"run {self.run_id} is leased to {holder}; if it does not renew within {holder.ttl_s:.0f} s, this driver takes over"

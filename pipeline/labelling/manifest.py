@@ -30,6 +30,7 @@ from masklake.pipeline.storage.objects import LISTING_BATCH, OBJECT_SCHEMA
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import below, canonical, real_place
 from masklake.pipeline.table.duckdb_connection import connected
+from masklake.pipeline.table.log import DROPPED
 from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN
 from masklake.pipeline.table.table import Table
@@ -127,7 +128,10 @@ def check_apart(source: str, table: str) -> None:
 
 
 def _check_tick(table: Table, tick: str, label_id: str, spec: InputSpec) -> None:
+    """Raises ConfigError for a tick that stands for another work, or whose run was dropped: its folder still holds files."""
     record = table.run_record(valid_run_id(tick))
+    if record is not None and table.state(tick) == DROPPED:
+        raise ConfigError(f"tick {tick}: its run was dropped from {table.uri}, and an id is used once; choose another tick")
     if record is not None and (record.label_id, record.input) != (label_id, spec.model_dump()):
         raise ConfigError(f"tick {tick}: was used for another input or model in {table.uri}; choose another tick")
 

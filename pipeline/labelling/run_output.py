@@ -38,7 +38,7 @@ from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import parse_uri
 from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.table.log import DataFile
-from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA, RUN_COLUMN
+from masklake.pipeline.table.schema import FILE_SCHEMA, MANIFEST_SCHEMA
 from masklake.pipeline.table.table import Table
 
 logger = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ def _row_groups_of_manifest(table: Table, uri: str) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a committed run.
+    """Counts of a run.
 
     statuses: images by status, including statuses without images. likely: instances with a score of at least LIKELY_SCORE, by
     category name, most frequent first. stored: all instances in the table, likewise.
@@ -348,14 +348,16 @@ class Summary:
     stored: dict[str, int]
 
 
-def summarise(table: Table, run_id: str) -> Summary:
-    """Returns the summary of a run; zeros if it is not committed."""
+def summarise(table: Table, run_id: str, files: Sequence[DataFile] | None = None) -> Summary:
+    """Returns the summary of a run; zeros if it has no rows. files: its data files; default, those that the table lists."""
+    paths = (
+        [path for path, run in table.files() if run == run_id] if files is None else [file.path for file in files if file.rows]
+    )
     statuses = Counter({status.value: 0 for status in Status})
     likely: Counter[str] = Counter()
     stored: Counter[str] = Counter()
-    if table.is_committed(run_id) and any(run == run_id for _, run in table.files()):
-        chosen = pc.field(RUN_COLUMN) == run_id
-        for batch in _batches(table, chosen):
+    if paths:
+        for batch in _batches(table, [(path, run_id) for path in paths]):
             statuses.update(_value_counts(batch["status"]))
             instances = batch["instances"].flatten()
             categories = instances.field("category")
@@ -364,9 +366,9 @@ def summarise(table: Table, run_id: str) -> Summary:
     return Summary(dict(statuses), dict(likely.most_common()), dict(stored.most_common()))
 
 
-def _batches(table: Table, chosen: pc.Expression) -> Iterator[pa.RecordBatch]:
+def _batches(table: Table, files: Sequence[tuple[str, str]]) -> Iterator[pa.RecordBatch]:
     with table.storage.reading(table.uri):
-        yield from table.dataset().scanner(columns=["status", "instances"], filter=chosen).to_batches()
+        yield from table.dataset_of(files).scanner(columns=["status", "instances"]).to_batches()
 
 
 def _value_counts(values: pa.Array) -> dict[str, int]:

@@ -1,13 +1,21 @@
-"""The table's Delta log: its newest snapshot, the files that it lists, and transactions that add a run's files."""
+"""The table's Delta log: its newest snapshot, the files that it lists, and transactions that add or remove runs' files.
+
+The state of a run is in the log itself, as the version of its application transaction: `COMMITTED` is written with its files
+and `DROPPED` with their removal. A run id is never used again, so a run goes from one to the other once.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import deltalake
 import pyarrow as pa
@@ -15,7 +23,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from masklake.pipeline.errors import TableError
+from masklake.pipeline.errors import InputNotFoundError, TableError
 from masklake.pipeline.storage.errors import os_error_number, reason_of, translate
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import RUN_COLUMN, TABLE_SCHEMA
@@ -23,6 +31,16 @@ from masklake.pipeline.table.schema import RUN_COLUMN, TABLE_SCHEMA
 # A checkpoint of the log is a Parquet file in the table: readers of `**/*.parquet` would count its rows as images. Without
 # checkpoints, no entry of the log may be cleaned up.
 _NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+
+COMMITTED = 1
+"""Version of the application transaction of a run whose files are in the table."""
+DROPPED = 2
+"""Version of the application transaction of a run whose files were removed from the table."""
+
+READERS = 16
+
+NOTE = "masklake"
+"""Key of our own part of a transaction's description (`commitInfo`)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,15 @@ class DataFile:
     path: str
     bytes: int
     rows: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a transaction did to runs. states: by run id, `COMMITTED` or `DROPPED`. note: ours, with a token; else empty."""
+
+    version: int
+    states: dict[str, int]
+    note: dict[str, Any]
 
 
 class DeltaLog:
@@ -85,25 +112,83 @@ class DeltaLog:
 
     def try_append(self, snapshot: DeltaTable, run_id: str, files: Sequence[DataFile]) -> bool:
         """Adds a run's files in the transaction after `snapshot`. Returns False if another writer took that version."""
-        actions: list[AddAction | RemoveAction] = [_add_action(run_id, file) for file in files]
+        return self._try_commit(snapshot, [_add_action(run_id, file) for file in files], [Transaction(run_id, COMMITTED)])
+
+    def try_drop(self, snapshot: DeltaTable, run_ids: Sequence[str], note: Mapping[str, Any]) -> bool:
+        """Removes all files of these runs in the transaction after `snapshot`, and marks the runs as dropped. Returns False if
+        another writer took that version.
+
+        The files stay where they are, for readers of earlier versions. note: JSON values that the log keeps with the
+        transaction.
+        """
+        now_ms = int(time.time() * 1000)
+        rows = pa.table(snapshot.get_add_actions(flatten=True)).select(["path", "size_bytes", f"partition.{RUN_COLUMN}"])
+        chosen = set(run_ids)
+        removed = [
+            RemoveAction(path, True, now_ms, size=size, partition_values={RUN_COLUMN: run_id})
+            for path, size, run_id in zip(*(column.to_pylist() for column in rows.columns), strict=True)
+            if run_id in chosen
+        ]
+        return self._try_commit(snapshot, removed, [Transaction(run_id, DROPPED) for run_id in run_ids], note)
+
+    def _try_commit(
+        self,
+        snapshot: DeltaTable,
+        actions: Sequence[AddAction | RemoveAction],
+        transactions: list[Transaction],
+        note: Mapping[str, Any] = MappingProxyType({}),
+    ) -> bool:
+        """Writes the transaction after `snapshot`. Returns False if another writer took that version.
+
+        The transaction carries a token: a client that repeats a put whose reply was lost meets its own entry, and is refused.
+        """
         version = snapshot.version() + 1
+        own = {**note, "token": uuid.uuid4().hex}
         try:
             with self._translated():
                 snapshot.create_write_transaction(
-                    actions,
+                    list(actions),
                     "append",
                     _delta_schema(),
                     partition_by=[RUN_COLUMN],
-                    commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(run_id, 1)]),
+                    commit_properties=CommitProperties({NOTE: own}, max_commit_retries=0, app_transactions=transactions),
                     post_commithook_properties=_NO_CHECKPOINT,
                 )
         except _CommitConflictError:
-            return False
+            if not self._is_entry(version, own):
+                return False
         self._sync_log(version)
         return True
 
+    def entries(self, newest: int) -> Iterator[Entry]:
+        """Yields what each transaction did to runs, from version `newest` back to the first.
+
+        Raises TableError at an entry that another program has removed (Delta allows that below a checkpoint).
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            for first in range(newest, 0, -READERS):
+                yield from pool.map(self._entry, range(first, max(first - READERS, 0), -1))
+
+    def _entry(self, version: int) -> Entry:
+        uri = self._entry_uri(version)
+        try:
+            return _entry(version, self._storage.read_bytes(uri), uri)
+        except InputNotFoundError as error:
+            raise TableError(f"{uri}: is gone, so the order of earlier transactions is not known") from error
+
+    def _is_entry(self, version: int, note: Mapping[str, Any]) -> bool:
+        """Returns whether this version is the transaction with this note."""
+        uri = self._entry_uri(version)
+        try:
+            return _entry(version, self._storage.read_bytes(uri), uri).note == note
+        except InputNotFoundError:
+            return False
+
+    def _entry_uri(self, version: int) -> str:
+        return self._storage.join(self._uri, "_delta_log", f"{version:020}.json")
+
     def _sync_log(self, version: int) -> None:
-        self._storage.sync([self._storage.join(self._uri, "_delta_log", f"{version:020}.json")])
+        self._storage.sync([self._entry_uri(version)])
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -128,6 +213,16 @@ class _NoLogYetError(Exception):
 
 class _CommitConflictError(Exception):
     """Another writer's transaction took the version."""
+
+
+def _entry(version: int, content: bytes, uri: str) -> Entry:
+    try:
+        actions = [json.loads(line) for line in content.splitlines() if line.strip()]
+        states = {action["txn"]["appId"]: int(action["txn"]["version"]) for action in actions if "txn" in action}
+        notes = [action["commitInfo"].get(NOTE) for action in actions if "commitInfo" in action]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{uri}: is not an entry of a Delta log ({error})") from error
+    return Entry(version, states, next((note for note in notes if isinstance(note, dict)), {}))
 
 
 def _delta_schema() -> deltalake.Schema:

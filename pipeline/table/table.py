@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
@@ -31,9 +32,10 @@ from masklake.pipeline.errors import InputNotFoundError, StorageError, TableErro
 from masklake.pipeline.inputs.suffixes import IMAGE_SUFFIXES
 from masklake.pipeline.storage.literal_keys import is_plain
 from masklake.pipeline.storage.nearby import first_missing, folder_within, similar_folder
+from masklake.pipeline.storage.retry import patiently
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.storage.uri import canonical, parse_uri
-from masklake.pipeline.table.log import DataFile, DeltaLog
+from masklake.pipeline.table.log import COMMITTED, DROPPED, DataFile, DeltaLog
 from masklake.pipeline.table.runs import RunRecord, input_key, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN, SCHEMA_VERSION, TABLE_SCHEMA
 
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMMIT_ATTEMPTS = 20
+
+T = TypeVar("T")
 
 
 def open_table(storage: Storage, uri: str) -> Table:
@@ -94,6 +98,10 @@ class Table:
         """Returns a path in `_masklake/<run_id>/`, which holds what a run needs to resume and is not part of the table."""
         return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
 
+    def lease_uri(self, name: str) -> str:
+        """Returns where the lease of a run, or of another work on the table, is kept."""
+        return self.storage.join(self.uri, "_masklake", name, "lease")
+
     def manifest_uri(self, run_id: str) -> str:
         """Returns the URI of a run's frozen manifest: Parquet with another suffix, so that `**/*.parquet` finds only images."""
         return self.private(run_id, "images.manifest")
@@ -139,10 +147,14 @@ class Table:
         delta = self.delta()
         return delta.version() if delta else -1
 
-    def is_committed(self, run_id: str) -> bool:
-        """Returns whether the log contains this run."""
+    def state(self, run_id: str) -> int | None:
+        """Returns `COMMITTED` or `DROPPED` (of `pipeline.table.log`); None for a run that the log does not contain."""
         delta = self.delta()
-        return delta is not None and delta.transaction_version(run_id) is not None
+        return None if delta is None else delta.transaction_version(run_id)
+
+    def is_committed(self, run_id: str) -> bool:
+        """Returns whether the table holds this run: it was committed, and not dropped."""
+        return self.state(run_id) == COMMITTED
 
     def files(self) -> list[tuple[str, str]]:
         """Returns (path relative to the table, run_id) of every file of the newest snapshot; none before the first commit."""
@@ -153,11 +165,15 @@ class Table:
 
         It is built from the file list of the log, never from a listing of folders, which also hold unfinished files.
         """
-        import pyarrow.dataset  # imports pandas, which a worker that only writes does not need
-
         files = self.files()
         if not files:
-            raise TableError(self._why_empty())
+            raise TableError(self.why_empty())
+        return self.dataset_of(files)
+
+    def dataset_of(self, files: Sequence[tuple[str, str]]) -> pyarrow.dataset.Dataset:
+        """Returns certain data files, as (path relative to the table, run_id), as a dataset of TABLE_SCHEMA."""
+        import pyarrow.dataset  # imports pandas, which a worker that only writes does not need
+
         filesystem, root = self.storage.arrow(self.uri)
         parquet = pyarrow.dataset.ParquetFileFormat()
         run = pyarrow.dataset.field(RUN_COLUMN)
@@ -167,7 +183,7 @@ class Table:
         ]
         return pyarrow.dataset.FileSystemDataset(fragments, TABLE_SCHEMA, parquet, filesystem)
 
-    def _why_empty(self) -> str:
+    def why_empty(self) -> str:
         """Returns why nothing can be read here, with a suggestion."""
         storage = self.storage
         if self.schema_version() is not None:
@@ -194,6 +210,20 @@ class Table:
                 f"{uri}: is not a run's record ({counted(error.error_count(), 'error')}); restore or remove it"
             ) from error
 
+    def private_files(self) -> dict[str, set[str]]:
+        """Returns the names of the files in each folder of `_masklake/`, by the folder's name; empty if there is no table."""
+        found: dict[str, set[str]] = {}
+        for row in self._below(self.storage.join(self.uri, "_masklake")):
+            folder, _, name = row["uri"].rpartition("/")
+            found.setdefault(folder.rpartition("/")[2], set()).add(name)
+        return found
+
+    def update_record(self, run_id: str, **changes: Any) -> None:
+        """Changes fields of a run's record; does nothing if there is no record. Call it while holding the run's lease."""
+        record = self.run_record(run_id)
+        if record is not None:
+            self._write_record(RunRecord.model_validate(record.model_dump() | changes))
+
     def begin_run(self, record: RunRecord) -> None:
         """Records a planned run, so that a restart with the same input and label_id continues it."""
         self._write_record(record)
@@ -214,10 +244,14 @@ class Table:
         except (ValueError, KeyError, TypeError, ConfigError) as error:
             raise TableError(f"{uri}: does not name a run ({error}); remove it, and the input is planned anew") from error
         record = self.run_record(run_id)
-        if record is not None and self.is_committed(record.run_id):
+        state = None if record is None else self.state(record.run_id)
+        if record is None or state is None:
+            return record
+        if state == COMMITTED:
             self._close_run(record)
-            return None
-        return record
+        else:
+            self.storage.delete(uri)  # it was committed, and dropped before anybody closed it
+        return None
 
     def _write_record(self, record: RunRecord) -> None:
         self.storage.write_bytes(self.private(record.run_id, "run.json"), record.model_dump_json(indent=1).encode())
@@ -268,20 +302,61 @@ class Table:
         chosen = [file for file in (self.run_files(run_id) if files is None else files) if file.rows]
         self.initialise()
         self.storage.sync(self.storage.join(self.uri, file.path) for file in chosen)
+
+        def attempt(lost: bool) -> bool | None:
+            delta = self.log.snapshot_or_created()
+            state = delta.transaction_version(run_id)
+            if state == DROPPED:
+                raise TableError(f"run {run_id} was dropped from {self.uri}; run the command again, which plans a new run")
+            if state is not None:
+                self._finish(run_id)
+                return lost  # a commit whose reply was lost is our own, for a run has one writer
+            confirm()
+            if not self.log.try_append(delta, run_id, chosen):
+                return None
+            self._finish(run_id)
+            return True
+
+        return self._transact(attempt)
+
+    def drop_runs(
+        self, choose: Callable[[DeltaTable], list[str]], by: str, confirm: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """Removes runs from the table in one transaction; returns their ids. Their files stay where they are (`vacuum`).
+
+        choose: given the newest snapshot, returns the committed runs to drop, or raises; called again for each attempt, so that
+        what it found holds at the moment of the transaction. by: user@host, for the records. confirm: as for `commit_run`.
+        """
+        tried: list[str] = []
+        note = {"dropped_at": datetime.now(UTC).isoformat(), "dropped_by": by}
+
+        def attempt(lost: bool) -> list[str] | None:
+            delta = self.log.snapshot_or_created()
+            if lost and tried and all(delta.transaction_version(run_id) == DROPPED for run_id in tried):
+                return tried
+            tried[:] = choose(delta)
+            confirm()
+            return tried if not tried or self.log.try_drop(delta, tried, note) else None
+
+        dropped = self._transact(attempt)
+        for run_id in dropped:
+            patiently(partial(self.update_record, run_id, **note))
+        return dropped
+
+    def _transact(self, attempt: Callable[[bool], T | None]) -> T:
+        """Returns the first result of `attempt` that is not None, which stands for a version that another writer took.
+
+        attempt: called with whether nobody knows if the one before was done, because the reply to it was lost.
+        """
         lost: StorageError | None = None  # of the last attempt, which may have succeeded
-        for attempt in range(COMMIT_ATTEMPTS):
-            if attempt:
-                time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+        for number in range(COMMIT_ATTEMPTS):
+            if number:
+                time.sleep(random.uniform(0, 0.1 * 2 ** min(number, 5)))
             try:
-                delta = self.log.snapshot_or_created()
-                if delta.transaction_version(run_id) is not None:
-                    self._finish(run_id)
-                    return lost is not None  # a commit whose reply was lost is our own, for a run has one writer
-                confirm()
+                result = attempt(lost is not None)
+                if result is not None:
+                    return result
                 lost = None
-                if self.log.try_append(delta, run_id, chosen):
-                    self._finish(run_id)
-                    return True
             except StorageError as error:
                 if not error.may_pass:
                     raise

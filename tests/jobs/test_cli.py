@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -175,10 +176,18 @@ def test_version() -> None:
     assert run("--version").stdout.startswith("masklake ")
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+def leaves(group: Any = None, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The commands that do something, also those of groups, by name: `label`, `runs drop`."""
+    found: dict[str, Any] = {}
+    for name, command in (group or get_command(app)).commands.items():
+        full = (*names, name)
+        found |= leaves(command, full) if hasattr(command, "commands") else {" ".join(full): command}
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(leaves()))
 def test_every_command_prints_json_on_request(command: str) -> None:
-    options = {name for parameter in get_command(app).commands[command].params for name in parameter.opts}  # type: ignore[attr-defined]
-    assert "--json" in options
+    assert "--json" in {name for parameter in leaves()[command].params for name in parameter.opts}
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,17 +201,20 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 def numbers(kind: type) -> list[tuple[str, str]]:
     """Each command's options of this type, by name; a test over them sees every new one."""
     found = []
-    for registered in app.registered_commands:
-        assert registered.callback is not None
-        command = registered.name or registered.callback.__name__
-        hints = get_type_hints(registered.callback)
-        parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
-        found += [(command, p.opts[0]) for p in parameters if kind.__name__ in re.findall(r"\w+", str(hints[p.name]))]
+    for name, command in leaves().items():
+        hints = get_type_hints(inspect.unwrap(command.callback, stop=lambda function: hasattr(function, "__signature__")))
+        parameters = [parameter for parameter in command.params if parameter.name in hints]
+        found += [(name, p.opts[0]) for p in parameters if kind.__name__ in re.findall(r"\w+", str(hints[p.name]))]
     return found
 
 
 def test_the_options_that_are_numbers_are_found() -> None:
-    assert {("label", "--max-failed"), ("train", "--learning-rate"), ("evaluate", "--iou-score")} <= set(numbers(float))
+    assert {
+        ("label", "--max-failed"),
+        ("train", "--learning-rate"),
+        ("evaluate", "--iou-score"),
+        ("runs vacuum", "--older-than"),
+    } <= set(numbers(float))
     assert {("label", "--workers"), ("evaluate", "--max-dets"), ("demo", "--epochs")} <= set(numbers(int))
 
 
@@ -216,7 +228,7 @@ def test_the_options_that_are_numbers_are_found() -> None:
 def test_a_wrong_number_names_its_option_and_what_is_allowed(
     command: str, option: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["masklake", command, f"{option}={value}"])
+    monkeypatch.setattr("sys.argv", ["masklake", *command.split(), f"{option}={value}"])
     with pytest.raises(SystemExit) as ended:
         main()
     err = capsys.readouterr().err
@@ -247,6 +259,13 @@ def test_a_wrong_number_names_its_option_and_what_is_allowed(
         (["train", "--learning-rate", "0"], "invalid value for '--learning-rate': 0.0; give a finite number above 0. See"),
         (["evaluate", "t", "--truth", "x", "--iou-score", "-0.1"], "invalid value for '--iou-score'"),
         (["label", "a", "t", "--weights", "w", "--max-pixels", "1" * 20], "invalid value for '--max-pixels'"),
+        (
+            ["runs", "drop", "labels"],
+            "runs drop: missing argument 'run': ID of a committed run, as `masklake runs TABLE` shows",
+        ),
+        (["runs", "labels", "more"], "runs list: got unexpected extra argument (more). See masklake runs list --help"),
+        (["runs", "labels", "--jsn"], "runs list: no such option: --jsn"),
+        (["runs", "vacuum", "t", "--older-than", "nan"], "runs vacuum: invalid value for '--older-than'"),
         (["quer"], "masklake: error: no such command 'quer'. Did you mean 'query'? See masklake --help\n"),
     ],
 )

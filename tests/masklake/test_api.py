@@ -161,6 +161,7 @@ def test_label_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "retry_failed": True,
         "device": "cpu",
         "workers": 10,
+        "price_per_hour": 10.5,
         "block_rows": 11,
         "address": "twelve",
         "progress": False,

@@ -147,8 +147,39 @@ def test_each_command_has_two_examples_that_it_understands(name: str) -> None:
         COMMANDS[name].make_context(name, arguments)
 
 
+@pytest.mark.parametrize("name", COMMANDS["runs"].commands)
+def test_each_command_of_a_group_has_such_help_too(name: str) -> None:
+    command = COMMANDS["runs"].commands[name]
+    assert all(parameter.help.endswith(".") for parameter in command.params)
+    lines = command.epilog.splitlines()
+    assert len(lines) == 3
+    for line in lines[1:]:
+        program, group, first, *arguments = shlex.split(line)
+        assert (program, group, len(line.strip()) <= 78) == ("masklake", "runs", True)
+        assert first in (name, "labels"), "a list needs no name"
+        command.make_context(name, arguments if first == name else [first, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["t"], ["list", "t"]),
+        (["t", "--json"], ["list", "t", "--json"]),
+        (["--json", "t"], ["list", "--json", "t"]),
+        (["drop", "t", "r"], ["drop", "t", "r"]),
+        (["t", "drop", "r"], ["drop", "t", "r"]),
+        (["s3://b/t", "vacuum", "--dry-run"], ["vacuum", "s3://b/t", "--dry-run"]),
+        (["./drop"], ["list", "./drop"]),
+        (["list", "drop"], ["list", "drop"]),
+    ],
+)
+def test_a_list_of_runs_is_meant_where_no_command_is_named(given: list[str], meant: list[str]) -> None:
+    context = COMMANDS["runs"].make_context("runs", list(given))
+    assert [*context._protected_args, *context.args] == meant
+
+
 def test_the_commands_stand_in_the_order_of_the_work() -> None:
-    assert list(COMMANDS) == ["demo", "train", "convert", "propose", "label", "query", "show", "evaluate"]
+    assert list(COMMANDS) == ["demo", "train", "convert", "propose", "label", "query", "show", "evaluate", "runs"]
 
 
 def test_a_paragraph_is_one_line_and_an_example_is_no_markup() -> None:

@@ -66,7 +66,8 @@ def test_a_new_run_freezes_everything(place: str) -> None:
     record = table.run_record(found.run_id)
     assert record is not None
     assert (record.status, record.label_id, record.images) == ("planned", "label-a", 5)
-    extra = {"model_id": "tiny-0", "listed": 5}
+    assert record.model_id == "tiny-0"
+    extra = {"listed": 5}
     assert record.model_extra == extra | {"left_out": {"other_files": 1}, "left_out_names": {"other_files": "notes.txt"}}
 
 

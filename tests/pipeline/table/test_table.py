@@ -276,7 +276,7 @@ def test_a_commit_whose_reply_is_lost_is_made_once(
     rule = s3_proxy.drop_reply("PUT", f"_delta_log/{version:020}.json", status=status)
     for run in range(2):
         table = write_run(s3.uri("table"), f"run-{run}", [make_row(0, "a.jpg")], commit=False)
-        table.commit_run(f"run-{run}")
+        assert table.commit_run(f"run-{run}"), "it is our own"
     assert rule.hits == 1
     assert (table.version(), table.dataset().count_rows()) == (2, 2)
 
