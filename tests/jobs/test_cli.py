@@ -261,7 +261,7 @@ def test_a_wrong_number_names_its_option_and_what_is_allowed(
         (["label", "a", "t", "--weights", "w", "--max-pixels", "1" * 20], "invalid value for '--max-pixels'"),
         (
             ["runs", "drop", "labels"],
-            "runs drop: missing argument 'run': ID of a committed run, as `masklake runs TABLE` shows",
+            "runs drop: missing argument 'RUN': ID of a committed run, as `masklake runs TABLE` shows",
         ),
         (["runs", "labels", "more"], "runs list: got unexpected extra argument (more). See masklake runs list --help"),
         (["runs", "labels", "--jsn"], "runs list: no such option: --jsn"),

@@ -33,8 +33,10 @@ from masklake.pipeline.errors import (
 from masklake.pipeline.images.decode import Decoded
 from masklake.pipeline.labelling import labeller
 from masklake.pipeline.labelling.labeller import Labeller, LabellingActor, LabelSpec
+from masklake.pipeline.labelling.run_list import list_runs
 from masklake.pipeline.storage.errors import translated
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.table.runs import this_user
 from masklake.pipeline.table.table import open_table
 from tests import second_detector
 from tests.manifests import read_manifest
@@ -80,7 +82,7 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
     folder, table = pictures(22), tmp_path / "table"
     (folder / "cut.jpg").write_bytes((folder / "000.jpg").read_bytes()[:300])
     (folder / "notes.jpg").write_text("not an image")
-    job = options(folder, table, tiny_checkpoint)
+    job = options(folder, table, tiny_checkpoint, price_per_hour=3600)
 
     first = label.run(job)
     assert counts(first) == {"ok": 22, "decode_error": 2}
@@ -95,6 +97,12 @@ def test_each_image_is_labelled_once_and_again_when_it_changes(
     assert [row["error"] is None for row in rows] == [row["status"] == "ok" for row in rows]
     assert first.model_id.startswith("tiny-")
     assert "22 ok, 2 decode_error" in describe(first)
+    (noted,) = list_runs(open_table(Storage(), str(table)))
+    assert (noted.run_id, noted.state, noted.images, noted.starts) == (first.run_id, "committed", 24, 1)
+    assert noted.statuses == first.statuses
+    assert 0 < (noted.seconds or 0) <= first.seconds
+    assert (noted.model_id, noted.gpu_hours, noted.by) == (first.model_id, 0, this_user())
+    assert noted.cost == pytest.approx(noted.seconds), "at 3600 an hour"
 
     with monkeypatch.context() as patch:  # nothing new starts no Ray, whatever was asked for
         patch.setattr(label, "connect_ray", lambda address: pytest.fail("Ray is not needed"))

@@ -20,6 +20,7 @@ from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
 from masklake.pipeline.labelling.lease import Lease
 from masklake.pipeline.labelling.manifest import Plan, check_apart, plan_run
+from masklake.pipeline.labelling.upkeep import drop
 from masklake.pipeline.storage.left_out import LeftOut
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.runs import input_key
@@ -96,6 +97,57 @@ def test_nothing_new_is_nothing_to_do(place: str, write_run: Any, make_row: Any)
     assert plan(table, f"{place}/images") is None
     fill(f"{place}/images", ["new.jpg"])
     assert plan(table, f"{place}/images", tick="2026-01-01") is None, "this tick is done, whatever came since"
+
+
+def test_the_images_of_a_dropped_run_are_new_again(place: str, write_run: Any, make_row: Any) -> None:
+    storage = fill(f"{place}/images", ["a.jpg"])
+    table = open_table(storage, f"{place}/table")
+    runs = []
+    for name in ("b.jpg", "c.jpg"):
+        found = plan(table, f"{place}/images")
+        assert found is not None
+        finish(table, found, write_run, make_row)
+        runs.append(found.run_id)
+        fill(f"{place}/images", [name])
+    drop(table, runs[0])
+    again = plan(table, f"{place}/images")
+    assert again is not None
+    uris = read_manifest(storage, again.manifest_uri)["uri"].to_pylist()
+    assert [uri.rpartition("/")[2] for uri in uris] == ["a.jpg", "c.jpg"], "b.jpg is in the second run"
+    assert again.run_id not in runs, "an id is used once"
+    finish(table, again, write_run, make_row)
+    assert plan(table, f"{place}/images") is None
+    drop(table, again.run_id)
+    once_more = plan(table, f"{place}/images")
+    assert once_more is not None
+    assert once_more.run_id not in (*runs, again.run_id), "the same rows, and another run"
+
+
+def test_a_tick_whose_run_was_dropped_is_refused(place: str, write_run: Any, make_row: Any) -> None:
+    """Its folder still holds the dropped files, whose numbers are those of another list."""
+    storage = fill(f"{place}/images")
+    table = open_table(storage, f"{place}/table")
+    found = plan(table, f"{place}/images", tick="monday")
+    assert found is not None
+    finish(table, found, write_run, make_row)
+    drop(table, "monday")
+    with pytest.raises(ConfigError, match=r"tick monday: its run was dropped from .*, and an id is used once"):
+        plan(table, f"{place}/images", tick="monday")
+    again = plan(table, f"{place}/images", tick="monday-again")
+    assert again is not None
+    assert again.images == found.images
+
+
+def test_a_run_that_is_dropped_during_a_plan_is_planned_again(place: str, write_run: Any, make_row: Any) -> None:
+    storage = fill(f"{place}/images", ["a.jpg"])
+    table = open_table(storage, f"{place}/table")
+    found = plan(table, f"{place}/images", tick="monday")
+    assert found is not None
+    finish(table, found, write_run, make_row)
+    fill(f"{place}/images", ["b.jpg"])
+    again = plan(table, f"{place}/images", before_freeze=lambda images: drop(table, "monday"))
+    assert again is not None
+    assert again.images == 2
 
 
 def test_a_changed_image_and_another_model_are_new_work(tmp_path: Path, write_run: Any, make_row: Any) -> None:
