@@ -1,4 +1,4 @@
-"""`masklake runs`: lists the runs of a table, removes runs from it, and deletes files that nobody reads any more."""
+"""`masklake runs`: lists the runs of a table, removes runs from it, and deletes files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ class DropReport(BaseModel):
 
     table: str
     dropped: list[str]
-    dry_run: bool = Field(description="Nothing was changed: the runs would be removed.")
+    dry_run: bool = Field(description="Whether the runs only would be removed, and nothing was changed.")
 
 
 class VacuumReport(BaseModel):
-    """Data files that were deleted, and those that were not."""
+    """Data files that were deleted or kept."""
 
     model_config = ConfigDict(frozen=True)
 
     table: str
     files: int
     bytes: int
-    kept_files: int = Field(description="Not listed by the table, but younger than --older-than.")
+    kept_files: int = Field(description="Files that the table does not list, but that are younger than --older-than.")
     kept_bytes: int
-    unfinished_files: int = Field(description="Of runs that are not committed: their work, which is never deleted.")
-    dry_run: bool = Field(description="Nothing was deleted: the files would be.")
+    unfinished_files: int = Field(description="Files of runs that are not committed, which are never deleted.")
+    dry_run: bool = Field(description="Whether the files only would be deleted, and nothing was changed.")
 
 
 def run(storage: Storage, table: str) -> RunsReport:
-    """Returns the runs of a table. Raises TableError if there is none."""
+    """Returns the runs of a table. Raises TableError if there is no table."""
     opened = open_table(storage, table)
     return RunsReport(table=opened.uri, runs=list_runs(opened))
 
@@ -85,15 +85,15 @@ def _existing(storage: Storage, uri: str) -> Table:
     return table
 
 
-# -- for people --------------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------------
 
 HEADER = ("run", "state", "started (UTC)", "images", "time", "images/s", "GPU hours", "cost")
 RUN_WIDTH = 24
-"""Maximum width of the first column; a longer name pushes its own line to the right."""
+"""Maximum width of the first column. A longer ID moves the rest of its own line to the right."""
 
 
 def describe(report: RunsReport) -> str:
-    """Returns the runs as a table of two lines each: numbers, then words. It fits in 100 columns."""
+    """Returns the runs as a table, each with a line of numbers and lines of text below. It fits in 100 columns."""
     if not report.runs:
         return f"{report.table}: no runs"
     lines = [HEADER, *(_numbers(run) for run in report.runs)]
@@ -107,7 +107,7 @@ def describe(report: RunsReport) -> str:
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Text to the left, numbers to the right."""
+    """Returns one line, with text aligned to the left and numbers to the right."""
     left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
     right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
     return "  ".join([*left, *right]).rstrip()
@@ -143,7 +143,7 @@ def _minute(at: datetime | None) -> str:
 
 
 def describe_drop(report: DropReport) -> str:
-    """Returns what was removed, in a line."""
+    """Returns the report as one line of text."""
     if not report.dropped:
         return f"{report.table}: no run was committed after it; nothing to remove"
     verb = "would be dropped" if report.dry_run else "dropped"
@@ -152,7 +152,7 @@ def describe_drop(report: DropReport) -> str:
 
 
 def describe_vacuum(report: VacuumReport) -> str:
-    """Returns what was deleted and kept, in a line."""
+    """Returns the report as one line of text."""
     verb = "would be deleted" if report.dry_run else "deleted"
     parts = [f"{report.table}: {counted(report.files, 'file')} ({_size(report.bytes)}) {verb}"]
     if report.kept_files:

@@ -80,7 +80,7 @@ class MaskTable:
         return QueryAnswer(query(self._storage, self.uri, sql, parameters))
 
     def runs(self) -> list[RunInfo]:
-        """The table's runs, in the order in which they were planned: what `masklake runs` lists."""
+        """Returns the table's runs, as `masklake runs` lists them, in the order in which they were planned."""
         from masklake.pipeline.labelling.run_list import list_runs
         from masklake.pipeline.table.table import open_table
 

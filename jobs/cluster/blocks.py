@@ -12,7 +12,7 @@ from masklake.pipeline.blocks import packed
 
 
 def data_set(rows: pa.Table, sizes: Iterable[int]) -> Any:
-    """Returns a Ray data set with a block of rows in each item (`pipeline.blocks`). sizes: numbers of rows, all in all.
+    """Returns a Ray data set with a block of rows in each item (`pipeline.blocks`). sizes: number of rows of each block.
 
     The blocks come from the driver, so that the death of another node loses none of them, and no task is needed for them. A
     task for each, as `from_arrow` starts, would take the workers' CPUs, and wait while other jobs hold them.

@@ -109,8 +109,8 @@ def progress_bar(counter: Any, total: int, done: int, watch: Callable[[], None],
 
 @contextmanager
 def own_progress_bar(total: int, done: int, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Context manager that shows the same bar for a run without workers; the result takes numbers of finished and of failed
-    images.
+    """Context manager that shows the same bar for a run without workers. It yields a function that adds finished images, and
+    how many of them failed.
     """
     failures = 0
     with _bar(total, done, enabled) as bar:

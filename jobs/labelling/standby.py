@@ -74,8 +74,8 @@ class Standby:
 
 @contextmanager
 def started() -> Iterator[Standby | None]:
-    """Context manager for a process that stands by. None where a fork is not safe: on other systems than Linux, or if this
-    process has used CUDA.
+    """Context manager for a process that stands by. It yields None where a fork is not safe: on systems other than Linux, or if
+    this process has used CUDA.
     """
     if sys.platform != "linux" or torch.cuda.is_initialized():
         yield None

@@ -47,12 +47,12 @@ class Commands(_QuickFlags, TyperGroup):
 
 
 class CommandsOfATable(Commands):
-    """Commands with a table as their first argument. The first of them is meant where none is named, and `TABLE COMMAND` is
-    taken as `COMMAND TABLE`.
+    """Group of commands that take a table as their first argument. Without a command's name it runs the first command;
+    `TABLE COMMAND` is the same as `COMMAND TABLE`.
     """
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        """Names the command first. A table that is called as a command needs a path: `./drop`."""
+        """Puts the name of the command first. A table that has the name of a command needs a path: `./drop`."""
         first, *_ = self.commands
         if args and args[0] not in (*self.commands, *context.help_option_names):
             named = len(args) > 1 and args[1] in self.commands

@@ -33,7 +33,7 @@ def usage_line(error: Any) -> str:
 
 
 def _command(context: Any) -> str | None:
-    """Returns the names of a command and the groups that it is in, without the program's; None for the program itself."""
+    """Returns the name of a command after those of its groups, without the program's; None for the program itself."""
     names = []
     while context is not None and context.parent is not None:
         names.append(context.info_name)

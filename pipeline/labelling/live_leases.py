@@ -1,7 +1,4 @@
-"""Which leases of a table live, seen from outside: nothing here takes, renews or changes a lease.
-
-`pipeline.labelling.lease` says how a lease lives and ends.
-"""
+"""Determines which leases of a table are held, without taking or changing them (`pipeline.labelling.lease`)."""
 
 from __future__ import annotations
 
@@ -27,9 +24,9 @@ READERS = 16
 
 @dataclass(frozen=True)
 class Held:
-    """A lease that somebody holds, or held when they last renewed it.
+    """A lease that somebody holds, or held when it was last renewed.
 
-    name: of the run. certain: the operating system says that the holder lives; else only the last renewal is known.
+    name: the run's id. certain: whether the operating system says that the holder lives; else only the last renewal is known.
     """
 
     name: str
@@ -44,14 +41,14 @@ class Held:
 
 
 def held(table: Table, names: Iterable[str]) -> dict[str, Held]:
-    """Returns those of the leases that are held or not yet known to be free, by name."""
+    """Returns the leases that are held, or not known to be free, by name."""
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda name: _look(table.storage, table.lease_uri(name), name), names)
         return {lease.name: lease for lease in found if lease is not None}
 
 
 def living(table: Table, names: Iterable[str], on_wait: OnWait = logger.warning) -> list[Held]:
-    """Returns the leases that live. The lease of a process that ended on this host, or of one that expired, does not.
+    """Returns the leases whose holders live. Those that expired, or whose process on this host has ended, are left out.
 
     Of a holder on another host only the last renewal is known, and clocks differ: its lease is watched until it is renewed, or
     for its lifetime. on_wait: called before that with the reason and the duration.
@@ -81,7 +78,7 @@ def _look(storage: Storage, uri: str, name: str) -> Held | None:
         content = storage.read_bytes(uri)
     except InputNotFoundError:
         return None
-    if not content:  # given back
+    if not content:  # released
         return None
     if parse_uri(uri).is_local:
         return Held(name, Holder.from_json(content, uri), certain=True) if _is_locked(uri) else None
@@ -95,4 +92,4 @@ def _is_locked(uri: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        return False  # closing the file gives the lock back
+        return False  # closing the file releases the lock

@@ -128,7 +128,7 @@ def check_apart(source: str, table: str) -> None:
 
 
 def _check_tick(table: Table, tick: str, label_id: str, spec: InputSpec) -> None:
-    """Raises ConfigError for a tick that stands for another work, or whose run was dropped: its folder still holds files."""
+    """Raises ConfigError if the tick names a run of another input or model, or one that was dropped and may have files."""
     record = table.run_record(valid_run_id(tick))
     if record is not None and table.state(tick) == DROPPED:
         raise ConfigError(f"tick {tick}: its run was dropped from {table.uri}, and an id is used once; choose another tick")

@@ -1,4 +1,4 @@
-"""The runs of a table: what each is, did and cost, from the runs' records, the log and the leases. The table is not scanned."""
+"""Lists the runs of a table, with their state, results and cost, from their records, the log and the leases, without a scan."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ class RunState(StrEnum):
     RUNNING = "running"
     """A driver holds its lease."""
     INTERRUPTED = "interrupted"
-    """Begun and not committed, and no driver works on it: the same `label` command continues it."""
+    """Neither committed nor running: the same `label` command continues it."""
     COMMITTED = "committed"
-    """In the table."""
+    """Its rows are in the table."""
     DROPPED = "dropped"
-    """Was in the table, and was removed from it."""
+    """Its rows were in the table, and were removed from it."""
 
 
 class RunInfo(BaseModel):
-    """One run of a table. What a record of an earlier version lacks is None."""
+    """One run of a table. A field is None if it is not known (yet), as for runs of earlier versions."""
 
     model_config = ConfigDict(frozen=True)
 
     run_id: str
     state: RunState
-    images: int | None = Field(default=None, description="Of its frozen list.")
+    images: int | None = Field(default=None, description="Number of images in its list.")
     statuses: dict[str, int] | None = Field(default=None, description="Images by status, once it is committed.")
-    seconds: float | None = Field(default=None, description="Of labelling, all starts together.")
-    images_per_s: float | None = Field(default=None, description="Images by seconds, once it is committed.")
-    gpu_hours: float | None = Field(default=None, description="Hours of labelling times GPUs.")
+    seconds: float | None = Field(default=None, description="Duration of labelling, over all starts.")
+    images_per_s: float | None = Field(default=None, description="images / seconds, once it is committed.")
+    gpu_hours: float | None = Field(default=None, description="Hours of labelling times GPUs, over all starts.")
     cost: float | None = Field(
-        default=None, description="Hours of labelling times --price-per-hour; None unless each start had it."
+        default=None, description="Hours of labelling times --price-per-hour; None if a start had no price."
     )
-    starts: int | None = Field(default=None, description="Calls of `label` that labelled images of it.")
+    starts: int | None = Field(default=None, description="Number of calls of `label` that labelled images of this run.")
     model_id: str | None = None
     label_id: str | None = None
     input: str | None = Field(default=None, description="The input's URI.")
     by: str | None = Field(default=None, description="user@host of the last start.")
-    held_by: str | None = Field(default=None, description="Who writes it now.")
+    held_by: str | None = Field(default=None, description="Host and process of the driver that is writing it.")
     planned_at: datetime | None = None
-    started_at: datetime | None = Field(default=None, description="Of the first start.")
+    started_at: datetime | None = Field(default=None, description="Time of the first start.")
     committed_at: datetime | None = None
     dropped_at: datetime | None = None
     dropped_by: str | None = None
@@ -88,7 +88,9 @@ def all_records(table: Table) -> list[RunRecord]:
 
 
 def drop_of(table: Table, run_id: str) -> dict[str, Any]:
-    """Returns dropped_at and dropped_by of a dropped run, from the log: whoever dropped it may have died before its record."""
+    """Returns dropped_at and dropped_by of a dropped run, from the log. Its record lacks them if the process that dropped it
+    ended before it wrote them.
+    """
     delta = table.delta()
     entries = table.log.entries(delta.version()) if delta is not None else iter(())
     note = next((entry.note for entry in entries if entry.states.get(run_id) == DROPPED), {})
@@ -129,6 +131,6 @@ def _last(record: RunRecord, name: str) -> Any:
 
 
 def known_names(runs: Sequence[RunInfo]) -> str:
-    """Returns the newest committed runs, for a message about one that is not there."""
+    """Returns the newest committed runs, for a message about one that does not exist."""
     names = [run.run_id for run in runs if run.state is RunState.COMMITTED]
     return ", ".join(names[-5:]) or "none"

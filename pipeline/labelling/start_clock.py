@@ -1,4 +1,4 @@
-"""Notes in a run's record how long a start of it has worked, also for a start that is killed."""
+"""Records how long a start of a run has worked, also if it is killed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from masklake.pipeline.table.table import Table
 logger = logging.getLogger(__name__)
 
 NOTE_EVERY_S = 30.0
-"""Seconds between notes: what a killed start lacks at most in the sums of GPU hours and cost."""
+"""Seconds between notes: the most that the sums of GPU hours and cost lack of a start that was killed."""
 
 
 class StartClock:
-    """Context manager that adds a start to a run's record, and updates its seconds until the end. Needs the run's lease.
+    """Context manager that adds a start to a run's record, and updates its seconds until the end. The caller holds the run's
+    lease.
 
-    check: raises if the run is another driver's by now, whose record this must not touch. In the middle of the work a note that
-    fails is only logged: the next one says the same and more.
+    check: raises if another driver has taken the run over, whose record must not be touched. A note that fails in the middle of
+    the work is only logged, since the next one replaces it.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class StartClock:
         self._began = time.monotonic()
         self._earlier: tuple[Start, ...] = ()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._note_for_ever, name=f"clock-{run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._keep_noting, name=f"clock-{run_id}", daemon=True)
 
     def __enter__(self) -> Self:
         record = patiently(lambda: self._table.run_record(self._run_id))
@@ -55,7 +56,7 @@ class StartClock:
         else:
             self._note_or_log()
 
-    def _note_for_ever(self) -> None:
+    def _keep_noting(self) -> None:
         while not self._stop.wait(self._every_s):
             self._note_or_log()
 

@@ -1,7 +1,7 @@
-"""Removes runs from a table, and files that nobody reads any more (docs/runs.md).
+"""Removes runs from a table, and deletes files that are no longer needed (docs/runs.md).
 
-`drop` and `rollback` are one Delta transaction each. They delete no file, so readers of the version before go on. `vacuum`
-deletes files and leaves the log as it is. All three are refused while a lease of the table lives.
+`drop` and `rollback` are one Delta transaction each. They delete no file, so queries of an earlier version continue. `vacuum`
+deletes files and leaves the log as it is. All three raise LeaseHeldError while a lease of the table is held.
 
 `vacuum` deletes only in the folders of runs that the log contains, committed or dropped. A run enters the log once and writes
 nothing afterwards, so no file of a run that is being written is in danger, whatever a lease says.
@@ -37,8 +37,8 @@ DELETERS = 16
 def drop(table: Table, run_id: str, *, dry_run: bool = False, on_wait: OnWait = logger.warning) -> list[str]:
     """Removes a run from the table in one transaction; returns its id.
 
-    The images that it labelled have their rows of earlier runs again, and the next `label` labels them anew. dry_run: checks
-    and changes nothing. Raises RunNotFoundError unless the table holds the run, and LeaseHeldError while a lease lives.
+    The images that it labelled get back their rows of earlier runs, and the next `label` labels them again. dry_run: whether to
+    check only. Raises RunNotFoundError unless the table holds the run, and LeaseHeldError while a lease is held.
     """
     valid_run_id(run_id)
 
@@ -52,7 +52,7 @@ def drop(table: Table, run_id: str, *, dry_run: bool = False, on_wait: OnWait = 
 def rollback(table: Table, run_id: str, *, dry_run: bool = False, on_wait: OnWait = logger.warning) -> list[str]:
     """Removes all runs that were committed after `run_id` in one transaction; returns their ids, in the order of their commits.
 
-    Runs that were dropped before stay dropped. Raises as `drop`, and TableError if the log no longer knows the order.
+    Runs that were dropped earlier stay dropped. Raises the errors of `drop`, and TableError if the log lacks the order.
     """
     valid_run_id(run_id)
 
@@ -79,7 +79,7 @@ def _dropped(table: Table, choose: Callable[[DeltaTable], list[str]], dry_run: b
     delta = table.delta()
     if delta is None:
         raise RunNotFoundError(f"{table.uri}: holds no run; check the path")
-    chosen = choose(delta)  # a name that is wrong is said before anything is taken
+    chosen = choose(delta)  # a wrong name is reported before the lease is taken
     if dry_run or not chosen:
         return chosen
     with _alone(table, on_wait) as confirm:
@@ -100,9 +100,9 @@ def _check_committed(table: Table, delta: DeltaTable, run_id: str) -> None:
 
 @contextmanager
 def _alone(table: Table, on_wait: OnWait) -> Iterator[Callable[[], None]]:
-    """Context manager that keeps a second upkeep out; gives a check to call right before each change.
+    """Context manager that holds the lease of upkeep, and yields a check to call right before each change.
 
-    The check raises LeaseHeldError while a lease of a run, or of a plan, lives.
+    The check raises LeaseHeldError while another lease of the table is held.
     """
     with Lease.acquire(table.storage, table.uri, UPKEEP, on_wait=on_wait) as lease:
 
@@ -124,8 +124,8 @@ def _alone(table: Table, on_wait: OnWait) -> Iterator[Callable[[], None]]:
 
 @dataclass(frozen=True)
 class Vacuumed:
-    """Data files that the table does not list: deleted ones, those that are kept because readers of an earlier version may read
-    them, and those of unfinished runs, which are their work.
+    """Data files that the table does not list: those that were deleted, those that are kept for queries of an earlier version,
+    and those of unfinished runs.
     """
 
     files: int
@@ -143,10 +143,10 @@ class _File:
 
 
 def vacuum(table: Table, older_than: timedelta, *, dry_run: bool = False, on_wait: OnWait = logger.warning) -> Vacuumed:
-    """Deletes the data files that the table does not list, of runs that were dropped, or committed, `older_than` ago.
+    """Deletes data files that the table does not list, of runs that were dropped or committed at least `older_than` ago.
 
-    Files of runs that the log does not contain are never touched. dry_run: counts only. Raises LeaseHeldError while a lease
-    lives.
+    Files of runs that the log does not contain are never touched. dry_run: whether to count only. Raises LeaseHeldError while a
+    lease is held.
     """
     with _alone(table, on_wait) as confirm:
         confirm()
@@ -202,7 +202,7 @@ def _data_files(table: Table) -> Iterator[_File]:
 
 
 def _finished_at(table: Table, run_id: str) -> datetime | None:
-    """Returns when a run was dropped, or else committed; None if nobody wrote it down."""
+    """Returns when a run was dropped, or else committed; None if that is not recorded."""
     record = table.run_record(run_id)
     if record is not None and record.dropped_at is not None:
         return record.dropped_at

@@ -54,7 +54,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a transaction did to runs. states: by run id, `COMMITTED` or `DROPPED`. note: ours, with a token; else empty."""
+    """Changes of one transaction. states: `COMMITTED` or `DROPPED`, by run id. note: empty in those of other programs."""
 
     version: int
     states: dict[str, int]
@@ -161,7 +161,7 @@ class DeltaLog:
         return True
 
     def entries(self, newest: int) -> Iterator[Entry]:
-        """Yields what each transaction did to runs, from version `newest` back to the first.
+        """Yields the changes of each transaction, from version `newest` back to the first.
 
         Raises TableError at an entry that another program has removed (Delta allows that below a checkpoint).
         """

@@ -19,23 +19,23 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 class Start(BaseModel):
-    """One start of a run: a call of `label` that labelled images of it. Cost and GPU hours are sums over the starts."""
+    """One start of a run: a call of `label` that labelled images of it."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     started_at: datetime
     by: str = Field(description="user@host of the driver.")
-    seconds: float = Field(default=0.0, description="Of labelling, so far; of a killed start to within half a minute.")
+    seconds: float = Field(default=0.0, description="Duration of labelling so far; if it was killed, to within half a minute.")
     workers: int
-    gpus: int = Field(default=0, description="GPUs of all workers together.")
+    gpus: int = Field(default=0, description="Number of GPUs of all workers together.")
     device: str
-    price_per_hour: float | None = Field(default=None, description="Of the machines, as given to `label`.")
+    price_per_hour: float | None = Field(default=None, description="Price of the machines, as given to `label`.")
 
 
 class RunRecord(BaseModel):
-    """What a run is to do, and what came of it, as stored in `_masklake/<run_id>/run.json` (docs/runs.md).
+    """The plan and the results of a run, as stored in `_masklake/<run_id>/run.json` (docs/runs.md).
 
-    Records of earlier versions lack the later fields.
+    Records of earlier versions lack some of the fields.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -50,25 +50,25 @@ class RunRecord(BaseModel):
     model_id: str | None = None
     weights: str | None = None
     starts: tuple[Start, ...] = ()
-    statuses: dict[str, int] | None = Field(default=None, description="Images by status; known from right before the commit.")
-    categories: dict[str, int] | None = Field(default=None, description="Instances of score >= 0.5 by category.")
+    statuses: dict[str, int] | None = Field(default=None, description="Images by status; written right before the commit.")
+    categories: dict[str, int] | None = Field(default=None, description="Likely instances (`LIKELY_SCORE`) by category.")
     categories_stored: dict[str, int] | None = Field(default=None, description="Instances in the table by category.")
     dropped_at: datetime | None = None
-    dropped_by: str | None = Field(default=None, description="user@host of who dropped the run.")
+    dropped_by: str | None = Field(default=None, description="user@host of the process that dropped the run.")
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of labelling of all starts; None in a record that has none."""
+        """Duration of labelling, over all starts; None if the record has none."""
         return sum(start.seconds for start in self.starts) if self.starts else None
 
     @property
     def gpu_hours(self) -> float | None:
-        """Hours of labelling times GPUs; None in a record without starts."""
+        """Hours of labelling times GPUs, over all starts; None if the record has none."""
         return sum(start.seconds * start.gpus for start in self.starts) / 3600 if self.starts else None
 
     @property
     def cost(self) -> float | None:
-        """Hours of labelling times price; None unless each start knows its price."""
+        """Hours of labelling times price, over all starts; None unless each start has a price."""
         prices = [start.price_per_hour for start in self.starts]
         if not prices or None in prices:
             return None
@@ -76,7 +76,7 @@ class RunRecord(BaseModel):
 
 
 def this_user() -> str:
-    """Returns user@host of this process; the user's number where it has no name, as in many containers."""
+    """Returns user@host of this process, with the user's number if it has no name, as in many containers."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # KeyError before Python 3.13

@@ -99,7 +99,7 @@ class Table:
         return self.storage.join(self.uri, "_masklake", valid_run_id(run_id), *names)
 
     def lease_uri(self, name: str) -> str:
-        """Returns where the lease of a run, or of another work on the table, is kept."""
+        """Returns the URI of the lease of a run, or of upkeep."""
         return self.storage.join(self.uri, "_masklake", name, "lease")
 
     def manifest_uri(self, run_id: str) -> str:
@@ -171,7 +171,7 @@ class Table:
         return self.dataset_of(files)
 
     def dataset_of(self, files: Sequence[tuple[str, str]]) -> pyarrow.dataset.Dataset:
-        """Returns certain data files, as (path relative to the table, run_id), as a dataset of TABLE_SCHEMA."""
+        """Returns data files, given as (path relative to the table, run_id), as a dataset of TABLE_SCHEMA."""
         import pyarrow.dataset  # imports pandas, which a worker that only writes does not need
 
         filesystem, root = self.storage.arrow(self.uri)
@@ -211,7 +211,7 @@ class Table:
             ) from error
 
     def private_files(self) -> dict[str, set[str]]:
-        """Returns the names of the files in each folder of `_masklake/`, by the folder's name; empty if there is no table."""
+        """Returns the names of the files in each folder of `_masklake/`, by the folder's name; none if there is no table."""
         found: dict[str, set[str]] = {}
         for row in self._below(self.storage.join(self.uri, "_masklake")):
             folder, _, name = row["uri"].rpartition("/")
@@ -219,7 +219,7 @@ class Table:
         return found
 
     def update_record(self, run_id: str, **changes: Any) -> None:
-        """Changes fields of a run's record; does nothing if there is no record. Call it while holding the run's lease."""
+        """Changes fields of a run's record, if there is one. The caller holds the run's lease, or that of upkeep."""
         record = self.run_record(run_id)
         if record is not None:
             self._write_record(RunRecord.model_validate(record.model_dump() | changes))
@@ -322,10 +322,11 @@ class Table:
     def drop_runs(
         self, choose: Callable[[DeltaTable], list[str]], by: str, confirm: Callable[[], None] = lambda: None
     ) -> list[str]:
-        """Removes runs from the table in one transaction; returns their ids. Their files stay where they are (`vacuum`).
+        """Removes runs from the table in one transaction, and returns their ids. Their files stay where they are (`vacuum`).
 
-        choose: given the newest snapshot, returns the committed runs to drop, or raises; called again for each attempt, so that
-        what it found holds at the moment of the transaction. by: user@host, for the records. confirm: as for `commit_run`.
+        choose: returns the committed runs to drop, given the newest snapshot, or raises. It is called for each attempt, so that
+        its answer is true of the version that the transaction replaces. by: user@host, for the records. confirm: as for
+        `commit_run`.
         """
         tried: list[str] = []
         note = {"dropped_at": datetime.now(UTC).isoformat(), "dropped_by": by}
@@ -344,9 +345,9 @@ class Table:
         return dropped
 
     def _transact(self, attempt: Callable[[bool], T | None]) -> T:
-        """Returns the first result of `attempt` that is not None, which stands for a version that another writer took.
+        """Repeats `attempt` until it returns a result. It returns None if another writer took the version.
 
-        attempt: called with whether nobody knows if the one before was done, because the reply to it was lost.
+        attempt: called with whether the reply to the previous attempt was lost, so that it may have succeeded.
         """
         lost: StorageError | None = None  # of the last attempt, which may have succeeded
         for number in range(COMMIT_ATTEMPTS):
