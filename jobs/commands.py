@@ -213,7 +213,8 @@ def label(
         with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
             report = command.run(options, say=written_above, standby=standby)
     print_report(report, as_json, command.describe)
-    check_failures(report.statuses, max_failed)
+    for each in (*report.earlier, report):
+        check_failures(each.statuses, max_failed)
 
 
 @command(

@@ -13,6 +13,7 @@ from masklake.pipeline.table.fields import LIKELY_SCORE
 from masklake.pipeline.training.fields import AugmentationFields, RecipeFields
 
 TableArgument = Annotated[str, Option("The table: a local path or s3:// URI.", argument=True)]
+IfRunning = Literal["fail", "skip", "wait"]
 ReplicaDevice = Annotated[Device, Option("Device to run the model on.", panel="Cluster")]
 Replicas = Annotated[
     int | None, Option("Number of model replicas.", default="one per GPU, else one per core", gt=0, panel="Cluster")
@@ -196,6 +197,10 @@ class LabelFields:
         str | None,
         Option("ID of the run, for schedulers. Each ID is labelled once.", default="derived from the input", panel="Run"),
     ] = None
+    if_running: Annotated[
+        IfRunning,
+        Option("While another driver works on the same run: fail (31), skip (0), or wait for its end.", panel="Run"),
+    ] = "fail"
     retry_failed: Annotated[bool, Option("Retry images with permanent failures (decode_error, crashed, ...).", panel="Run")] = (
         False
     )

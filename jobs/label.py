@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,7 +37,7 @@ from masklake.jobs.weights import read_detector
 from masklake.model.config import PredictOptions
 from masklake.model.errors import ConfigError, MaskLakeError, faults
 from masklake.model.wording import counted
-from masklake.pipeline.errors import LabellingError
+from masklake.pipeline.errors import LabellingError, LeaseHeldError
 from masklake.pipeline.images.decode import DecodeLimits
 from masklake.pipeline.images.status import Status
 from masklake.pipeline.inputs.listing import InputSpec
@@ -59,6 +59,9 @@ from masklake.pipeline.table.table import Table, open_table
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+
+WAIT_S = 5.0
+"""Seconds between two looks at a lease that another driver holds."""
 
 
 class LabelOptions(BaseModel, LabelFields, frozen=True):
@@ -97,23 +100,31 @@ class LabelReport(BaseModel):
     labelled_now: int = Field(description="Images that this start of the run labelled.")
     seconds: float = Field(description="Duration of labelling, including the start of the workers.")
     images_per_s: float
+    skipped: bool = Field(default=False, description="Another driver works on this run (--if-running skip).")
+    earlier: tuple[LabelReport, ...] = Field(default=(), description="Unfinished runs that a tick finished first.")
     left_out: dict[str, int] = Field(
         default={}, description="Entries of the input that are not images or can never be read, by reason."
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A planned run and everything that its steps need."""
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a call of `run` labels, with which model."""
 
     options: LabelOptions
     table: Table
-    plan: Plan
     model_id: str
     label_id: str
     checkpoint: bytes
-    lease: Lease
     standby: Standby | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run(_Job):
+    """A planned run and everything that its steps need."""
+
+    plan: Plan
+    lease: Lease
 
 
 def run(options: LabelOptions, say: Say = log.info, standby: Standby | None = None) -> LabelReport:
@@ -123,36 +134,76 @@ def run(options: LabelOptions, say: Say = log.info, standby: Standby | None = No
     Raises the errors of `pipeline.errors`. After any of them, and after a kill, the same call continues the run. Images that
     failed are not an error here: see `jobs.labelling.plan.check_failures`.
     """
+    job = _job(options, standby)
+    earlier: list[LabelReport] = []
+    while True:
+        try:
+            report = _run_next(job, say)
+        except LeaseHeldError as error:
+            if options.if_running == "fail":
+                raise
+            say(f"{'skipped' if options.if_running == 'skip' else 'waiting'}: {error}")
+            if options.if_running == "skip":
+                return _nothing_new(job).model_copy(update={"skipped": True, "earlier": tuple(earlier)})
+            _wait_for(job.table, error.run_id)
+            continue
+        if options.tick is None or report.run_id in (None, options.tick):
+            return report.model_copy(update={"earlier": tuple(earlier)})
+        say(f"run {report.run_id}, which was unfinished, is committed; tick {options.tick} follows")
+        earlier.append(report)
+        job = replace(job, standby=None)  # it labels one run
+
+
+def _job(options: LabelOptions, standby: Standby | None) -> _Job:
     storage = Storage(options.storage)
     table = open_table(storage, options.table)
     checkpoint, model = read_detector(storage, options.weights)
-    model_id = model.model_id
     standby = _prepared(standby, options, checkpoint)
     options = with_precision(options)
-    label_id = label_plan.label_id(model_id, model.settings(options.predict), options.limits)
-    facts = {"model_id": model_id, "weights": options.weights}
+    label_id = label_plan.label_id(model.model_id, model.settings(options.predict), options.limits)
+    return _Job(
+        options=options, table=table, model_id=model.model_id, label_id=label_id, checkpoint=checkpoint, standby=standby
+    )
+
+
+def _run_next(job: _Job, say: Say) -> LabelReport:
+    """Continues the unfinished run of this input and label_id, or plans a new one, and labels it."""
+    options, table = job.options, job.table
     left_out = LeftOut()
     plan = plan_run(
-        storage,
+        table.storage,
         table,
         options.input,
-        label_id,
+        job.label_id,
         tick=options.tick,
         retry_failed=options.retry_failed,
-        facts=facts,
+        facts={"model_id": job.model_id, "weights": options.weights},
         left_out=left_out,
-        before_freeze=lambda images: _check_can_run(options, table, images, standby),
+        before_freeze=lambda images: _check_can_run(options, table, images, job.standby),
     )
     if line := str(left_out):
         say(line)
     left = {"left_out": left_out.counts()}
     if plan is None:
         say("nothing new: the table holds every image of this input, labelled by this model with these options")
-        return _nothing_new(table, model_id, label_id).model_copy(update=left)
-    verb = "continues" if plan.resumed else "starts"
-    say(f"run {plan.run_id} {verb}: {counted(plan.images, 'image')}, model {model_id}, precision {options.predict.precision}")
-    with Lease.acquire(storage, table.uri, plan.run_id, on_wait=say) as lease:
-        return _label(_Run(options, table, plan, model_id, label_id, checkpoint, lease, standby), say).model_copy(update=left)
+        return _nothing_new(job).model_copy(update=left)
+    say(
+        f"run {plan.run_id} {'continues' if plan.resumed else 'starts'}: {counted(plan.images, 'image')}, "
+        f"model {job.model_id}, precision {options.predict.precision}"
+    )
+    with Lease.acquire(table.storage, table.uri, plan.run_id, on_wait=say) as lease:
+        return _label(_Run(**vars(job), plan=plan, lease=lease), say).model_copy(update=left)
+
+
+def _wait_for(table: Table, run_id: str) -> None:
+    """Returns when nobody holds the lease."""
+    while True:
+        time.sleep(WAIT_S)
+        try:
+            Lease.acquire(table.storage, table.uri, run_id).release()
+        except LeaseHeldError:
+            continue
+        return
 
 
 def _check_can_run(options: LabelOptions, table: Table, images: int, standby: Standby | None) -> None:
@@ -195,8 +246,10 @@ def options(**values: Any) -> LabelOptions:
 
 def describe(report: LabelReport) -> str:
     """Returns the report as a few lines of text."""
+    if report.earlier:
+        return "\n\n".join([*map(describe, report.earlier), describe(report.model_copy(update={"earlier": ()}))])
     if report.run_id is None:
-        return f"{report.table}: nothing new"
+        return f"{report.table}: {'skipped' if report.skipped else 'nothing new'}"
     statuses = ", ".join(f"{count:,} {status}" for status, count in report.statuses.items() if count)
     shown = list(report.categories.items())[:10]
     hidden = len(report.categories) - len(shown)
@@ -499,12 +552,12 @@ class _Watcher:
             )
 
 
-def _nothing_new(table: Table, model_id: str, label_id: str) -> LabelReport:
+def _nothing_new(job: _Job) -> LabelReport:
     return LabelReport(
-        table=table.uri,
+        table=job.table.uri,
         run_id=None,
-        model_id=model_id,
-        label_id=label_id,
+        model_id=job.model_id,
+        label_id=job.label_id,
         images=0,
         resumed=False,
         statuses={},

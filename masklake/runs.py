@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from masklake.jobs.fields import IfRunning
 from masklake.model.errors import validated
 from masklake.model.fields import AnyPrecision, Device, Task, TrainingMode
 from masklake.options import AugmentationKeywords, RecipeKeywords, StorageKeywords
@@ -32,6 +33,7 @@ def label(
     max_pixels: int = 100_000_000,
     max_side: int = 65_535,
     tick: str | None = None,
+    if_running: IfRunning = "fail",
     retry_failed: bool = False,
     device: Device = "auto",
     workers: int | None = None,
@@ -61,6 +63,7 @@ def label(
         max_pixels: Maximum width x height. Larger images get the status `too_large`.
         max_side: Maximum width and height in pixels. Larger images get the status `too_large`.
         tick: ID of the run, for schedulers; default: derived from the run's content.
+        if_running: While another driver works on the same run: raise LeaseHeldError, skip the call, or wait for its end.
         retry_failed: Retry images with permanent failures (decode_error, crashed, too_large).
         device: Device to run the model on.
         workers: Number of model replicas; default: one per GPU, else one per core.
@@ -95,6 +98,7 @@ def label(
         },
         "limits": {"max_bytes": max_bytes, "max_pixels": max_pixels, "max_side": max_side},
         "tick": tick,
+        "if_running": if_running,
         "retry_failed": retry_failed,
         "device": device,
         "workers": workers,

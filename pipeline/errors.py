@@ -68,6 +68,8 @@ class LeaseHeldError(MaskLakeError):
     """Another driver is writing this run; the message names its holder and the age of the lease."""
 
     exit_code = 31
+    run_id = ""
+    """Name of the lease."""
 
 
 class LeaseLostError(MaskLakeError):

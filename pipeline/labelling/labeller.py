@@ -173,7 +173,9 @@ class Labeller:
         return outcomes
 
     def _predict(self, jobs: Sequence[_Job], decoded: Sequence[Decoded]) -> list[Outcome]:
-        """Returns the outcomes of one window. Images on which the model fails are tried again one by one."""
+        """Returns the outcomes of one window. If the model fails, each half is tried again, down to
+        single images.
+        """
         images = [each.image for each in decoded if each.image is not None]
         with self._model_lock:
             answers = iter(self._answers(images))
@@ -200,7 +202,8 @@ class Labeller:
         except Exception as error:  # noqa: BLE001 - one image must not take its block with it; the row carries the reason
             if len(images) == 1:
                 return [f"{type(error).__name__}: {error}"[:ERROR_LENGTH]]
-        return [answer for image in images for answer in self._answers([image])]
+        half = len(images) // 2  # a device's memory may hold half of them
+        return [*self._answers(images[:half]), *self._answers(images[half:])]
 
 
 class LabellingActor(Labeller):

@@ -152,7 +152,9 @@ class Lease(ABC):
 
     def _held_by(self, holder: Holder | str) -> LeaseHeldError:
         what = "the runs of this table are being changed" if self.run_id == UPKEEP else f"run {self.run_id} is being written"
-        return LeaseHeldError(f"{what} by {holder}; wait until it ends, or stop it and start again ({self.uri})")
+        error = LeaseHeldError(f"{what} by {holder}; wait until it ends, or stop it and start again ({self.uri})")
+        error.run_id = self.run_id
+        return error
 
     def _lost(self, reason: str) -> LeaseLostError:
         return LeaseLostError(

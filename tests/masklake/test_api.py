@@ -158,6 +158,7 @@ def test_label_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_pixels": 7,
         "max_side": 8,
         "tick": "nine",
+        "if_running": "wait",
         "retry_failed": True,
         "device": "cpu",
         "workers": 10,

@@ -273,15 +273,18 @@ def test_an_image_that_hangs_its_decoder_is_crashed_and_the_rest_are_labelled(
     assert rows[2]["error"] == "decoding did not end within 0.3 s"
 
 
-def test_memory_failures_of_a_batch_are_retried_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_images_that_do_not_fit_together_are_tried_in_halves(tmp_path: Path, most: int) -> None:
     class SmallMemory(OneBox):
         def predict(self, images: Sequence[torch.Tensor], options: PredictOptions = DEFAULT) -> list[Instances]:
-            if len(images) > 1:
+            if len(images) > most:
                 raise torch.OutOfMemoryError("too many")
             return super().predict(images, options)
 
-    rows = Labeller(SPEC, SmallMemory())(manifest([write(tmp_path, f"{n}.png", n) for n in range(5)]))
+    model = SmallMemory()
+    rows = Labeller(SPEC, model)(manifest([write(tmp_path, f"{n}.png", n) for n in range(5)]))
     assert rows["status"].to_pylist() == ["ok"] * 5
+    assert [len(batch) for batch in model.batches] == {1: [1] * 5, 2: [2, 1, 2], 3: [2, 3]}[most]
 
 
 def test_windows_hold_to_their_limits() -> None:
