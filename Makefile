@@ -20,7 +20,7 @@ setup: .venv/.installed ## Create .venv and install the locked packages into it
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## Train, label 500 images, score and query them: about five minutes on two cores
+demo: setup ## Train, label 500 images, score and query them: about seven minutes on two cores
 	@$(BIN)/masklake demo
 
 test: setup ## Run the test suite: under 15 minutes on two idle cores

@@ -60,11 +60,17 @@ def _known(error: Exception) -> tuple[int, str] | None:
     """Returns exit code and message of an error that the user can cause; None if it is not one."""
     from masklake.jobs.terminal.usage import USAGE_ERROR, usage_line
     from masklake.model.errors import MaskLakeError
+    from masklake.model.wording import printable
+    from masklake.pipeline.errors import QueryError
 
     if isinstance(error, USAGE_ERROR):
-        return 2, usage_line(error)
+        return 2, printable(usage_line(error))
     known = error if isinstance(error, MaskLakeError) else _refused_by_the_machine(error)
-    return None if known is None else (known.exit_code, str(known))
+    if known is None:
+        return None
+    # Names of files may break lines and colour the terminal. DuckDB's words about a query are lines of their own.
+    lines = str(known).split("\n") if isinstance(known, QueryError) else [str(known)]
+    return known.exit_code, "\n".join(printable(line) for line in lines)
 
 
 def _end(code: int, message: str) -> NoReturn:

@@ -26,7 +26,7 @@ from masklake.jobs.terminal.help import Command, Commands, CommandsOfATable, exa
 from masklake.jobs.terminal.parameters import Values, takes
 from masklake.model.errors import ConfigError
 from masklake.model.fields import Option
-from masklake.model.wording import counted
+from masklake.model.wording import counted, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -180,7 +180,7 @@ def propose(values: Values, as_json: AsJson = False) -> None:
 
     options = command.ProposeOptions(**values)
     with redirect_stdout(sys.stderr):  # Ray may write to stdout, which is for the result
-        report = command.run(options, say=lambda line: typer.echo(line, err=True))
+        report = command.run(options, say=lambda line: typer.echo(printable(line), err=True))
     if as_json:
         print_json(report)
     else:

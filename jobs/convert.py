@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,6 +16,7 @@ from masklake.model.weights.checkpoint import dumps
 from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.coco.values import quoted
 from masklake.pipeline.storage.storage import Storage
+from masklake.pipeline.storage.uri import parent, parse_uri
 
 _FORMS = "give a COCO JSON file, a JSON list of names in the order of the classes, or a text file with one name per line"
 
@@ -48,9 +48,9 @@ def run(
     of the preset.
 
     Raises UnknownPresetError, CheckpointError (not weights of this architecture), ConfigError (a target that is not named
-    .safetensors, cannot be written, or is a file that this reads) and the storage's errors.
+    .safetensors, is a folder, or is a file that this reads) and the storage's errors.
     """
-    _check_target(source, target)
+    _check_target(storage, source, target)
     check_not_read(target, {"the file of --categories": categories})
     if norm_eps is not None and not math.isfinite(norm_eps):
         raise ConfigError(f"--norm-eps {norm_eps} is not a finite number")
@@ -114,20 +114,16 @@ def _lines(text: bytes, uri: str) -> list[str]:
         raise ConfigError(f"--categories {uri} is neither JSON nor text: {error}") from error
 
 
-def _check_target(source: str, target: str) -> None:
-    """Raises ConfigError, before the weights are read, for a target that cannot be written. Missing folders are created."""
+def _check_target(storage: Storage, source: str, target: str) -> None:
+    """Raises ConfigError or the storage's error, before the weights are read, for a target that cannot be written. Missing
+    folders are created.
+    """
     if not target.endswith(".safetensors"):
         raise ConfigError(f"cannot write {target}: a MaskLake checkpoint is named *.safetensors")
     if same_place(target, source):
         raise ConfigError(f"cannot write {target}: it is the source; name another file")
-    if "://" in target:
+    if not parse_uri(target).is_local:
         return
-    if os.path.isdir(target):
+    if os.path.isdir(parse_uri(target).key):
         raise ConfigError(f"cannot write {target}: it is a folder")
-    folder = Path(target).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ConfigError(f"cannot write {target}: {folder} is a file, not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write {target}: no permission to write into {folder}")
+    storage.check_writable(parent(target))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from masklake.jobs.terminal.output import check_output, same_place
 from masklake.model.errors import ConfigError
-from masklake.model.wording import counted
+from masklake.model.wording import counted, printable
 from masklake.pipeline.errors import InputNotFoundError, StorageError, TableError
 from masklake.pipeline.images.decode import decode
 from masklake.pipeline.images.status import Status
@@ -133,7 +133,7 @@ def describe(report: ShowReport) -> str:
     hidden = f"; {report.hidden:,} weaker hidden, --min-score 0 draws all" if report.hidden else ""
     count = counted(report.instances, "instance")
     lines = [
-        f"{report.output}: {count} of score >= {report.min_score:g} in {report.uri}, "
+        f"{report.output}: {count} of score >= {report.min_score:g} in {printable(report.uri)}, "
         f"{report.size[0]} x {report.size[1]} pixels{hidden}"
     ]
     if report.changed:
@@ -191,7 +191,7 @@ def _find(connection: duckdb.DuckDBPyConnection, uri: str, images: str | None) -
         if found:
             count = f"{len(found)}" if len(found) < 100 else "100 or more"
             raise InputNotFoundError(
-                f"{uri}: {count} images of the table end so, such as {', '.join(row['uri'] for row in found[:NAMED])}; "
+                f"{uri}: {count} images of the table end with it, such as {', '.join(row['uri'] for row in found[:NAMED])}; "
                 "give more of the path"
             )
     near = _rows(

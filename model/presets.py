@@ -13,6 +13,7 @@ from typing import Any
 from masklake.model.coco_categories import COCO_CATEGORIES, COCO_RAW_CATEGORIES, PERSON
 from masklake.model.config import BackboneConfig, ModelConfig
 from masklake.model.errors import UnknownPresetError
+from masklake.model.wording import one_of
 
 _KEYPOINT_SIZES = {"min_sizes": (640, 672, 704, 736, 768, 800)}
 
@@ -123,7 +124,7 @@ def preset(name: str) -> ModelConfig:
     near = difflib.get_close_matches(name, PRESETS, n=3)
     others = sorted(set(PRESETS) - {"_".join(parts) for parts in _composed()})
     raise UnknownPresetError(
-        f"no model preset {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; known presets: "
+        f"no model preset {name!r}{'; did you mean ' + one_of(near) + '?' if near else ''}; known presets: "
         f"{', '.join(others)}, and TASK_BACKBONE_FEATURES with TASK one of {', '.join(_TASKS)}; "
         f"BACKBONE one of {', '.join(_BACKBONES)}; FEATURES one of {', '.join(_FEATURES)}"
     )

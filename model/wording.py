@@ -1,6 +1,10 @@
-"""Numbers in text: counts in sentences (`1 image`, `3,109 images`, `2 of the 31 images`, `the only image`) and percentages."""
+"""Text in messages: counts (`1 image`, `3,109 images`, `2 of the 31 images`, `the only image`), percentages, alternatives, and names
+on one line.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def agreeing(count: int, one: str, many: str | None = None) -> str:
@@ -32,6 +36,18 @@ def counted_of(part: int, whole: int, one: str) -> str:
 def percent(value: float | None) -> str:
     """Returns a score of 0..1 as a percentage with one decimal, as papers write it; "-" for None."""
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Returns alternatives as a phrase: `a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def printable(text: str) -> str:
+    r"""Returns the text on one line: each character that would break the line, move the cursor or colour the terminal appears
+    as its escape, as in `line\nbreak.jpg`. Names of files may contain any of them.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _plural(noun: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from masklake.jobs.cluster.connection import beside_the_driver
+from masklake.model.wording import printable
 
 POLL_S = 0.5
 
@@ -134,7 +135,7 @@ def _bar(total: int, done: int, enabled: bool) -> Any:
 
 def written_above(line: str) -> None:
     """Writes a line to stderr, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 def _follow(counter: Any, bar: Any, before: int, watch: Callable[[], None], stop: threading.Event) -> None:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from masklake.model.errors import ConfigError
-from masklake.model.wording import counted
+from masklake.model.wording import counted, printable
 from masklake.pipeline.errors import QueryError
 
 SHOWN_ROWS = 100
@@ -318,11 +318,11 @@ def _shown_cell(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Returns a value on one line; a character that would move the cursor or colour the terminal appears as its escape."""
+    """Returns a value on one line, as `printable` does."""
     if value is None:
         return ""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text)
 
 
 def _cut(text: str, width: int) -> str:

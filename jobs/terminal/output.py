@@ -25,8 +25,11 @@ def check_output(output: str, table: str | None = None, sources: Mapping[str, st
         raise ConfigError(f"{output}: is a folder; name the file to write in it")
     if table is not None and (_is_in(at.uri, canonical(table)) or _is_in(real_place(output), real_place(table))):
         raise ConfigError(f"{output}: lies in the table's own folder; write to another place")
-    if at.is_local and not os.path.isdir(os.path.dirname(at.key)):
-        raise InputNotFoundError(f"{output}: there is no folder {os.path.dirname(at.key)}; make it, or check the path")
+    folder = os.path.dirname(at.key)
+    if at.is_local and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise InputNotFoundError(f"{output}: {folder} is a file, not a folder; check the path")
+    if at.is_local and not os.path.isdir(folder):
+        raise InputNotFoundError(f"{output}: there is no folder {folder}; make it, or check the path")
     check_not_read(output, sources or {})
     if at.is_local and (os.path.isfile(at.key) or not os.path.exists(at.key)):  # a device or a pipe is written to, as it is
         with translated(output):

@@ -127,7 +127,7 @@ def fit(plan: TrainingPlan, storage: Storage, say: Say) -> None:
         except ray.train.TrainingFailedError as failure:
             error = failure
     _raise_failure(reported_failure(messages), error, storage, plan)
-    say(f"trained in {time.monotonic() - start:.0f} s")
+    say(f"trained in {time.monotonic() - start:.0f} s, start-up and evaluation included")
 
 
 def _describe_start(plan: TrainingPlan) -> str:

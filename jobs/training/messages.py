@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from masklake.jobs.cluster.connection import beside_the_driver
+from masklake.model.wording import printable
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0
@@ -106,5 +107,5 @@ class Listener:
 
 def to_stderr(line: str) -> None:
     """Writes one line to stderr."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
-from masklake.model.wording import counted
+from masklake.model.wording import counted, printable
 
 _NAME_LENGTH = 120  # maximum number of characters of a name in a line
 
@@ -108,5 +108,5 @@ class _Filtered(LeftOut):
 
 def _shown(name: str) -> str:
     """Returns a name on one line: control characters and foreign bytes are escaped, long names lose their middle."""
-    text = name if name.isprintable() else repr(name)[1:-1]
+    text = printable(name)
     return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH // 2]}...{text[-_NAME_LENGTH // 2 :]}"

@@ -71,14 +71,16 @@ class Storage(Handles):
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Writes an object atomically: a reader sees the old or the new bytes, never a part. Parent folders are created."""
-        at = parse_uri(uri)
         with translated(uri):
-            if at.is_local:
-                local_files.write(Path(at.key), data)
-                return
-            if (literal := self.literal_object(uri)) is not None:
-                literal.put(data)
-                return
+            self._write(uri, data)
+
+    def _write(self, uri: str, data: bytes) -> None:
+        at = parse_uri(uri)
+        if at.is_local:
+            local_files.write(Path(at.key), data)
+        elif (literal := self.literal_object(uri)) is not None:
+            literal.put(data)
+        else:
             store, key = self.object_store(uri)
             obstore.put(store, key, data)
 
@@ -87,12 +89,12 @@ class Storage(Handles):
         Leaves nothing behind.
         """
         at = parse_uri(folder)
-        if at.is_local:
-            with translated(folder):
+        with translated(folder):  # which the user knows, unlike the name of the probe
+            if at.is_local:
                 local_files.check_writable(Path(at.key))
-            return
-        probe = self.join(folder, f"masklake-probe-{uuid.uuid4().hex}")
-        self.write_bytes(probe, b"")
+                return
+            probe = self.join(folder, f"masklake-probe-{uuid.uuid4().hex}")
+            self._write(probe, b"")
         self.delete(probe)
 
     def upload(self, path: Path, uri: str) -> None:

@@ -67,6 +67,11 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_name_with_line_breaks_and_colours_is_one_line_of_an_error(tmp_path: Path) -> None:
+    done = run("convert", f"{tmp_path}/a\n\x1b[31mb.pth", "out.safetensors", "--preset", "tiny")
+    assert (done.returncode, done.stderr) == (11, f"masklake: error: no checkpoint at {tmp_path}/a\\n\\x1b[31mb.pth\n")
+
+
 INTERRUPTED_INSIDE = """
 from masklake.jobs import cli, commands
 from masklake.model.errors import MaskLakeError

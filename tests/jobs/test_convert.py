@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -17,8 +18,10 @@ from masklake.jobs.commands import app
 from masklake.jobs.convert import read_categories
 from masklake.model import create_model, load_checkpoint
 from masklake.model.config import Category
-from masklake.model.errors import CheckpointError, ConfigError
+from masklake.model.errors import CheckpointError, ConfigError, MaskLakeError
 from masklake.model.weights.torchvision import rename
+from masklake.pipeline.errors import InputNotFoundError, StorageError
+from masklake.pipeline.storage import local_files
 from masklake.pipeline.storage.storage import Storage
 
 KINDS = ("weight", "bias")
@@ -206,12 +209,23 @@ def test_wrapped_weights_of_other_categories_become_a_checkpoint(tmp_path: Path)
 def test_a_target_that_cannot_be_written_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.safetensors").mkdir()
-    for target, cause in (
-        ("file/new/out.safetensors", r"\S*file is a file, not a folder"),
-        ("folder.safetensors", "it is a folder"),
-    ):
-        with pytest.raises(ConfigError, match=f"cannot write .*: {cause}$"):
-            convert(str(tmp_path / "none.pth"), str(tmp_path / target), "--preset", "tiny")
+    targets: dict[str, tuple[type[MaskLakeError], str]] = {
+        "file/new/out.safetensors": (InputNotFoundError, "is a file where a folder is needed"),
+        "folder.safetensors": (ConfigError, "it is a folder"),
+    }
+    for target, (kind, cause) in targets.items():
+        for place in (f"{tmp_path}/{target}", f"file://{tmp_path}/{target}"):
+            with pytest.raises(kind, match=cause):
+                convert(str(tmp_path / "none.pth"), place, "--preset", "tiny")
+
+
+def test_a_read_only_file_system_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(local_files, "check_writable", refuse)
+    with pytest.raises(StorageError, match="the file system is read-only"):
+        convert(str(tmp_path / "none.pth"), str(tmp_path / "out.safetensors"), "--preset", "tiny")
 
 
 def test_the_target_must_be_named_as_what_it_is(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_show_takes_a_unique_ending_of_the_path(place: str, masklake: Any) -> No
     assert json.loads(out)["uri"] == f"{place}/b/100%_y.jpg", "a name's own end, where no whole part of a path fits"
     code, _, err = masklake("show", table, "x.jpg", "-o", f"{place}/x.png")
     assert code == InputNotFoundError.exit_code
-    assert f"2 images of the table end so, such as {place}/a/x.jpg, {place}/b/x.jpg; give more of the path" in err
+    assert f"2 images of the table end with it, such as {place}/a/x.jpg, {place}/b/x.jpg; give more of the path" in err
 
 
 def test_show_finds_images_that_moved(tmp_path: Path, masklake: Any) -> None:

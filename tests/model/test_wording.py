@@ -1,10 +1,10 @@
-"""Counts in messages read as English sentences do."""
+"""Counts in messages read as English sentences do, and names cannot break a line."""
 
 from __future__ import annotations
 
 import pytest
 
-from masklake.model.wording import agreeing, counted, counted_of
+from masklake.model.wording import agreeing, counted, counted_of, one_of, printable
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,12 @@ def test_a_part_names_its_whole() -> None:
     assert counted_of(2, 3109, "image") == "2 of the 3,109 images"
     assert counted_of(1, 2, "box") == "1 of the 2 boxes"
     assert counted_of(1, 1, "category") == "the only category"
+
+
+def test_alternatives_are_a_phrase() -> None:
+    assert [one_of(["a"]), one_of(["a", "b"]), one_of(["a", "b", "c"])] == ["a", "a or b", "a, b or c"]
+
+
+def test_a_name_stays_on_its_line_and_colours_nothing() -> None:
+    assert printable("a\nb\r\x1b[31m\udcff.jpg") == r"a\nb\r\x1b[31m\udcff.jpg"
+    assert printable("Ünïcode, 写真.jpg") == "Ünïcode, 写真.jpg"

@@ -11,7 +11,7 @@ import pytest
 from masklake.jobs import convert, propose, train
 from masklake.jobs.terminal.output import check_output
 from masklake.model.errors import ConfigError
-from masklake.pipeline.errors import AccessDeniedError
+from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError
 from masklake.pipeline.storage import local_files
 from masklake.pipeline.storage.storage import Storage
 
@@ -27,6 +27,14 @@ def test_an_output_that_is_a_source_is_refused_under_any_of_its_names(tmp_path: 
         with pytest.raises(ConfigError, match=f"is the truth, {WRITTEN}"):
             check_output(f"{tmp_path}/{name}", sources={"the truth": str(truth), "the config": None})
     check_output(str(tmp_path / "e2.json"), sources={"the truth": str(truth)})
+
+
+def test_a_file_in_a_folders_place_is_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputNotFoundError, match=r"file is a file, not a folder; check the path"):
+        check_output(f"{tmp_path}/file/e.json")
+    with pytest.raises(InputNotFoundError, match=r"there is no folder .*file2; make it"):
+        check_output(f"{tmp_path}/file2/e.json")
 
 
 def test_objects_are_compared_by_their_canonical_uri() -> None:
