@@ -1,5 +1,5 @@
-"""Text in messages: counts (`1 image`, `3,109 images`, `2 of the 31 images`, `the only image`), percentages, alternatives, and names
-on one line.
+"""Text in messages: counts (`1 image`, `3,109 images`, `2 of the 31 images`, `the only image`), percentages, alternatives,
+and names on one line.
 """
 
 from __future__ import annotations
