@@ -52,8 +52,8 @@ R = TypeVar("R", bound="BaseModel")
 def command(
     fields: type, *lines: str, own_defaults: bool = True, of: typer.Typer = app, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command, of `masklake` or of one of its groups, whose parameters are those of `fields` (`takes`). lines:
-    examples, for its help. name: default, that of the function.
+    """Registers a command whose parameters are those of `fields` (`takes`). lines: examples, for its help. of: the group that
+    it belongs to. name: its name, if it is not that of the function.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -285,7 +285,7 @@ def evaluate(values: Values, as_json: AsJson = False) -> None:
 app.add_typer(
     runs_app,
     name="runs",
-    help="List the runs of a table (`masklake runs TABLE`), remove runs from it, and delete files that nobody reads any more.",
+    help="List the runs of a table (`masklake runs TABLE`), remove runs from it, and delete files that are no longer needed.",
     short_help="List the runs of a table, or remove some.",
     epilog=examples("masklake runs labels", "masklake runs drop labels 2026-01-31"),
 )
@@ -293,9 +293,9 @@ app.add_typer(
 
 @command(RunsFields, "masklake runs labels", "masklake runs list s3://bucket/labels --json", of=runs_app, name="list")
 def list_runs(values: Values, as_json: AsJson = False) -> None:
-    """List the runs of a table: state, images, time, speed, GPU hours, cost, statuses, model, and who started it.
+    """List the runs of a table: their state, images, time, speed, GPU hours, cost, statuses and model, and who started them.
 
-    `masklake runs TABLE` is the same.
+    `masklake runs TABLE` does the same.
     """
     from masklake.jobs import runs as command
 
@@ -312,8 +312,8 @@ def list_runs(values: Values, as_json: AsJson = False) -> None:
 def drop(values: Values, as_json: AsJson = False) -> None:
     """Remove a run from a table, in one transaction.
 
-    Its images have their rows of earlier runs again, and the next `masklake label` labels them anew. Its files stay until
-    `masklake runs vacuum`. Refused while a run is being written.
+    Its images get back their rows of earlier runs, and the next `masklake label` labels them again. The run's files are kept
+    until `masklake runs vacuum`. Fails while a run is being written.
     """
     from masklake.jobs import runs as command
 
@@ -328,7 +328,7 @@ def drop(values: Values, as_json: AsJson = False) -> None:
 def rollback(values: Values, as_json: AsJson = False) -> None:
     """Remove all runs that were committed after RUN, in one transaction.
 
-    Runs that were dropped before stay dropped. Refused while a run is being written.
+    Runs that were dropped earlier stay dropped. Fails while a run is being written.
     """
     from masklake.jobs import runs as command
 
@@ -344,9 +344,9 @@ def rollback(values: Values, as_json: AsJson = False) -> None:
     of=runs_app,
 )
 def vacuum(values: Values, as_json: AsJson = False) -> None:
-    """Delete data files that the table does not list any more: those of dropped runs, and remains of killed workers.
+    """Delete data files that the table no longer lists: those of dropped runs, and remains of killed workers.
 
-    Files of unfinished runs are their work, and are kept. Refused while a run is being written.
+    Files of unfinished runs are kept, since these runs continue with them. Fails while a run is being written.
     """
     from masklake.jobs import runs as command
 

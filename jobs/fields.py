@@ -20,7 +20,7 @@ Replicas = Annotated[
 ]
 Address = Annotated[str | None, Option("Address of a Ray cluster.", default="RAY_ADDRESS, else this machine", panel="Cluster")]
 Images = Annotated[str | None, Option("Folder of the images.", default="images, beside the JSON file", panel="Input")]
-DryRun = Annotated[bool, Option("Say what would be done, and change nothing.", panel="Run")]
+DryRun = Annotated[bool, Option("Print what would be done, and change nothing.", panel="Run")]
 AllowMissing = Annotated[bool, Option("Leave out images that are missing or unusable.", panel="Input")]
 ReportOutput = Annotated[
     str | None, Option("File to write the report to, as JSON, in addition to stdout.", panel="Output", short="-o")
@@ -271,7 +271,12 @@ class VacuumFields:
     table: TableArgument
     older_than: Annotated[
         float,
-        Option("Days since the run was dropped. 0 may break queries that are running now.", ge=0, le=36_500, panel="Run"),
+        Option(
+            "Days for which a dropped run's files are kept. 0 may break queries that are running.",
+            ge=0,
+            le=36_500,
+            panel="Run",
+        ),
     ] = 7.0
     dry_run: DryRun = False
     storage: StorageFields = StorageFields()

@@ -330,7 +330,7 @@ def _stream_and_complete(run: _Run, files: list[Finished], say: Say) -> list[Fin
 
 
 def _noted(run: _Run, workers: WorkerPlan) -> StartClock:
-    """Returns a context manager that notes in the run's record how long these workers have worked, and for whom."""
+    """Returns a context manager that records in the run how long these workers have worked, and who started them."""
     start = Start(
         started_at=datetime.now(UTC),
         by=this_user(),

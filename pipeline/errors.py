@@ -10,7 +10,7 @@ MaskLakeError
 ├── LeaseHeldError                31   another driver is writing this run
 ├── LeaseLostError                32   this driver's lease was taken over; it stopped without committing
 ├── QueryError                    33   SQL that DuckDB refuses
-├── RunNotFoundError              34   the table holds no run of that name
+├── RunNotFoundError              34   the table does not hold this run
 ├── ClusterTooSmallError          40   the plan needs more CPUs, GPUs or memory than the cluster has
 ├── TooManyFailuresError          41   more images failed than --max-failed allows (the table is committed)
 ├── TrainingError                 42   training stopped: diverged, or workers kept failing
@@ -85,7 +85,7 @@ class QueryError(MaskLakeError):
 
 
 class RunNotFoundError(MaskLakeError):
-    """The table holds no run of that name: there never was one, or it is not committed, or it was dropped."""
+    """The table does not hold this run: it never existed, is not committed, or was dropped."""
 
     exit_code = 34
 

@@ -43,7 +43,7 @@ FETCH_WINDOW_IMAGES = 256
 in memory, since the next window is fetched while one is labelled. Batches are filled from one window.
 """
 PART_S = 10.0
-"""Seconds of work after which a worker writes what it has labelled: what its death may cost, whatever the size of a block."""
+"""Seconds of work after which a worker writes what it has labelled. Its death loses no more than that."""
 DECODE_WINDOW_PIXELS = 32_000_000
 """Number of pixels decoded together, 96 MB. Twice that is in memory, since the next window is decoded during prediction."""
 BATCHES_PER_WINDOW = 4

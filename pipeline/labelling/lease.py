@@ -46,7 +46,7 @@ TTL_S = 30.0
 """Seconds after which a lease expires without renewal. A driver renews it three times in that time."""
 
 UPKEEP = "runs.upkeep"
-"""Name of the lease of who drops runs or deletes files. It is no valid run id."""
+"""Name of the lease that a process takes to drop runs or delete files. It is not a valid run id."""
 
 OnWait = Callable[[str], None]
 
@@ -103,7 +103,7 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is a process on this host, of which the operating system knows whether it lives."""
+        """Whether it is a process on this host: then the operating system knows whether it lives."""
         return self.host == _this_host()
 
     def __str__(self) -> str:
