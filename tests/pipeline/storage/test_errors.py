@@ -197,3 +197,7 @@ def test_an_error_of_the_machine_is_told(error: OSError, expected: tuple[type[Ex
 )
 def test_what_may_be_a_fault_of_ours_is_not_told_as_the_machine_s(error: Exception) -> None:
     assert of_the_machine(error) is None
+
+
+def test_a_reason_is_one_line() -> None:
+    assert reason_of(ValueError("first\nsecond")) == "ValueError: first"

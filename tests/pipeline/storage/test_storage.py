@@ -1,8 +1,7 @@
-"""One module builds every storage handle: local paths and S3 alike, odd keys, clear errors, no credential in sight."""
+"""Storage: local paths and S3 behave alike, keys may be odd, and errors say what to do."""
 
 from __future__ import annotations
 
-import pickle
 import socket
 import threading
 import time
@@ -16,10 +15,10 @@ import pytest
 
 from masklake.model.errors import ConfigError
 from masklake.pipeline.errors import AccessDeniedError, InputNotFoundError, StorageError
-from masklake.pipeline.storage.errors import reason_of, translate
+from masklake.pipeline.storage.errors import translate
 from masklake.pipeline.storage.options import StorageOptions
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.storage.uri import canonical, parent, parse_uri, relative_to
+from masklake.pipeline.storage.uri import canonical, parse_uri
 from masklake.pipeline.table.table import Table, open_table
 
 ODD_KEYS = [
@@ -214,96 +213,6 @@ def test_a_forbidden_bucket_says_so(forbidden: Storage) -> None:
     assert forbidden.stat_many(["s3://private/a.jpg"]).to_pylist()[0]["etag"] is None
     with pytest.raises(AccessDeniedError, match="s3://private/table"):
         Table(forbidden, "s3://private/table").delta()
-
-
-def test_no_credentials_at_all_is_access_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _forget_aws(monkeypatch, tmp_path)
-    with pytest.raises(AccessDeniedError, match="AWS_ACCESS_KEY_ID"):
-        Storage().read_bytes("s3://bucket/key")
-
-
-def test_an_unknown_profile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _forget_aws(monkeypatch, tmp_path)
-    with pytest.raises(ConfigError, match="night-shift"):
-        Storage(StorageOptions(profile="night-shift")).read_bytes("s3://bucket/key")
-
-
-def _forget_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-
-
-@pytest.mark.slow
-def test_a_profile_gives_credentials_and_region(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _forget_aws(monkeypatch, tmp_path)
-    (tmp_path / "config").write_text("[profile night-shift]\nregion = eu-central-1\n")
-    (tmp_path / "credentials").write_text("[night-shift]\naws_access_key_id = pk\naws_secret_access_key = ps\n")
-    storage = Storage(StorageOptions(profile="night-shift", endpoint_url=s3.endpoint))
-    storage.write_bytes(s3.uri("a.jpg"), b"image")
-    assert storage.read_bytes(s3.uri("a.jpg")) == b"image"
-    assert storage.region(s3.bucket) == "eu-central-1"
-    assert storage.delta_options(s3.uri())["AWS_ACCESS_KEY_ID"] == "pk"
-    arrow, path = storage.arrow(s3.uri("a.jpg"))
-    assert arrow.open_input_stream(path).read() == b"image"
-
-
-@pytest.mark.slow
-def test_pickles_without_credentials_and_works_again(s3: Any) -> None:
-    storage = Storage()
-    storage.write_bytes(s3.uri("a.jpg"), b"image")
-    storage.arrow(s3.uri())
-    pickled = pickle.dumps(storage)
-    assert b"masklake-test" not in pickled
-    assert "masklake-test" not in repr(storage) + repr(storage.options) + repr(storage.object_store(s3.uri())[0])
-    assert pickle.loads(pickled).read_bytes(s3.uri("a.jpg")) == b"image"
-
-
-def test_the_environment_names_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://general:1")
-    assert Storage().options.endpoint_url == "http://general:1"
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://special:1")
-    assert Storage().options.endpoint_url == "http://special:1"
-    assert Storage(StorageOptions(endpoint_url="http://named:1")).options.endpoint_url == "http://named:1"
-
-
-def test_uris_have_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "a b%"
-    assert canonical("a b%") == str(folder) == canonical(folder.as_uri()) == canonical(f"{tmp_path}/x/../a b%/")
-    assert canonical("s3a://bucket/a%20b/") == "s3://bucket/a%20b"
-    assert parse_uri("s3://bucket/a//b").key == "a//b"
-    assert parent("s3://bucket/a/b") == "s3://bucket/a"
-    assert relative_to("s3://bucket/lists", "img/a.jpg") == "s3://bucket/lists/img/a.jpg"
-    assert relative_to(str(tmp_path), "img/a.jpg") == f"{tmp_path}/img/a.jpg"
-    assert relative_to("s3://bucket/lists", "/data/a.jpg") == "/data/a.jpg"
-
-
-@pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "file://elsewhere/x"])
-def test_uris_that_name_nothing_are_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match=uri.partition("://")[0]):
-        parse_uri(uri)
-
-
-def test_a_reason_is_one_line() -> None:
-    assert reason_of(ValueError("first\nsecond")) == "ValueError: first"
-
-
-@pytest.mark.parametrize("endpoint", ["not-a-url", "localhost:9000", "ftp://host", "http://", "http:// host"])
-def test_an_endpoint_that_is_no_url_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client in Rust would panic over it."""
-    with pytest.raises(ConfigError, match="is not a URL"):
-        Storage(StorageOptions(endpoint_url=endpoint))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(ConfigError, match="is not a URL"):
-        Storage()
-
-
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9000", "https://minio.example/path", "http://[::1]:9000"])
-def test_an_endpoint_is_a_url(endpoint: str) -> None:
-    assert Storage(StorageOptions(endpoint_url=endpoint)).options.endpoint_url == endpoint
 
 
 def test_local_trouble_has_local_remedies(tmp_path: Path) -> None:
