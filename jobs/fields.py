@@ -199,7 +199,7 @@ class LabelFields:
     ] = None
     if_running: Annotated[
         IfRunning,
-        Option("While another driver works on the same run: fail (31), skip (0), or wait for its end.", panel="Run"),
+        Option("What to do while another driver works on the same run. `fail` exits with code 31, `skip` with 0.", panel="Run"),
     ] = "fail"
     retry_failed: Annotated[bool, Option("Retry images with permanent failures (decode_error, crashed, ...).", panel="Run")] = (
         False

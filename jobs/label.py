@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 WAIT_S = 5.0
-"""Seconds between two looks at a lease that another driver holds."""
+"""Seconds between two attempts to take a lease that another driver holds."""
 
 
 class LabelOptions(BaseModel, LabelFields, frozen=True):
@@ -100,8 +100,8 @@ class LabelReport(BaseModel):
     labelled_now: int = Field(description="Images that this start of the run labelled.")
     seconds: float = Field(description="Duration of labelling, including the start of the workers.")
     images_per_s: float
-    skipped: bool = Field(default=False, description="Another driver works on this run (--if-running skip).")
-    earlier: tuple[LabelReport, ...] = Field(default=(), description="Unfinished runs that a tick finished first.")
+    skipped: bool = Field(default=False, description="Whether nothing was done because another driver works on the run.")
+    earlier: tuple[LabelReport, ...] = Field(default=(), description="Reports of unfinished runs that were finished first.")
     left_out: dict[str, int] = Field(
         default={}, description="Entries of the input that are not images or can never be read, by reason."
     )
@@ -109,7 +109,7 @@ class LabelReport(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a call of `run` labels, with which model."""
+    """The table, the model and the options of one call of `run`."""
 
     options: LabelOptions
     table: Table
@@ -151,7 +151,7 @@ def run(options: LabelOptions, say: Say = log.info, standby: Standby | None = No
             return report.model_copy(update={"earlier": tuple(earlier)})
         say(f"run {report.run_id}, which was unfinished, is committed; tick {options.tick} follows")
         earlier.append(report)
-        job = replace(job, standby=None)  # it labels one run
+        job = replace(job, standby=None)  # a process that stands by labels one run
 
 
 def _job(options: LabelOptions, standby: Standby | None) -> _Job:
@@ -196,7 +196,7 @@ def _run_next(job: _Job, say: Say) -> LabelReport:
 
 
 def _wait_for(table: Table, run_id: str) -> None:
-    """Returns when nobody holds the lease."""
+    """Returns as soon as nobody holds the lease."""
     while True:
         time.sleep(WAIT_S)
         try:

@@ -63,7 +63,8 @@ def label(
         max_pixels: Maximum width x height. Larger images get the status `too_large`.
         max_side: Maximum width and height in pixels. Larger images get the status `too_large`.
         tick: ID of the run, for schedulers; default: derived from the run's content.
-        if_running: While another driver works on the same run: raise LeaseHeldError, skip the call, or wait for its end.
+        if_running: What to do while another driver works on the same run: raise LeaseHeldError, do nothing, or wait until it
+            has ended.
         retry_failed: Retry images with permanent failures (decode_error, crashed, too_large).
         device: Device to run the model on.
         workers: Number of model replicas; default: one per GPU, else one per core.

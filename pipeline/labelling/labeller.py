@@ -173,9 +173,7 @@ class Labeller:
         return outcomes
 
     def _predict(self, jobs: Sequence[_Job], decoded: Sequence[Decoded]) -> list[Outcome]:
-        """Returns the outcomes of one window. If the model fails, each half is tried again, down to
-        single images.
-        """
+        """Returns the outcomes of one window. If the model fails, each half is tried again, down to single images."""
         images = [each.image for each in decoded if each.image is not None]
         with self._model_lock:
             answers = iter(self._answers(images))
