@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +24,19 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
+from masklake.model.errors import MaskLakeError
 from masklake.pipeline.errors import InputNotFoundError, TableError
 from masklake.pipeline.storage.errors import os_error_number, reason_of, translate
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.table.schema import RUN_COLUMN, TABLE_SCHEMA
 
-# A checkpoint of the log is a Parquet file in the table: readers of `**/*.parquet` would count its rows as images. Without
-# checkpoints, no entry of the log may be cleaned up.
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_EVERY = 1000
+"""Number of transactions between two checkpoints of the log. A checkpoint is a Parquet file in the table: readers of
+`**/*.parquet` count its rows as images, so there is none before a log without one would be slow to read (1 s).
+"""
+# Ours are written by `_write_checkpoint`. No entry of the log may be cleaned up: `entries` reads them all.
 _NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
 COMMITTED = 1
@@ -158,7 +165,17 @@ class DeltaLog:
             if not self._is_entry(version, own):
                 return False
         self._sync_log(version)
+        if version % CHECKPOINT_EVERY == 0:
+            self._write_checkpoint()
         return True
+
+    def _write_checkpoint(self) -> None:
+        """Writes a checkpoint of the newest version. If that fails, the log is complete without it."""
+        try:
+            with self._translated():
+                DeltaTable(self._uri, storage_options=self._storage.delta_options(self._uri)).create_checkpoint()
+        except (MaskLakeError, _NoLogYetError) as error:
+            logger.warning("the checkpoint of the log was not written: %s", error)
 
     def entries(self, newest: int) -> Iterator[Entry]:
         """Yields the changes of each transaction, from version `newest` back to the first.

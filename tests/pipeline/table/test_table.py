@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,34 @@ def test_a_long_log_puts_no_parquet_beside_the_data(tmp_path: Path, write_run: A
     assert sorted(path.parent.name for path in Path(table.uri).rglob("*.parquet")) == sorted(
         ["run=night-1", *(f"run=night-{number}" for number in range(98, 103))]
     )
+
+
+def test_a_log_of_a_thousand_transactions_gets_a_checkpoint(tmp_path: Path, write_run: Any, make_row: Any) -> None:
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    log = Path(table.uri, "_delta_log")
+    copy_commits(log, 2, 999)
+    write_run(table.uri, "night-2", [make_row(0, "b.jpg")])
+    assert table.version() == 1000
+    assert [path.name for path in log.glob("*.parquet")] == [f"{1000:020}.checkpoint.parquet"]
+    assert len(list(log.glob("*.json"))) == 1001, "no entry is cleaned up"
+    assert table.is_committed("copy-5")
+    assert table.is_committed("night-2")
+    write_run(table.uri, "night-3", [make_row(0, "c.jpg")])
+    data = sorted(str(path.parent.name) for path in Path(table.uri).glob("run=*/*.parquet"))
+    assert data == ["run=night-1", "run=night-2", "run=night-3"]
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_no_commit(
+    tmp_path: Path, write_run: Any, make_row: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: DeltaTable) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("masklake.pipeline.table.log.CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(DeltaTable, "create_checkpoint", full)
+    table = write_run(str(tmp_path / "table"), "night-1", [make_row(0, "a.jpg")])
+    assert table.is_committed("night-1")
+    assert "the checkpoint of the log was not written" in caplog.text
 
 
 def test_other_writers_of_the_log_write_no_checkpoint_either(tmp_path: Path, write_run: Any, make_row: Any) -> None:
