@@ -1,6 +1,6 @@
 """Signals: SIGTERM and SIGHUP end a command as Ctrl-C does, with clean-up, a line and exit code 128 + the signal's number.
 
-A second Ctrl-C ends it at once.
+A second Ctrl-C ends it at once, and the first one after GRACE_S if the process has not ended by then.
 
 SIGTERM and SIGHUP are passed to whatever handles Ctrl-C at that moment: this module, Ray Train, or the code that starts Ray. If
 the process does not end, because native code does not return or waits for a lost cluster, a thread ends it after GRACE_S, and
@@ -49,6 +49,7 @@ class Stopping:
         self._line = line
         self._number: int | None = None
         self._interrupted = False
+        self._late: float | None = None  # when the clean-up after a Ctrl-C has taken too long
         self._saying = threading.RLock()  # a signal's handler may interrupt the main thread while that holds it
         self._said = False
         self._stderr = os.dup(2)  # descriptor 2 itself is held back while Ray starts
@@ -114,7 +115,9 @@ class Stopping:
         interrupt(signal.SIGINT, frame)
 
     def _end_late(self, receiver: socket.socket) -> None:
-        while numbers := receiver.recv(64):
+        while numbers := self._received(receiver):
+            if signal.SIGINT in numbers and self._late is None:
+                self._late = time.monotonic() + GRACE_S
             first = next((number for number in numbers if number in ENDING), None)
             if first is not None:
                 self._number = self._number or first  # the main thread may not have come to its handler
@@ -122,6 +125,14 @@ class Stopping:
                     self.say()
                 _wait()
                 os._exit(self.say())
+
+    def _received(self, receiver: socket.socket) -> bytes:
+        """Returns the numbers of the next signals; ends the process if a Ctrl-C has not done so in time."""
+        try:
+            receiver.settimeout(None if self._late is None else max(0.001, self._late - time.monotonic()))
+            return receiver.recv(64)
+        except TimeoutError:
+            os._exit(self.say())
 
 
 def _ignore() -> None:

@@ -148,10 +148,11 @@ def stopped(
             143,
             "stopped by SIGTERM. Run the same command again to continue after the last complete epoch.",
         ),
+        ("train", signal.SIGINT, 130, "interrupted. Run the same command again to continue after the last complete epoch."),
         ("show", signal.SIGTERM, 143, "stopped by SIGTERM. Nothing was written."),
         ("query", signal.SIGTERM, 143, "stopped by SIGTERM. The table is as it was, and no file was written."),
     ],
-    ids=["sigterm", "sighup", "ctrl-c", "swallowed-and-held-back", "error-meanwhile", "in-duckdb"],
+    ids=["sigterm", "sighup", "ctrl-c", "swallowed-and-held-back", "swallowed-ctrl-c", "error-meanwhile", "in-duckdb"],
 )
 def test_a_signal_ends_in_its_line_and_its_code(command: str, number: int, code: int, line: str) -> None:
     assert stopped(command, number)[::2] == (code, f"masklake: {line}\n")
