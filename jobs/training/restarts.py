@@ -26,7 +26,7 @@ class Restarts(ray.train.UserCallback):
             return
         rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
         self._messages.say.remote(
-            f"worker {rank} ended ({_cause(error)}); the workers start again (restart {self._failures} of "
+            f"worker {rank} ended ({_cause(error)}); training starts again (restart {self._failures} of "
             f"{self._max_failures}) after the last complete epoch"
         )
 

@@ -17,6 +17,7 @@ import torch
 from masklake.model.mask_rcnn import MaskRCNN
 from masklake.model.phases import begin_phase
 from masklake.model.weights.checkpoint import dumps, load_checkpoint
+from masklake.model.wording import agreeing
 from masklake.pipeline.storage.storage import Storage
 from masklake.pipeline.training.checkpoints import export, read_checkpoint, resume, write_checkpoint
 from masklake.pipeline.training.epoch import run_epoch
@@ -35,7 +36,8 @@ def train_run(
     """
     state = restore(run, worker, initial, validation)
     after = f"continuing after epoch {state.epoch}" if state.epoch else "waiting for the first images"
-    worker.say(f"the workers are up, {after}")
+    up = agreeing(worker.count, "the worker is up", "the workers are up")
+    worker.say(f"{up}, {after}")
     while state.epoch < run.epochs:
         _run_phase(run, worker, state, batches, validation)
         if state.epoch < run.epochs:

@@ -89,10 +89,10 @@ def test_a_killed_worker_is_said_and_changes_no_byte_of_the_model(tmp_path: Path
         assert trained("disturbed", killing) == trained("undisturbed", lines.append)
     finally:
         ray.shutdown()
-    [line] = said("start again")
+    [line] = said("starts again")
     assert line.startswith("worker 0 ended (")
-    assert line.endswith("; the workers start again (restart 1 of 2) after the last complete epoch")
-    assert said("the workers are up, continuing after epoch ")
+    assert line.endswith("; training starts again (restart 1 of 2) after the last complete epoch")
+    assert said("the worker is up, continuing after epoch ")
 
 
 @pytest.mark.faults
@@ -107,7 +107,7 @@ def test_a_training_whose_messages_are_lost_succeeds(tmp_path: Path, monkeypatch
 
     def say(line: str) -> None:
         lines.append(line)
-        if line.startswith("the workers are up"):
+        if line.startswith("the worker is up"):
             ray.kill(actors[0])
 
     monkeypatch.setattr(fit, "start_messages", started)
@@ -124,5 +124,5 @@ def test_a_training_whose_messages_are_lost_succeeds(tmp_path: Path, monkeypatch
     assert report.epochs == 2
     assert Path(report.curves).stat().st_size
     assert Path(report.checkpoint).stat().st_size
-    after = lines[next(number for number, line in enumerate(lines) if line.startswith("the workers are up")) + 1 :]
+    after = lines[next(number for number, line in enumerate(lines) if line.startswith("the worker is up")) + 1 :]
     assert not [line for line in after if "step" in line], "the messages were lost before the first step"

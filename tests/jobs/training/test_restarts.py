@@ -28,8 +28,8 @@ def test_each_restart_is_said_with_its_cause(said: list[str]) -> None:
     restarts.after_exception(None, {1: RuntimeError("a\nconsequence"), 0: RuntimeError("a long story\nnode 10.0.0.2 is lost")})
     restarts.after_exception(None, {0: RuntimeError()})
     assert said == [
-        "worker 0 ended (node 10.0.0.2 is lost); the workers start again (restart 1 of 2) after the last complete epoch",
-        "worker 0 ended (RuntimeError); the workers start again (restart 2 of 2) after the last complete epoch",
+        "worker 0 ended (node 10.0.0.2 is lost); training starts again (restart 1 of 2) after the last complete epoch",
+        "worker 0 ended (RuntimeError); training starts again (restart 2 of 2) after the last complete epoch",
     ]
 
 
@@ -37,7 +37,7 @@ def test_a_worker_that_does_not_answer_is_told_in_plain_words(said: list[str]) -
     lost = ray.exceptions.ActorUnavailableError("RpcError: failed to connect to all addresses rpc_code: 14", b"0" * 16)
     failed = WorkerHealthCheckFailedError("A worker health check failed.", lost)
     Restarts(messages(said), max_failures=2).after_exception(None, {0: failed})
-    assert said[0].startswith("worker 0 ended (it cannot be reached: its process or its node is lost); the workers start again")
+    assert said[0].startswith("worker 0 ended (it cannot be reached: its process or its node is lost); training starts again")
 
 
 def test_the_last_failure_and_a_users_error_are_left_to_the_driver(said: list[str]) -> None:
