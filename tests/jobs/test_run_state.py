@@ -18,9 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from pydantic import ValidationError
 
 from masklake.jobs.train import run
-from masklake.jobs.training import record
 from masklake.jobs.training.options import TrainOptions
-from masklake.jobs.training.record import CHANGEABLE, LATER, check_record, data_facts, differences
+from masklake.jobs.training.record import CHANGEABLE, data_facts
 from masklake.model.create import create_model
 from masklake.model.errors import ConfigError, MaskLakeError
 from masklake.model.weights.checkpoint import dumps
@@ -28,8 +27,6 @@ from masklake.pipeline.coco.reading import parse_coco
 from masklake.pipeline.errors import InputNotFoundError
 from masklake.pipeline.storage.objects import OBJECT_SCHEMA
 from masklake.pipeline.storage.storage import Storage
-from masklake.pipeline.training.augmentation import Augmentation
-from masklake.pipeline.training.recipe import Recipe
 from tests.jobs.fake_trainer import KILLS, FakeTrainer, Killed, begin_at_zero, check_result, counting_run, draw_data
 
 
@@ -244,34 +241,6 @@ def test_records_of_other_versions_and_damaged_ones_are_told(data: Path, tmp_pat
         record.write_text(left)
         with pytest.raises(ConfigError, match=message):
             run(counting_run(data, tmp_path, epochs=1), quiet)
-
-
-FIRST_FIELDS = {
-    "recipe": {
-        *("optimizer", "learning_rate", "reference_batch", "momentum", "weight_decay", "clip_norm", "warmup_steps"),
-        *("warmup_factor", "schedule", "milestones", "gamma", "epochs", "batch_size"),
-    },
-    "augmentation": {"flip", "flip_vertical", "crop", "scale"},
-}
-
-
-def test_a_later_versions_new_field_needs_its_former_value() -> None:
-    for name, model in (("recipe", Recipe), ("augmentation", Augmentation)):
-        assert set(model.model_fields) == FIRST_FIELDS[name] | set(LATER[name]), "a new field goes into LATER"
-
-
-def test_an_older_record_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "LATER", {"": {"ema": 0.0}, "recipe": {"beta2": 0.999}})
-    old = {"seed": 3, "recipe": {"gamma": 0.1}}
-    new = {"seed": 3, "ema": 0.0, "recipe": {"gamma": 0.1, "beta2": 0.999}}
-    check_record(old, new, "night")
-    with pytest.raises(ConfigError, match=r"\[recipe\] beta2 was 0\.999, is 0\.95\."):
-        check_record(old, {**new, "recipe": {"gamma": 0.1, "beta2": 0.95}}, "night")
-
-
-def test_differences_name_an_entry_that_one_side_lacks() -> None:
-    assert list(differences({"seed": 0}, {"seed": 0, "new_option": True})) == ["--new-option was none, is true"]
-    assert list(differences({"model": {"a": 1}}, {"model": {}})) == ["[model] a was 1, is the default"]
 
 
 def test_the_epochs_that_are_scored_count_where_the_best_is_kept(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from masklake.pipeline.coco.dataset import MISSING_FILE, UNUSABLE_IMAGE, CocoDataset
 from masklake.pipeline.coco.image_check import check_unusable, listed_and_left_out, unusable_share, usable_images
-from masklake.pipeline.coco.reading import parse_coco
+from masklake.pipeline.coco.reading import parse_coco, read_coco
 from masklake.pipeline.errors import AnnotationError, StorageError
 from masklake.pipeline.images.decode import DecodeLimits, read_upright
 from masklake.pipeline.storage.storage import Storage
@@ -122,3 +122,10 @@ def test_remote_images_are_judged_by_their_first_bytes(s3: Any) -> None:
     kept = usable_images(Storage(), data_of(5), f"s3://{s3.bucket}/in", most=0.7)
     assert [image.id for image in kept.images] == [0, 3]  # the loader finds the last
     assert kept.dropped == {MISSING_FILE: 1, UNUSABLE_IMAGE: 2}
+
+
+def test_a_manifest_that_names_absent_images_is_caught(shared_data: Path) -> None:
+    folder = shared_data / "brain_tumor_mri"
+    dataset = read_coco(Storage(), str(folder / "derived" / "validation_coco.json"))
+    with pytest.raises(AnnotationError, match="8 of the 8 images"):
+        usable_images(Storage(), dataset, str(folder / "test"), most=0.9)
