@@ -1,4 +1,4 @@
-"""The structure of the code base: which way imports run, what the wheel holds, one exit code an error."""
+"""The structure of the code base: the direction of imports, the content of the wheel, one exit code per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests' S3 proxy: what it lets through is unchanged, and each rule does what it says."""
+"""The tests' S3 proxy: it forwards everything else unchanged, and each rule does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of a borrowed GPU, tried without one: every section on the pretended device, and what befalls its worker."""
+"""The benchmark of a borrowed GPU, tried without one: every section on the pretended device, and failures of its worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, small and on a CPU: what it calls on a GPU runs and agrees, before one is at hand."""
+"""The benchmark of the kernels, small and on a CPU: what it calls on a GPU runs and agrees."""
 
 from __future__ import annotations
 

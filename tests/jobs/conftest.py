@@ -1,4 +1,4 @@
-"""What the tests of jobs share: a tiny model's checkpoint, and folders of small pictures."""
+"""Fixtures of the tests of jobs: a tiny model's checkpoint, folders of small pictures, and commands in their own processes."""
 
 from __future__ import annotations
 

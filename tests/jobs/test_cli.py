@@ -1,4 +1,4 @@
-"""The command line as a whole: fast to start, one line an error, no traceback."""
+"""The command line as a whole: it starts fast, and every error is one line without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table against its truth: which image is which, what counts, and the same AP as the rows scored directly."""
+"""A table against its truth: images are matched, instances counted, and the AP is that of the rows scored directly."""
 
 from __future__ import annotations
 

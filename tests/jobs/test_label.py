@@ -1,4 +1,4 @@
-"""Labelling a folder, in this process: what is new, changed, broken or deadly, each ends as the table promises."""
+"""Labelling a folder, in this process: new, changed, broken and deadly images end as the table promises."""
 
 from __future__ import annotations
 

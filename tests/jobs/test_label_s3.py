@@ -1,4 +1,4 @@
-"""Labelling from and to an S3 server: awkward keys, what is missing, and a kill on the way."""
+"""Labelling from and to an S3 server: awkward keys, missing objects, and a kill in the middle."""
 
 from __future__ import annotations
 

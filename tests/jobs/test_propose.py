@@ -1,4 +1,4 @@
-"""What `masklake propose` refuses before any worker starts."""
+"""Inputs that `masklake propose` refuses before any worker starts."""
 
 from __future__ import annotations
 

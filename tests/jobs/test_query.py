@@ -1,4 +1,4 @@
-"""`masklake query` and `masklake show` as a person starts them."""
+"""`masklake query` and `masklake show`, run as a user runs them."""
 
 from __future__ import annotations
 

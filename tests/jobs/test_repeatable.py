@@ -1,4 +1,4 @@
-"""With one worker and one number of threads, a run's model is the same, byte for byte, whatever ended it on the way."""
+"""With one worker and a fixed number of threads, a run's model is the same, byte for byte, however it was interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is what it was started as: over starts, kills, extensions and changes its model, numbers and curves stay one result."""
+"""A run stays one result over starts, kills, extensions and changes: its model, numbers and curves agree."""
 
 from __future__ import annotations
 

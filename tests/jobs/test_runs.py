@@ -1,4 +1,4 @@
-"""`masklake runs` as a person and a script use it."""
+"""`masklake runs`, as people and scripts use it."""
 
 from __future__ import annotations
 

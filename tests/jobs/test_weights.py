@@ -1,4 +1,4 @@
-"""`--weights` in any form that says what model it is; anything else is refused with the command that converts it."""
+"""`--weights` in every form that names its model; anything else is refused with the command that converts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the public API share: a table that holds what they say, and a tiny model's checkpoint."""
+"""Fixtures of the tests of the public API: a table with known content, and a tiny model's checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public API: its names and options, what it imports, and what it gives from tables and models."""
+"""The public API: its names and options, its imports, and its results for tables and models."""
 
 from __future__ import annotations
 

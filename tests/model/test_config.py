@@ -1,4 +1,4 @@
-"""Configurations refuse what contradicts itself, and COCO's categories are COCO's."""
+"""Configurations refuse contradictions, and COCO's categories are COCO's."""
 
 from __future__ import annotations
 

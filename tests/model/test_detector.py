@@ -1,4 +1,4 @@
-"""The door: what is a detector, and which loader reads a checkpoint."""
+"""The interface of detectors: what counts as one, and which loader reads a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said before the first image where a device cannot be used."""
+"""The errors for devices that cannot be used, raised before the first image."""
 
 from __future__ import annotations
 

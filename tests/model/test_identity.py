@@ -1,4 +1,4 @@
-"""Names of models do not move: three of them are pinned, and only what a model makes use of enters its name."""
+"""Names of models do not change: three of them are pinned, and only what a model uses enters its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that do in another way what torch's own do."""
+"""Layers that compute the results of torch's own in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model learns, answers in the data set's terms, and survives odd images."""
+"""The model learns, answers in the data set's categories, and survives odd images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's ways to train: in each phase what learns changes, and all else stays as it is, bit by bit."""
+"""The paper's ways to train: each phase changes what it trains and leaves everything else as it is, bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a Ray cluster before this process joins it: form of the address, answer, token, version, a node here."""
+"""Checks of a Ray cluster before this process joins it: address, answer, token, version, and a node on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said while other jobs hold a cluster's CPUs: when, what, and until when."""
+"""Lines that are shown while other jobs hold a cluster's CPUs."""
 
 from __future__ import annotations
 

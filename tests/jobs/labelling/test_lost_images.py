@@ -1,4 +1,4 @@
-"""Images alone: what a death says about the image that was in hand, and what it does not."""
+"""Images alone: what a worker's death says about the image it was processing, and what it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decisions of a labelling run: identity, workers, rounds, verdict."""
+"""The decisions of a labelling run: identity, workers, rounds, and whether too many images failed."""
 
 from __future__ import annotations
 

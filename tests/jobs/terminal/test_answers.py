@@ -1,4 +1,4 @@
-"""Answers in each format: nothing cut but on a terminal, every value back from where it was written."""
+"""Answers in each format: nothing is cut except on a terminal, and every value can be read back."""
 
 from __future__ import annotations
 

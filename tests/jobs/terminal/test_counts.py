@@ -1,4 +1,4 @@
-"""Summaries name the likely instances first and all that are stored beside them."""
+"""Summaries name the likely instances first, and then the number of all stored ones."""
 
 from __future__ import annotations
 

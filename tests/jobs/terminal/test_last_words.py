@@ -1,4 +1,4 @@
-"""The line of a process that something else than Python ends."""
+"""The last line of a process that is ended from outside of Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training's messages and the labelling's counter: nothing waits for them once they are lost."""
+"""The training's messages and the labelling's counter: nothing waits for them after they are lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mask heads: the convolutional one against torch's own layers, and what the kinds of outputs mean (tables 2b, 2e)."""
+"""Mask heads: the convolutional one against torch's own layers, and the meaning of each kind of output (tables 2b, 2e)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration: what torch makes of an operator beside running it."""
+"""Registration: what torch derives from an operator besides running it."""
 
 from __future__ import annotations
 

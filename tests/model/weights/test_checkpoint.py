@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, and everything that is none is refused by name."""
+"""Checkpoints come back as they were written, and any other file is refused by name."""
 
 from __future__ import annotations
 

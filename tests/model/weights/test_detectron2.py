@@ -1,4 +1,4 @@
-"""With Detectron2's weights the outputs are Detectron2's: its arithmetic said again, plainly, image by image."""
+"""With Detectron2's weights the outputs are Detectron2's, whose arithmetic is written out here, image by image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO files as people have them: what is left out is counted, what cannot be used is named."""
+"""COCO files as people have them: what is left out is counted, and what cannot be used is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One driver writes a run: the second is refused, the dead one is replaced."""
+"""One driver writes a run: a second one is refused, and a dead one is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which leases live, as somebody sees it who has none of them."""
+"""Which leases are held, as seen by a process that holds none of them."""
 
 from __future__ import annotations
 

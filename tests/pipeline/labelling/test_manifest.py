@@ -1,4 +1,4 @@
-"""What a run works on: the input listed, what the table holds subtracted, the rest frozen."""
+"""The images of a run: the input is listed, what the table holds is subtracted, and the rest is frozen."""
 
 from __future__ import annotations
 

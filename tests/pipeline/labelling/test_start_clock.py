@@ -1,4 +1,4 @@
-"""The time of each start of a run stands in its record, also of a start that was killed."""
+"""The time of each start of a run is in its record, also of a start that was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs leave the table in one transaction, whoever else writes; files go when nobody reads them any more."""
+"""Runs leave the table in one transaction, whoever else writes; files are deleted when they are no longer needed."""
 
 from __future__ import annotations
 

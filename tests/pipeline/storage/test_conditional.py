@@ -1,4 +1,4 @@
-"""Conditional puts: a lost reply is no refusal, and a store is trusted only after both conditions were proven on it."""
+"""Conditional puts: a lost reply is no refusal, and a store is trusted only after both conditions were tested on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each client raises for one answer of a store becomes one error with the remedy that fits; no answer's body is shown."""
+"""Every client's exception for the same answer of a store becomes one error with its remedy, without the answer's body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mistyped table path is told as that, with the table that may be meant."""
+"""A mistyped path of a table is reported with the table that may be meant."""
 
 from __future__ import annotations
 

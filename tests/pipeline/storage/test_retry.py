@@ -1,4 +1,4 @@
-"""A step waits out what may pass, and nothing else."""
+"""A step is repeated after errors that may pass, and after no others."""
 
 from __future__ import annotations
 

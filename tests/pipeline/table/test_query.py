@@ -1,4 +1,4 @@
-"""SQL over a table: four views, one snapshot, no masks read that nobody asked for, nothing written."""
+"""SQL over a table: four views, one snapshot, no masks read unless requested, nothing written."""
 
 from __future__ import annotations
 
