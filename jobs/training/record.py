@@ -144,8 +144,14 @@ def read_record(storage: Storage, run_uri: str) -> dict[str, Any] | None:
 
 
 def check_record(known: Mapping[str, Any], record: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError if a start differs from the run of that name; it names each option with both values."""
-    changes = list(differences(completed(known), json.loads(json.dumps(record))))
+    """Raises ConfigError if a start differs from the run of that name; it names each option with both values.
+
+    `--allow-missing` may be added: without it the run has left nothing out so far, and it is the remedy for a broken image.
+    """
+    before, now = completed(known), json.loads(json.dumps(record))
+    if not before.get("allow_missing"):
+        now["allow_missing"] = before.get("allow_missing")
+    changes = list(differences(before, now))
     if changes:
         raise ConfigError(
             f"the run '{name}' was started with other options: {'; '.join(changes)}. Use the original options, or "

@@ -180,7 +180,6 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "crop": ({"augmentation": {"crop": 48}}, r"--crop was the default, is 48\."),
     "no val": ({"val": None}, r"--val was \S+instances\.json, is none; --val-images was \S+, is none\."),
     "max_dets": ({"max_dets": [1, 10]}, r"max_dets was \[1, 10, 100\], is \[1, 10\]\."),
-    "allow_missing": ({"allow_missing": True}, r"--allow-missing was false, is true\."),
     "keep_empty": ({"keep_empty": True}, r"keep_empty was false, is true\."),
     "learn": ({"learn": "rpn"}, r"--learn was joint, is rpn\."),
 }
@@ -195,6 +194,14 @@ def test_options_that_change_the_result_are_refused_with_both_values(data: Path,
         with pytest.raises(InputNotFoundError, match="none"):
             run(counting_run(data, tmp_path, **{"epochs": 1, **changes}), quiet)
     check_result(tmp_path / "r", 1, "last")
+
+
+def test_allow_missing_may_be_added_and_not_taken_away(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:
+    run(counting_run(data, tmp_path, epochs=1), quiet)
+    assert run(counting_run(data, tmp_path, epochs=2, allow_missing=True), quiet).epochs == 2
+    run(counting_run(data, tmp_path, epochs=1, name="allowing", allow_missing=True), quiet)
+    with pytest.raises(ConfigError, match=r"--allow-missing was true, is false\."):
+        run(counting_run(data, tmp_path, epochs=1, name="allowing"), quiet)
 
 
 def test_weights_are_known_by_their_content(data: Path, tmp_path: Path, trainer: FakeTrainer) -> None:
