@@ -124,7 +124,7 @@ def _numbers(run: RunInfo) -> tuple[str, ...]:
         shown(run.images, ","),
         "" if run.seconds is None else str(timedelta(seconds=round(run.seconds))),
         shown(run.images_per_s, ",.1f"),
-        shown(run.gpu_hours, ",.2f"),
+        shown(run.gpu_hours or None, ",.2f"),  # a zero on a CPU says nothing
         shown(run.cost, ",.2f"),
     )
 

@@ -78,7 +78,7 @@ def committed_after(table: Table, delta: DeltaTable, run_id: str) -> list[str]:
 def _dropped(table: Table, choose: Callable[[DeltaTable], list[str]], dry_run: bool, on_wait: OnWait) -> list[str]:
     delta = table.delta()
     if delta is None:
-        raise RunNotFoundError(f"{table.uri}: holds no run; check the path")
+        raise RunNotFoundError(f"{table.uri}: holds no committed run; see masklake runs {table.uri}")
     chosen = choose(delta)  # a wrong name is reported before the lease is taken
     if dry_run or not chosen:
         return chosen
