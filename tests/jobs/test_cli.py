@@ -283,3 +283,12 @@ def test_wrong_usage_is_a_line_with_the_usual_cause(
     err = capsys.readouterr().err
     assert (ended.value.code, err.count("\n")) == (2, 1)
     assert said in err
+
+
+@pytest.mark.parametrize("tasks", ["boxes", "", "box,"])
+def test_a_task_that_is_none_is_told_with_its_option(masklake: Any, tasks: str) -> None:
+    for arguments in (("label", "x", "T", "--weights", "w"), ("train", "t.json", "-o", "o", "--name", "n")):
+        code, _, err = masklake(*arguments, "--tasks", tasks)
+        assert code == 12
+        assert f"--tasks {tasks!r}: " in err
+        assert "give box, mask, keypoint" in err

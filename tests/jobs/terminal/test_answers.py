@@ -176,3 +176,8 @@ def test_values_are_plain() -> None:
     assert plain(math.nan, pa.float64()) is None
     assert plain(b"\xff", pa.binary()) == "\\xff"
     assert plain([("a", 1)], pa.map_(pa.string(), pa.int64())) == [["a", 1]]
+
+
+@pytest.mark.parametrize(("name", "form"), [(".csv", Format.CSV), ("q/.JSON.gz", Format.JSON), ("a.b.parquet", Format.PARQUET)])
+def test_a_name_that_is_only_a_suffix_says_its_format(name: str, form: Format) -> None:
+    assert format_of(name, None) == form
