@@ -49,7 +49,7 @@ class Stopping:
         self._line = line
         self._number: int | None = None
         self._interrupted = False
-        self._late: float | None = None  # when the clean-up after a Ctrl-C has taken too long
+        self._late: float | None = None  # when a thread ends the process, after a Ctrl-C
         self._saying = threading.RLock()  # a signal's handler may interrupt the main thread while that holds it
         self._said = False
         self._stderr = os.dup(2)  # descriptor 2 itself is held back while Ray starts

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 1000
 """Number of transactions between two checkpoints of the log. A checkpoint is a Parquet file in the table: readers of
-`**/*.parquet` count its rows as images, so there is none before a log without one would be slow to read (1 s).
+`**/*.parquet` count its rows as images, so none is written until a log without one is slow to read (1 s).
 """
 # Ours are written by `_write_checkpoint`. No entry of the log may be cleaned up: `entries` reads them all.
 _NO_CHECKPOINT = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
