@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from masklake.pipeline.errors import TableError
 from masklake.pipeline.labelling.live_leases import Held, held
-from masklake.pipeline.table.log import COMMITTED, DROPPED
+from masklake.pipeline.table.log import COMMITTED, DROPPED, files_of
 from masklake.pipeline.table.runs import RunRecord
 from masklake.pipeline.table.table import Table
 
@@ -67,7 +67,7 @@ def list_runs(table: Table) -> list[RunInfo]:
     records = all_records(table)
     # The log is read after the records: a run that is committed in between is then committed, and not interrupted.
     delta = table.delta()
-    in_table = {run_id for _, run_id in table.files()}
+    in_table = {run_id for _, run_id in files_of(delta)}
     states: dict[str, int | None] = dict.fromkeys(in_table, COMMITTED)
     for record in records:
         if record.run_id not in states:

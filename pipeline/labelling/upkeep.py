@@ -24,7 +24,7 @@ from masklake.pipeline.errors import LeaseHeldError, RunNotFoundError
 from masklake.pipeline.labelling.lease import UPKEEP, Lease, OnWait
 from masklake.pipeline.labelling.live_leases import living
 from masklake.pipeline.labelling.run_list import drop_of
-from masklake.pipeline.table.log import COMMITTED, DROPPED
+from masklake.pipeline.table.log import COMMITTED, DROPPED, files_of
 from masklake.pipeline.table.runs import this_user, valid_run_id
 from masklake.pipeline.table.schema import RUN_COLUMN
 from masklake.pipeline.table.table import Table
@@ -171,7 +171,7 @@ def _unlisted(table: Table) -> tuple[list[_File], list[_File]]:
         present[file.run_id].append(file)
     delta = table.delta()
     in_log: dict[str, set[str]] = {}
-    for path, run_id in table.files() if delta is not None else ():
+    for path, run_id in files_of(delta):
         in_log.setdefault(run_id, set()).add(path)
     finished: list[_File] = []
     unfinished: list[_File] = []

@@ -85,11 +85,7 @@ class DeltaLog:
 
     def files(self) -> list[tuple[str, str]]:
         """Returns (path relative to the table, run_id) of every file of the newest snapshot; none before the first commit."""
-        delta = self.snapshot()
-        if delta is None:
-            return []
-        actions = pa.table(delta.get_add_actions(flatten=True))
-        return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
+        return files_of(self.snapshot())
 
     def snapshot_or_created(self) -> DeltaTable:
         """Returns the newest snapshot; creates the log if there is none."""
@@ -222,6 +218,14 @@ class DeltaLog:
             raise TableError(f"{self._uri}: the Delta log cannot be used ({reason_of(error)})") from error
         except OSError as error:
             raise translate(error, self._uri) from error
+
+
+def files_of(snapshot: DeltaTable | None) -> list[tuple[str, str]]:
+    """Returns (path relative to the table, run_id) of every file of a snapshot; none without a snapshot."""
+    if snapshot is None:
+        return []
+    actions = pa.table(snapshot.get_add_actions(flatten=True))
+    return list(zip(actions["path"].to_pylist(), actions[f"partition.{RUN_COLUMN}"].to_pylist(), strict=True))
 
 
 class _NoLogYetError(Exception):
