@@ -79,13 +79,23 @@ def part(document: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Reads, splits, writes, and says what it wrote."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Nuclei of the 2018 Data Science Bowl as COCO files.")
     parser.add_argument("source", type=Path, help="folder of the public layout, or a COCO JSON file")
     parser.add_argument("--output", type=Path, default=Path("nuclei"), help="folder to write to (default: nuclei)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     parser.add_argument("--val-share", type=float, default=0.2, help="share of the images to score on (default: 0.2)")
     options = parser.parse_args()
+    try:
+        prepare(options)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a path, or a file that is not COCO's
+        raise SystemExit(f"cannot prepare {options.source}: {type(error).__name__}: {error}") from error
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Writes `train.json` and `val.json`, and says what they hold."""
+    if not options.source.exists():
+        raise SystemExit(f"{options.source} does not exist; give the unpacked stage1_train folder, or a COCO JSON file")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.source.is_dir():
         document = read_layout(options.source, options.output / "images")
