@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from masklake.jobs.cluster.blocks import data_set, equal_sizes
 from masklake.pipeline.blocks import unpacked
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def own_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield
+    ray.shutdown()
 
 
 def test_blocks_need_no_tasks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,17 @@ def lost() -> Any:
     messages = start_messages()
     ray.get(messages.say.remote("before"))
     ray.kill(messages, no_restart=True)
+    while answers(messages):  # the kill takes effect a little later
+        time.sleep(0.05)
     return messages
+
+
+def answers(messages: Any) -> bool:
+    try:
+        ray.get(messages.take.remote())
+    except ray.exceptions.RayActorError:
+        return False
+    return True
 
 
 def test_a_failure_is_kept_and_lines_are_shown() -> None:
